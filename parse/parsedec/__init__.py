@@ -1,0 +1,12 @@
+"""PARSE: parallel prefix verification for speculative generation (arXiv 2605.04263), as composable middleware."""
+
+from parsedec.engine import Parse
+from parsedec.errors import ParsedecError
+from parsedec.judge import LabelJudge
+from parsedec.model import LanguageModel, load
+from parsedec.outer import PrefixVerification, TargetOnly
+from parsedec.trace import write_trace
+from parsedec.types import Delta, Limits, Result, Sampling, StopReason
+
+__all__ = ["Delta", "LabelJudge", "LanguageModel", "Limits", "Parse", "ParsedecError", "PrefixVerification", "Result",
+           "Sampling", "StopReason", "TargetOnly", "load", "write_trace"]

@@ -1,0 +1,70 @@
+"""The answer being written: its tokens, who wrote them, and when it ends. Every author goes through `extend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parsedec.model import LanguageModel
+from parsedec.text import token_ends
+from parsedec.types import Author, Limits, Span, StopReason
+
+
+class Answer:
+    """Tokens of one answer, counted from ids: the token that ends it is part of it, nothing after is."""
+
+    def __init__(self, model: LanguageModel, limits: Limits) -> None:
+        self.model = model
+        self.limits = limits
+        self.tokens: list[int] = []
+        self.stop: StopReason | None = None
+        self._authors: list[Author] = []
+
+    @property
+    def remaining(self) -> int:
+        return self.limits.max_new_tokens - len(self.tokens)
+
+    def extend(self, tokens: Sequence[int], author: Author) -> list[int]:
+        """Append tokens up to the first that ends the answer; returns those that were appended."""
+        taken: list[int] = []
+        for token in tokens:
+            if self.stop is not None:
+                break
+            self.tokens.append(token)
+            self._authors.append(author)
+            taken.append(token)
+            if token in self.model.end_ids:
+                self.stop = StopReason.END_TOKEN
+            elif self._ends_in_stop_string():
+                self.stop = StopReason.STOP_STRING
+            elif not self.remaining:
+                self.stop = StopReason.TOKEN_LIMIT
+        return taken
+
+    @property
+    def text(self) -> str:
+        """The decoded answer, cut before a stop string."""
+        text = self.model.decode(self.tokens)
+        if self.stop is StopReason.STOP_STRING:
+            text = text[:min(text.find(s) for s in self.limits.stop if s in text)]
+        return text
+
+    def spans(self) -> tuple[Span, ...]:
+        """Runs of tokens by one author, with their text; together they spell `text`."""
+        if not self.tokens:
+            return ()
+        _, ends = token_ends(self.model, self.tokens)
+        text, spans, start = self.text, [], 0
+        for i in range(1, len(self.tokens) + 1):
+            if i == len(self.tokens) or self._authors[i] is not self._authors[start]:
+                left, right = ends[start - 1] if start else 0, ends[i - 1]
+                piece = text[left:] if i == len(self.tokens) else text[left:right]
+                spans.append(Span(author=self._authors[start], start=start, stop=i, text=piece))
+                start = i
+        return tuple(spans)
+
+    def _ends_in_stop_string(self) -> bool:
+        if not self.limits.stop:
+            return False
+        # a stop string of n characters spans at most n tokens of at least one character, and one more for a split one
+        tail = self.model.decode(self.tokens[-(max(map(len, self.limits.stop)) + 4):])
+        return any(stop in tail for stop in self.limits.stop)

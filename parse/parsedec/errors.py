@@ -1,0 +1,36 @@
+"""What can go wrong in a way the user can act on. Every message says what was wrong, the value, what was
+expected and what to do; anything else that escapes the engine is a defect of ours."""
+
+from __future__ import annotations
+
+
+class ParsedecError(Exception):
+    """Base of every error the user can cause; `except ParsedecError` never hides a bug of ours."""
+
+
+class ModelLoadError(ParsedecError):
+    """A checkpoint, tokenizer or device could not be used."""
+
+
+class PromptError(ParsedecError):
+    """A request cannot be run: empty, longer than the context, or in a form the model pair cannot share."""
+
+
+class ChatTemplateError(ParsedecError):
+    """The tokenizer has no chat template, or it cannot express the turns the judge needs."""
+
+
+class JudgeError(ParsedecError):
+    """The judge's question, labels or cuts are unusable."""
+
+
+class IncompatibleStack(ParsedecError):
+    """Two layers of one stack cannot work together; found when the stack is built, not at token 400."""
+
+
+class ConfigError(ParsedecError):
+    """A configuration value is outside what it may be."""
+
+
+class OutputExistsError(ParsedecError):
+    """The output folder already holds a record that would be overwritten."""

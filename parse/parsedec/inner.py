@@ -1,0 +1,128 @@
+"""The inner level: a model decodes token by token, its guesses made by a swappable speculator.
+
+One loop serves the target and the draft model, `inner=none` included: the baseline runs through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+from parsedec.accept import accept
+from parsedec.answer import Answer
+from parsedec.model import LanguageModel
+from parsedec.sampling import Sampler
+from parsedec.session import Session
+from parsedec.types import Author, Counters, Needs, Outcome, Seen, StopReason, Tree
+
+
+class InnerSpeculator(Protocol):
+    """Guesses tokens for one model. It never decides: acceptance belongs to the engine.
+
+    A request lives as  s = start(tokens, seen);  repeat { tree = propose(s, budget);  s = commit(s, outcome) }.
+    The object holds weights and settings only. Whatever changes during a request lives in the state, so one
+    speculator serves many requests, and an outer loop can keep an old state and come back to it. (The states are
+    `Any` here: each speculator has its own.)
+    """
+
+    lossless: ClassVar[bool]
+    """Whether the output keeps the target's distribution."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the target must hand over, e.g. hidden layers."""
+
+    def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Self:
+        """A copy that serves `target`; raises IncompatibleStack if it cannot. `draft` is the stack's draft model."""
+
+    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Any:
+        """State for T + 1 committed tokens, the last one being the root; `seen` holds T rows of taps."""
+
+    def propose(self, state: Any, budget: int) -> Tree:
+        """A tree at most `budget` levels deep below the root; leaves the state as it was."""
+
+    def commit(self, state: Any, outcome: Outcome) -> Any:
+        """The state after more tokens were committed, by whomever; commit(commit(s, a), b) == commit(s, a + b)."""
+
+    def rewind(self, state: Any, length: int) -> Any:
+        """The state of the first `length` committed tokens, the last of them being the root."""
+
+
+class NoSpeculation:
+    """inner=none: one token per call, through the same loop as every speculator. Its state is the committed tokens."""
+
+    lossless: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs()
+
+    def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Self:
+        return self
+
+    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> tuple[int, ...]:
+        return tuple(tokens)
+
+    def propose(self, state: tuple[int, ...], budget: int) -> Tree:
+        return Tree.chain(state[-1:])
+
+    def commit(self, state: tuple[int, ...], outcome: Outcome) -> tuple[int, ...]:
+        return state + outcome.tokens
+
+    def rewind(self, state: tuple[int, ...], length: int) -> tuple[int, ...]:
+        return state[:length]
+
+
+class Decoder:
+    """A session with its speculator: the two are kept in step here, whatever an outer loop does between."""
+
+    def __init__(self, model: LanguageModel, inner: InnerSpeculator, sampler: Sampler, counters: Counters) -> None:
+        self.session = Session(model, inner.needs.hidden_layers)
+        self.inner = inner
+        self.sampler = sampler
+        self.counters = counters
+        self._state: Any = None
+        self._told = 0  # committed tokens the speculator's state knows of
+
+    def step(self, budget: int) -> list[int]:
+        """Commit at least one and at most `budget` tokens; returns them."""
+        logits = self.session.next_logits
+        if logits is not None:  # after a prefill or a boundary: the token is there without another pass
+            token = self.sampler.pick(logits)
+            self.session.append(token)
+            return [token]
+        tree = self._propose(budget - 1)
+        path, bonus = accept(tree, self.session.tree(tree), self.sampler)
+        self.session.keep(path)
+        self.session.append(bonus)
+        self.counters.count_tree(max(tree.depths()), len(path) - 1)
+        return [*(tree.tokens[node] for node in path[1:]), bonus]
+
+    def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:
+        """Decode until the answer stops; yields the tokens of each step that became part of it."""
+        while answer.stop is None:
+            if self.session.room <= 0:
+                answer.stop = StopReason.CONTEXT_LIMIT
+                return
+            yield answer.extend(self.step(min(answer.remaining, self.session.room)), author)
+
+    def rewind(self, length: int) -> None:
+        """Go back to the first `length` tokens, speculator included."""
+        self.session.rewind(length)
+        if self._told > length:
+            self._state = self.inner.rewind(self._state, length) if length else None
+            self._told = length
+
+    def _propose(self, budget: int) -> Tree:
+        """A proposal for the tokens as they stand, after telling the speculator what is new."""
+        tokens = self.session.tokens
+        self.session.read_ahead()  # the speculator is owed the taps of all tokens but the root
+        if self._state is None:
+            self._state = self.inner.start(tokens, self.session.seen(0), self.sampler)
+        elif self._told < len(tokens):
+            seen = self.session.seen(self._told - 1)
+            self._state = self.inner.commit(self._state, Outcome(tuple(tokens[self._told:]), seen))
+        self._told = len(tokens)
+        tree = self.inner.propose(self._state, max(0, budget))
+        depth = max(tree.depths())
+        if depth > max(0, budget) or tree.tokens[0] != tokens[-1]:
+            raise ValueError(f"{type(self.inner).__name__} proposed a tree {depth} deep with root {tree.tokens[0]} for a "
+                             f"budget of {budget} and root {tokens[-1]}")
+        return tree

@@ -1,0 +1,87 @@
+"""The few things done to a Hugging Face cache, in one place: copy, cut the tail, gather, widen to a batch.
+
+Attention layers keep keys and values as `[B, heads, T, d]` and grow by concatenation, so a shallow copy of a layer
+is a snapshot: nothing ever writes into the tensors it holds. Recurrent and convolutional layers (Mamba-2,
+Qwen3-Next, LFM2 …) overwrite their states in place; their snapshots are clones, and a cut tail can only be undone
+by going back to one. Only `Session` uses this module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+STATES = ("conv_states", "recurrent_states")
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache whose attention layers all keep every row: rollback is then a cut, also past a sliding window
+    (transformers' own sliding layers drop old rows and refuse to go back)."""
+    typed = DynamicCache(config=model.config)
+    if not is_recurrent(typed):
+        return DynamicCache()
+    for i, layer in enumerate(typed.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            typed.layers[i] = DynamicLayer()
+    return typed
+
+
+def is_recurrent(cache: DynamicCache) -> bool:
+    """Whether any layer carries a state that a mask cannot select from (facts: `is_croppable` misses LFM2)."""
+    return any(hasattr(layer, "conv_states") for layer in cache.layers)
+
+
+def snapshot(cache: DynamicCache) -> DynamicCache:
+    """A copy that later forwards of the original cannot change, and the other way round."""
+    twin = copy.copy(cache)
+    twin.layers = [_copy_layer(layer) for layer in cache.layers]
+    return twin
+
+
+def _copy_layer(layer: Any) -> Any:
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # states and the flags beside them, by state index
+            clone = {key: item.clone() if torch.is_tensor(item) else item for key, item in value.items()}
+            setattr(twin, name, clone)
+    return twin
+
+
+def cut_tail(cache: DynamicCache, rows: int) -> None:
+    """Forget the last `rows` rows of an attention-only cache."""
+    if rows:
+        cache.crop(-rows)  # minus the number of tokens to remove; a positive count raises
+
+
+def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
+    """Of the rows from `start` on, keep `rows` (relative to `start`, in this order) and forget the others."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is None or not layer.keys.numel():
+            continue
+        index = torch.tensor([*range(start), *(start + row for row in rows)], device=layer.keys.device)
+        layer.keys = layer.keys.index_select(-2, index)
+        layer.values = layer.values.index_select(-2, index)
+
+
+def widen(cache: DynamicCache, branches: Sequence[DynamicCache], dropped: Sequence[int]) -> DynamicCache:
+    """A batch of copies of `cache`: row b without its last dropped[b] rows, with the recurrent states of branches[b].
+
+    The rows that stay are moved to the right end, so that each branch looks like a left-padded sequence: distances
+    between columns are then distances between positions, which is what index-based sliding windows assume.
+    """
+    wide = snapshot(cache)
+    for i, layer in enumerate(wide.layers):
+        if getattr(layer, "keys", None) is not None and layer.keys.numel():
+            layer.keys = torch.cat([layer.keys.roll(shift, dims=-2) for shift in dropped])
+            layer.values = torch.cat([layer.values.roll(shift, dims=-2) for shift in dropped])
+        for name in STATES:
+            for key, state in getattr(layer, name, {}).items():
+                if torch.is_tensor(state):
+                    stack = [getattr(branch.layers[i], name)[key] for branch in branches]
+                    getattr(layer, name)[key] = torch.cat(stack)
+    return wide

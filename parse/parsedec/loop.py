@@ -1,0 +1,28 @@
+"""Loop policies: after the boundary, does the target finish, or does it hand back to the draft model?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parsedec.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """One round, as in the paper: the target writes all that follows the kept prefix."""
+
+    rounds: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """Up to `rounds` drafts: the target writes one segment, then the draft model goes on from there.
+
+    What a segment is, the segmenter says. After the last round the target finishes alone.
+    """
+
+    rounds: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"loop.rounds={self.rounds}; expected at least 1.")

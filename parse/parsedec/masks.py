@@ -1,0 +1,90 @@
+"""Attention masks and position ids of the two passes that are not plainly causal: trees and judge passes.
+
+Every builder returns True where a row may attend. `for_model` turns that into the form the model accepts:
+an additive float mask (a boolean one is silently *added* by eager attention), with the sliding window cut in by
+position distance, and one mask per layer kind where the model mixes kinds.
+
+Shapes in this file:  C cached columns before the pass, N draft rows, K probes, S rows a probe, R = rows of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Tensor:
+    """Let K probes, each judging a longer prefix of one draft, share a single forward pass (PARSE, design 3).
+
+    Columns are context | draft | probe 0 | probe 1 | …; rows are the draft and then the probes.
+    Draft rows are causal. Probe k sees the context, the first cuts[k] draft tokens, and itself causally -
+    never another probe, never the draft after its cut.
+
+        context=2, draft=3, cuts=[1, 3], suffix=2
+                   ctx    draft    probe0   probe1
+        draft      x x    x . .    . .      . .
+                   x x    x x .    . .      . .
+                   x x    x x x    . .      . .
+        probe0     x x    x . .    x .      . .
+                   x x    x . .    x x      . .
+        probe1     x x    x x x    . .      x .
+                   x x    x x x    . .      x x
+
+    Returns [N + K*S, C + N + K*S] bool.
+    """
+    probes = len(cuts)
+    causal = torch.ones(draft, draft, dtype=torch.bool).tril()  # [N, N]
+    top = torch.cat([causal, torch.zeros(draft, probes * suffix, dtype=torch.bool)], dim=1)
+    reads_draft = torch.arange(draft) < torch.tensor(cuts, dtype=torch.long)[:, None]  # [K, N]
+    own = torch.ones(suffix, suffix, dtype=torch.bool).tril()  # [S, S]
+    bottom = torch.cat([reads_draft.repeat_interleave(suffix, 0), torch.block_diag(*[own] * probes).bool()], dim=1)
+    rows = torch.cat([top, bottom])
+    return torch.cat([torch.ones(rows.shape[0], context, dtype=torch.bool), rows], dim=1)
+
+
+def probe_positions(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Tensor:
+    """Position ids of the same pass, [N + K*S]: probe k restarts right after its cut, as a separate call would."""
+    starts = torch.tensor(cuts, dtype=torch.long)[:, None] + context  # [K, 1]
+    return torch.cat([torch.arange(context, context + draft), (starts + torch.arange(suffix)).flatten()])
+
+
+def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
+    """Let every node of a token tree see the context, its ancestors and itself (SpecInfer, EAGLE, Medusa).
+
+        context=2, parents=[-1, 0, 0, 1]
+                   ctx    node0..3
+        node0      x x    x . . .
+        node1      x x    x x . .
+        node2      x x    x . x .
+        node3      x x    x x . x
+
+    Returns [N, C + N] bool.
+    """
+    n = len(parents)
+    nodes = torch.eye(n, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            nodes[node] |= nodes[parent]
+    return torch.cat([torch.ones(n, context, dtype=torch.bool), nodes], dim=1)
+
+
+def for_model(allowed: Tensor, rows_at: Tensor, columns_at: Tensor, *, windows: Mapping[str, int | None],
+              dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """The mask as `attention_mask` of a Hugging Face causal LM.
+
+    allowed     [R, C + R] bool
+    rows_at     [R] position ids of the rows; columns_at [C + R] position ids of the columns. A sliding window is a
+                distance between *positions*: a probe sits right behind its cut, wherever its row is in the pass.
+    windows     layer kind -> window in tokens, None for full attention; one entry per kind the model has
+
+    Returns [1, 1, R, C + R] additive in `dtype`, or one such mask per layer kind where there are several.
+    """
+    distance = rows_at[:, None] - columns_at[None, :]  # [R, C + R]
+    masks = {}
+    for kind, window in windows.items():
+        visible = allowed if window is None else allowed & (distance < window)
+        additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        masks[kind] = additive[None, None].to(device)
+    return masks if len(masks) > 1 else next(iter(masks.values()))

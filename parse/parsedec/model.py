@@ -1,0 +1,253 @@
+"""A causal language model with its tokenizer: what the engine needs to know of it, found out once.
+
+`load` takes a hub id, a directory, a GGUF file or `zoo:NAME`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from parsedec import kv
+from parsedec.errors import ConfigError, ModelLoadError
+
+log = logging.getLogger(__name__)
+
+# Attention functions that take a 4-D additive mask. Flash kernels ignore or reject one, and flex attention with a
+# 4-D tensor aborts the process (torch 2.13, CPU).
+MASKABLE = {"eager", "sdpa"}
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A Hugging Face causal LM, its tokenizer, and the facts about both that the engine relies on.
+
+    name             what records and error messages call it
+    hf               the model, in eval mode
+    tokenizer        its tokenizer
+    context_limit    most tokens a request may hold, prompt included
+    chat_template    Jinja text that replaces the tokenizer's own, or None
+    template_args    extra variables for the template, e.g. {"enable_thinking": False}
+    judge_question   the question this checkpoint was trained to judge by, if it says so (judge.json beside it)
+    """
+
+    name: str
+    hf: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context_limit: int
+    chat_template: str | None = None
+    template_args: dict[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    judge_question: str | None = None
+
+    @classmethod
+    def wrap(cls, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None,
+             context_limit: int | None = None, chat_template: str | None = None,
+             judge_question: str | None = None) -> LanguageModel:
+        """Use a model that is already in memory."""
+        limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        if context_limit is not None:
+            if not 1 < context_limit <= limit:
+                raise ConfigError(f"context_limit={context_limit} for {name or hf.config.name_or_path}; expected 2 to "
+                                  f"{limit} (the model's max_position_embeddings). Lower it or leave it out.")
+            limit = context_limit
+        return cls(name or hf.config.name_or_path or type(hf).__name__, hf.eval(), tokenizer, limit, chat_template,
+                   judge_question=judge_question)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the output matrix; may exceed the tokenizer's vocabulary (padding)."""
+        return int(self.hf.config.get_text_config().vocab_size)
+
+    @cached_property
+    def num_layers(self) -> int:
+        return int(self.hf.config.get_text_config().num_hidden_layers)
+
+    @cached_property
+    def hidden_size(self) -> int:
+        return int(self.hf.config.get_text_config().hidden_size)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id that closes an answer, from the generation config, the model config and the tokenizer."""
+        generation = getattr(self.hf, "generation_config", None)
+        found: list[int] = []
+        for value in (getattr(generation, "eos_token_id", None),
+                      getattr(self.hf.config.get_text_config(), "eos_token_id", None), self.tokenizer.eos_token_id):
+            ids = value if isinstance(value, (list, tuple)) else [value]
+            found += [int(i) for i in ids if i is not None and int(i) not in found]
+        return tuple(found)
+
+    @cached_property
+    def windows(self) -> dict[str, int | None]:
+        """Layer kind -> sliding window (None: full attention), one entry per kind the model's layers have."""
+        config = self.hf.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        if not getattr(config, "use_sliding_window", True):
+            window = None
+        kinds = getattr(config, "layer_types", None) or [("sliding_attention" if window else "full_attention")]
+        return {kind: window if kind != "full_attention" else None for kind in dict.fromkeys(kinds)}
+
+    @cached_property
+    def recurrent(self) -> bool:
+        """Whether layers carry states that cannot be cut back to an earlier token."""
+        return kv.is_recurrent(kv.DynamicCache(config=self.hf.config))
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """The name the model's forward gives its cache (Mamba's differs, and a wrong name is silently ignored)."""
+        parameters = inspect.signature(self.hf.forward).parameters
+        return "cache_params" if "cache_params" in parameters else "past_key_values"
+
+    @cached_property
+    def has_attention(self) -> bool:
+        """Whether any layer attends to earlier tokens (pure Mamba models have none and take no mask)."""
+        return any(hasattr(layer, "keys") for layer in kv.DynamicCache(config=self.hf.config).layers)
+
+    @cached_property
+    def mask_obstacle(self) -> str | None:
+        """Why a custom attention mask cannot work on this model, or None where it can."""
+        if self.recurrent:
+            return "recurrent or convolutional layers, which no attention mask reaches"
+        strange = set(self.windows) - ATTENTION_KINDS
+        if strange:
+            return f"layers of kind {sorted(strange)}, whose masks are not known here"
+        attention = self.hf.config._attn_implementation
+        if attention not in MASKABLE:
+            return f"attention implementation '{attention}', which takes no 4-D mask (sdpa and eager do)"
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
+        """Text of answer tokens; special tokens are left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def same_vocabulary(self, other: LanguageModel) -> bool:
+        """Whether ids mean the same tokens in both models."""
+        return self is other or self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+    def with_template(self, chat_template: str) -> LanguageModel:
+        """The same model with another chat template."""
+        return replace(self, chat_template=chat_template)
+
+
+def load(source: str | Path, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
+         context_limit: int | None = None, chat_template: str | None = None, device_map: str | None = None,
+         name: str | None = None) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    source         hub id, directory, `.gguf` file, or `zoo:NAME` for a model that ships with parsedec
+    dtype          "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
+    device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
+    attention      "auto" (transformers' choice) or a Hugging Face attention implementation; the packed judge pass
+                   needs "sdpa" or "eager"
+    chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
+    device_map     as in transformers, for a model spread over several devices; `device` is then ignored
+
+    Raises ModelLoadError for anything that is missing, damaged or not on this machine.
+    """
+    where = _device(device)
+    location, gguf = _resolve(str(source))
+    arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
+        if device_map is not None:
+            arguments["device_map"] = device_map
+        if attention != "auto":
+            arguments["attn_implementation"] = attention
+        hf = AutoModelForCausalLM.from_pretrained(location, dtype=_dtype(dtype), **arguments)
+    except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
+        raise ModelLoadError(f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
+                             "a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. Check the "
+                             "path, and that the download or copy is complete.") from error
+    if device_map is None:
+        hf = hf.to(where)
+    return LanguageModel.wrap(hf, tokenizer, name=name or str(source), context_limit=context_limit,
+                              chat_template=_read_template(chat_template),
+                              judge_question=_read_judge_question(location))
+
+
+def zoo_names() -> list[str]:
+    """Names that `load("zoo:NAME")` knows."""
+    return sorted(entry.name for entry in _zoo_folder().iterdir() if (entry / "config.json").is_file())
+
+
+def _zoo_folder() -> Path:
+    return Path(str(files("parsedec") / "zoo"))
+
+
+def _resolve(source: str) -> tuple[str, str | None]:
+    """(location, gguf file name or None) as `from_pretrained` wants them."""
+    if source.startswith("zoo:"):
+        name = source.removeprefix("zoo:")
+        if name not in zoo_names():
+            raise ModelLoadError(f"'{source}' is not in the zoo; expected one of {[f'zoo:{n}' for n in zoo_names()]}.")
+        return str(_zoo_folder() / name), None
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelLoadError(f"the GGUF file '{source}' does not exist. Check the path.")
+        return str(path.parent), path.name
+    if source.startswith((".", "/", "~")) and not path.is_dir():
+        raise ModelLoadError(f"the model directory '{source}' does not exist. Check the path, or give a hub id.")
+    return (str(path) if path.is_dir() else source), None
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device='{device}' is not a device; expected auto, cpu, cuda or cuda:N.") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"device='{device}', but this machine has no usable CUDA device (torch {torch.__version__}). "
+                             "Use device=cpu, or install a CUDA build of torch.")
+    return where
+
+
+def _dtype(dtype: str) -> torch.dtype | str:
+    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise ConfigError(f"dtype='{dtype}' is unknown; expected one of {sorted(known)}.")
+    return known[dtype]
+
+
+def _read_template(chat_template: str | None) -> str | None:
+    """A template given as Jinja text or as the path of a file."""
+    if chat_template is None or "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise ModelLoadError(f"chat_template='{chat_template}' is neither Jinja text nor an existing file. Check the path.")
+    return path.read_text()
+
+
+def _read_judge_question(location: str) -> str | None:
+    """The question in `judge.json` beside a local checkpoint: {"question": "…"}."""
+    path = Path(location) / "judge.json"
+    return str(json.loads(path.read_text())["question"]) if path.is_file() else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,197 @@
+"""The outer level: draft, judge, keep, continue (PARSE, arXiv 2605.04263; one round is drawn in the README).
+
+    prompt -> Drafter -> draft d[0:N] -> cuts c_1 < ... < c_K = N -> judge: ONE target pass -> scores s_1 .. s_K
+                 ^                                                                                  |
+                 +-- loop policy <- segment written by the target <- inner level <- kept prefix c* <-+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
+
+from parsedec.answer import Answer
+from parsedec.boundary import BoundaryRule, FirstFailure
+from parsedec.drafter import Drafter
+from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.gate import Always, DraftRecord, Gate, GateHistory
+from parsedec.inner import Decoder
+from parsedec.judge import Judge, LabelJudge, Scores
+from parsedec.loop import Once, Rounds
+from parsedec.meter import Meter
+from parsedec.model import LanguageModel
+from parsedec.segmenters import Lines, Segmenter
+from parsedec.text import Draft
+from parsedec.types import Author, Round, Segment
+
+Written = tuple[Author, list[int]]
+
+
+@dataclass(slots=True)
+class Work:
+    """A request being answered: what an outer level works with. The prompt is in the target's session already."""
+
+    target: Decoder
+    drafter: Drafter | None
+    answer: Answer
+    meter: Meter
+    history: GateHistory
+    rounds: list[Round] = field(default_factory=list)
+
+    def target_writes(self, until: Segmenter | None = None) -> Iterator[Written]:
+        """The target decodes to the end of the answer, or until it has completed a segment."""
+        before, start = self.meter.seconds("decode"), len(self.answer.tokens)
+        for tokens in self.meter.timed(self.target.write(self.answer, Author.TARGET), "decode"):
+            yield Author.TARGET, tokens
+            if until is not None:
+                own = Draft.of(self.answer.model, self.answer.tokens[start:], ended=False)
+                if until.first_end(own) is not None:
+                    break
+        self.history.decode_s += self.meter.seconds("decode") - before
+        self.history.decoded_tokens += len(self.answer.tokens) - start
+
+
+class Outer(Protocol):
+    """Answers a request; yields what was written as soon as it is sure to stand."""
+
+    needs_draft: bool
+
+    def bind(self, target: LanguageModel) -> Self:
+        """A copy for `target`; whatever does not fit is found here."""
+
+    def run(self, work: Work) -> Iterator[Written]: ...
+
+
+@dataclass(frozen=True)
+class TargetOnly:
+    """outer=none: the inner level alone."""
+
+    needs_draft: bool = False
+
+    def bind(self, target: LanguageModel) -> TargetOnly:
+        return self
+
+    def run(self, work: Work) -> Iterator[Written]:
+        start = len(work.answer.tokens)
+        yield from work.target_writes()
+        work.rounds.append(Round(drafted=False, target_tokens=len(work.answer.tokens) - start,
+                                 decode_s=work.meter.seconds("decode")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixVerification:
+    """outer=parse: the target judges all prefixes of a whole draft and keeps the longest valid one.
+
+    passes            "fused": the complete draft and its prefixes in one pass; "two_pass": the complete draft first,
+                      the prefixes only if it fails
+    full_threshold    score with which the complete draft is the answer (the holistic check)
+    max_draft_tokens  longest draft; None: as long as the answer may be
+    """
+
+    judge: Judge = field(default_factory=LabelJudge)
+    segmenter: Segmenter = field(default_factory=Lines)
+    boundary: BoundaryRule = field(default_factory=FirstFailure)
+    gate: Gate = field(default_factory=Always)
+    loop: Once | Rounds = field(default_factory=Once)
+    passes: str = "fused"
+    full_threshold: float = 0.9
+    max_draft_tokens: int | None = None
+    needs_draft: bool = True
+
+    def __post_init__(self) -> None:
+        if self.passes not in ("fused", "two_pass") or not 0 <= self.full_threshold <= 1:
+            raise ConfigError(f"outer has passes='{self.passes}', full_threshold={self.full_threshold}; expected fused or "
+                              "two_pass, and a probability from 0 to 1.")
+
+    def bind(self, target: LanguageModel) -> PrefixVerification:
+        return replace(self, judge=self.judge.bind(target))
+
+    def run(self, work: Work) -> Iterator[Written]:
+        for i in range(self.loop.rounds):
+            drafting = self.gate.allows(work.history)
+            facts: dict[str, Any] = {"drafted": drafting}
+            if drafting:
+                yield from self._draft_and_judge(work, facts)
+            before, start = work.meter.seconds("decode"), len(work.answer.tokens)
+            last = i == self.loop.rounds - 1 or not drafting
+            yield from work.target_writes(until=None if last else self.segmenter)
+            work.rounds.append(Round(**facts, target_tokens=len(work.answer.tokens) - start,
+                                     decode_s=work.meter.seconds("decode") - before))
+            if work.answer.stop is not None:
+                return
+
+    def _draft_and_judge(self, work: Work, facts: dict[str, Any]) -> Iterator[Written]:
+        """One draft; yields its kept part and fills in the round's facts."""
+        draft = self._write_draft(work, facts)
+        cuts = self.segmenter.cuts(draft)
+        kept: list[int] = []
+        if cuts:
+            before = work.meter.seconds("judge")
+            with work.meter.span("judge"):
+                scores, passes = self._judge(work, draft, cuts)
+                segments, whole = self._decide(scores, draft)
+                cut = cuts[segments - 1] if segments else 0
+                work.target.session.keep_draft(cut)
+            kept = work.answer.extend([*draft.tokens[:cut], *([self._end_token(work)] if whole else [])], Author.DRAFT)
+            facts |= self._facts(draft, cuts, scores, passes, segments)
+            facts |= {"accepted_whole": whole, "kept_tokens": len(kept), "judge_s": work.meter.seconds("judge") - before}
+        drafted = len(draft.tokens) + draft.ended
+        counters = work.target.counters
+        counters.draft_tokens += drafted
+        counters.kept_draft_tokens += len(kept)
+        work.history.drafts.append(DraftRecord(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, len(kept)))
+        if kept:
+            yield Author.DRAFT, kept
+
+    def _write_draft(self, work: Work, facts: dict[str, Any]) -> Draft:
+        if work.drafter is None:
+            raise IncompatibleStack("outer=parse needs a draft model; set draft, or use outer=none.")
+        # the probes stand behind the draft in the target's context
+        room = work.target.session.room - self.judge.suffix_rows
+        limit = min(work.answer.remaining, room, self.max_draft_tokens or room)
+        before = work.meter.seconds("draft")
+        with work.meter.span("draft"):
+            draft = work.drafter.write(work.answer, limit) if limit > 0 else Draft((), "", (), False)
+        facts |= {"judged_tokens": len(draft.tokens), "draft_ended": draft.ended,
+                  "draft_s": work.meter.seconds("draft") - before}
+        return draft
+
+    def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
+        """A score per cut (None where two_pass did not need to ask), and the passes made."""
+        session, counters = work.target.session, work.target.counters
+        first = self.judge.score(session, draft, cuts, cuts if self.passes == "fused" else cuts[-1:])
+        passes = [first]
+        scores: list[float | None] = list(first.values)
+        if self.passes == "two_pass" and len(cuts) > 1:
+            scores = [None] * (len(cuts) - 1) + scores
+            if first.values[-1] < self.full_threshold:
+                passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
+                scores[:-1] = passes[-1].values
+        counters.judge_passes += len(passes)
+        counters.judge_rows += sum(p.rows for p in passes)
+        return scores, passes
+
+    def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:
+        """(leading segments that stand, whether the draft is the answer)."""
+        last = scores[-1]
+        assert last is not None
+        if last >= self.full_threshold:
+            return len(scores), draft.ended
+        return self.boundary.keep([score for score in scores if score is not None]), False
+
+    def _facts(self, draft: Draft, cuts: list[int], scores: Sequence[float | None], passes: list[Scores],
+               kept: int) -> dict[str, Any]:
+        starts = [0, *cuts[:-1]]
+        segments = tuple(
+            Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=k < kept)
+            for k, (start, stop, score) in enumerate(zip(starts, cuts, scores, strict=True)))
+        logprobs = passes[0].draft_logprobs
+        return {"segments": segments, "judge_path": passes[0].path, "judge_passes": len(passes),
+                "judge_rows": sum(p.rows for p in passes), "mean_draft_logprob": sum(logprobs) / len(logprobs)}
+
+    def _end_token(self, work: Work) -> int:
+        """The id that closes the target's answer: the one its template puts there, if the suffix begins with it."""
+        ends = work.answer.model.end_ids
+        first = getattr(self.judge, "suffix", ())[:1]
+        return first[0] if first and first[0] in ends else ends[0]

@@ -1,0 +1,160 @@
+"""Where a draft may be cut. A segmenter proposes ends of segments; the rules below make them usable cuts.
+
+`min_tokens` and `max_tokens` bound a segment's length, `max_cuts` the number of probes: where there are more ends,
+they are thinned evenly, since where the first error falls is not known. The last cut is always the whole draft.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from parsedec.errors import ConfigError
+from parsedec.text import Draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmenter(ABC):
+    """Base of all segmenters."""
+
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    max_cuts: int = 32
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 1 or self.max_cuts < 1 or (self.max_tokens or self.min_tokens) < self.min_tokens:
+            raise ConfigError(f"segmenter has min_tokens={self.min_tokens}, max_tokens={self.max_tokens}, max_cuts="
+                              f"{self.max_cuts}; expected 1 <= min_tokens <= max_tokens and max_cuts >= 1.")
+
+    @abstractmethod
+    def ends(self, draft: Draft) -> Iterable[int]:
+        """Ascending token positions at which a segment is complete; the end of the draft may be left out."""
+
+    def cuts(self, draft: Draft) -> list[int]:
+        """Strictly ascending positions in 1..N, the last one N; empty for an empty draft."""
+        total = len(draft.tokens)
+        if not total:
+            return []
+        cuts = [0]
+        for end in self.ends(draft):
+            if end - cuts[-1] >= self.min_tokens and total - end >= self.min_tokens:
+                cuts.append(end)
+        cuts.append(total)
+        cuts = self._split_long(cuts)[1:]
+        if len(cuts) > self.max_cuts:
+            # the j-th of max_cuts sits at the j-th part of the list, rounded up, so the last is the whole draft
+            cuts = [cuts[-(-len(cuts) * (j + 1) // self.max_cuts) - 1] for j in range(self.max_cuts)]
+        return cuts
+
+    def first_end(self, draft: Draft) -> int | None:
+        """Position at which the first segment of a text still being written is complete, or None."""
+        return next((end for end in self.ends(draft) if self.min_tokens <= end), None)
+
+    def _split_long(self, cuts: list[int]) -> list[int]:
+        if self.max_tokens is None:
+            return cuts
+        split = [cuts[0]]
+        for cut in cuts[1:]:
+            start, parts = split[-1], -(-(cut - split[-1]) // self.max_tokens)
+            split += [start + (cut - start) * part // parts for part in range(1, parts + 1)]
+        return split
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryTokens(Segmenter):
+    """A cut every `delta` tokens: the paper's grid."""
+
+    delta: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.delta < 1:
+            raise ConfigError(f"segmenter.delta={self.delta}; expected at least 1 token.")
+
+    def ends(self, draft: Draft) -> Iterable[int]:
+        return range(self.delta, len(draft.tokens) + 1, self.delta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternSegmenter(Segmenter):
+    """Segments end where `pattern` matches: group 1, or the start of the match, is the end of the segment's text."""
+
+    pattern: str
+
+    def ends(self, draft: Draft) -> Iterable[int]:
+        for match in re.finditer(self.pattern, draft.text):
+            offset = match.end(1) if match.re.groups else match.start()
+            if draft.text[:offset].strip():
+                yield draft.position(offset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(PatternSegmenter):
+    """A segment is a line; the cut stands before the line break, so the judged text does not end in one."""
+
+    pattern: str = r"(?<=\S)[ \t]*\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paragraphs(PatternSegmenter):
+    """A segment is a paragraph or step: text up to a blank line."""
+
+    pattern: str = r"(?<=\S)[ \t]*\n\s*\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentences(PatternSegmenter):
+    """A segment is a sentence: up to . ! ? (and closing quotes or brackets) before white space, or a line break.
+
+    A full stop behind a single letter or between digits ends nothing ("e.g.", "3.5"); ideographic stops count.
+    """
+
+    pattern: str = r"(?:(?<!\b\w)[.!?][\"')\]]*(?=\s)|[。！？]|(?<=\S)(?=[ \t]*\n))()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeStatements(Segmenter):
+    """A segment is a statement of source code: a line end outside brackets, strings and continuations."""
+
+    def ends(self, draft: Draft) -> Iterable[int]:
+        for offset in statement_ends(draft.text):
+            yield draft.position(offset)
+
+
+def statement_ends(text: str) -> list[int]:
+    """Offsets of line ends at which a statement is complete: brackets closed, no open string, no backslash.
+
+    Blank lines and lines that only open a block or a comment end nothing of their own.
+    """
+    ends, depth, quote, i, line_start = [], 0, "", 0, 0
+    while i < len(text):
+        three, char = text[i:i + 3], text[i]
+        if quote:
+            if char == "\\":
+                i += 1
+            elif text.startswith(quote, i):
+                i += len(quote) - 1
+                quote = ""
+            elif char == "\n" and len(quote) == 1:
+                quote = ""  # an apostrophe in prose, not a string
+        elif three in ('"""', "'''"):
+            quote, i = three, i + 2
+        elif char in "\"'":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth = max(0, depth - 1)
+        elif char == "#":
+            i = text.find("\n", i) - 1 if "\n" in text[i:] else len(text)
+        elif char == "\n":
+            line = text[line_start:i].strip()
+            if depth == 0 and line and not line.startswith(("#", "//", "```", "@")) and line[-1] not in "\\:,":
+                ends.append(i)
+            line_start = i + 1
+        if char == "\n" and quote:
+            line_start = i + 1
+        i += 1
+    return ends

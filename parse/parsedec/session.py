@@ -1,0 +1,406 @@
+"""One request in one model: the tokens committed so far and the cache behind them.
+
+This is the only place that runs a forward or touches a cache. A session's tokens are in three parts:
+
+    cached    committed and in the cache                        tokens[:cached]
+    pending   committed, not yet read by the model              tokens[cached:]
+    staged    read by the model in the last `tree` or `judge`, not committed; `keep` says which of them stay
+
+`next_logits` are the model's logits after the last committed token, whenever nothing is pending; after a `keep` they
+come from the pass that staged the rows, so decoding on never needs another prefill.
+
+Shapes in this file:  N staged rows, K cuts or probes, S suffix rows a probe, V vocabulary, L taps, H hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parsedec import kv, masks
+from parsedec.errors import IncompatibleStack, JudgeError, PromptError
+from parsedec.model import LanguageModel
+from parsedec.types import JudgePath, Seen, Tree
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRows:
+    """What one judge pass gives besides the staged draft.
+
+    probe_logits    [K, V] float32, the logits after each probe's last row
+    draft_logprobs  [N] float32, the model's log-probability of every draft token, or None if not asked for
+    rows            token positions this pass computed
+    """
+
+    probe_logits: Tensor
+    draft_logprobs: Tensor | None
+    rows: int
+    path: JudgePath
+
+
+@dataclass(slots=True)
+class _Staged:
+    """Rows in the cache behind the committed ones. Row i holds tokens[i]; `known[i]` are the logits after it."""
+
+    tokens: list[int]
+    committed: int  # leading rows that were pending before the pass: committed, whatever `keep` says
+    known: dict[int, Tensor]
+    taps: Tensor | None  # [N, L, H]
+    logprobs: Tensor | None = None
+    snapshots: dict[int, kv.DynamicCache] = field(default_factory=dict)  # recurrent models: cache after so many rows
+
+
+class Session:
+    """Eager backend: any Hugging Face causal LM, CPU or CUDA, batch 1."""
+
+    def __init__(self, model: LanguageModel, taps: tuple[int, ...] = ()) -> None:
+        self.model = model
+        self.taps = taps
+        self.tokens: list[int] = []
+        self.cached = 0
+        self.calls = 0
+        self.rows = 0
+        self._cache = kv.new_cache(model.hf)
+        self._logits: Tensor | None = None  # after the last cached row
+        self._staged: _Staged | None = None
+        self._tap_rows: list[Tensor] = []  # [rows, L, H] each, together one row per cached token
+        # Recurrent models go back by restoring: committed length -> (cache, logits after it). First and latest feed.
+        self._marks: dict[int, tuple[kv.DynamicCache, Tensor | None]] = {}
+
+    # ---------------------------------------------------------------- what is there
+
+    @property
+    def length(self) -> int:
+        """Committed tokens, pending ones included."""
+        return len(self.tokens)
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed tokens that the model has not read yet."""
+        return self.tokens[self.cached:]
+
+    @property
+    def next_logits(self) -> Tensor | None:
+        """Logits after the last committed token [V]; None while tokens are pending."""
+        return self._logits if self.cached == self.length else None
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be committed before the context is full."""
+        return self.model.context_limit - self.length
+
+    def seen(self, start: int) -> Seen:
+        """Taps of the cached rows from `start` on."""
+        if not self.taps:
+            return Seen()
+        if len(self._tap_rows) > 1:
+            self._tap_rows = [torch.cat(self._tap_rows)]
+        rows = self._tap_rows[0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
+        return Seen(rows[start:])
+
+    # ---------------------------------------------------------------- verbs
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
+        self._drop_staged()
+        self.tokens.extend(tokens)
+        if self.pending:
+            self._check_room(0)
+            self._read_pending(self.length)
+            if self.model.recurrent:
+                self._mark()
+        if self._logits is None:
+            raise PromptError("feed() was given no tokens on an empty session; expected at least one token.")
+        return self._logits
+
+    def append(self, token: int) -> None:
+        """Commit a token without reading it: it becomes the root of the next tree."""
+        self._drop_staged()
+        self.tokens.append(token)
+
+    def read_ahead(self) -> None:
+        """Read all pending tokens but the last; there is more than one after a rewind or an injection."""
+        if len(self.pending) > 1:
+            self._read_pending(self.length - 1)
+
+    def tree(self, tree: Tree) -> Tensor:
+        """Read a tree of guesses whose node 0 is the last committed token, which is pending.
+
+        Returns the logits after every node [N, V]; `keep` then commits the accepted path.
+        """
+        self._drop_staged()
+        self._check_room(max(tree.depths()))
+        self.read_ahead()
+        if self.pending != [tree.tokens[0]]:
+            raise ValueError(f"tree root is {tree.tokens[0]}, the pending tokens {self.pending}; expected the same")
+        base = kv.snapshot(self._cache) if self.model.recurrent and tree.size > 1 else None
+        if tree.is_chain:
+            logits, taps = self._forward(list(tree.tokens), keep=tree.size)
+        else:
+            logits, taps = self._read_branching(tree)
+        self._staged = _Staged(list(tree.tokens), 1, dict(enumerate(logits)), taps)
+        if base is not None:
+            self._staged.snapshots[0] = base
+        return logits
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Commit the accepted path of the staged tree: node indices from the root on."""
+        if self._staged is None or self._staged.committed != 1 or not path or path[0] != 0:
+            raise ValueError(f"keep({list(path)}) needs a staged tree and a path that starts at its root, node 0")
+        self._keep_rows(list(path))
+
+    def judge(self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], *,
+              probes: Sequence[int] | None = None, path: JudgePath = JudgePath.PACKED) -> JudgeRows:
+        """Read a draft and, after each probed cut, the verification suffix; nothing is committed.
+
+        draft    N tokens that would follow the committed ones
+        cuts     ascending positions in 1..N at which the draft may be kept; their next-token logits are remembered
+        suffix   S tokens, appended once per probe
+        probes   the cuts to judge in this pass (default: all). A second call with the same draft reuses its rows.
+
+        Packed: one pass of N + K*S rows (plus pending tokens, if any). Forked: the draft, then one batch of K
+        suffixes on copies of the cache.
+        """
+        probes = list(cuts if probes is None else probes)
+        _check_judge(len(draft), cuts, probes, suffix)
+        self._check_room(len(draft) + len(suffix))
+        before = self.rows
+        reuse = self._staged is not None and self._staged.tokens[self._staged.committed:] == list(draft)
+        if not reuse:
+            self._drop_staged()
+        if path is JudgePath.PACKED:
+            probe_logits = self._probe(suffix, probes) if reuse else self._read_packed(draft, cuts, suffix, probes)
+        else:
+            if not reuse:
+                self._read_in_segments(draft, cuts)
+            probe_logits = self._probe_forked(suffix, probes)
+        assert self._staged is not None and self._staged.logprobs is not None
+        return JudgeRows(probe_logits.float(), self._staged.logprobs, self.rows - before, path)
+
+    def keep_draft(self, cut: int) -> None:
+        """Commit the first `cut` tokens of the judged draft: 0 or one of the cuts the pass was told of."""
+        if self._staged is None or self._staged.logprobs is None:
+            raise ValueError(f"keep_draft({cut}) needs a judged draft; call judge() first")
+        rows = self._staged.committed + cut
+        if rows and rows - 1 not in self._staged.known:
+            raise ValueError(f"keep_draft({cut}): the logits there are not known; expected 0 or one of the cuts")
+        self._keep_rows(list(range(rows)))
+
+    def rewind(self, length: int) -> None:
+        """Go back to the first `length` committed tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"rewind({length}) on a session of {self.length} tokens; expected 0 to {self.length}")
+        self._drop_staged()
+        if length < self.cached:
+            self._go_back(length)
+        del self.tokens[length:]
+
+    def fork(self) -> Session:
+        """An independent copy; attention caches are shared until one of the two grows, so it costs next to nothing."""
+        self._drop_staged()
+        twin = Session(self.model, self.taps)
+        twin.tokens, twin.cached, twin._logits = list(self.tokens), self.cached, self._logits
+        twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
+        return twin
+
+    # ---------------------------------------------------------------- passes
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int], *, keep: int | Tensor, positions: Tensor | None = None,
+                 mask: Tensor | dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
+        device = self.model.device
+        out = self.model.hf(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=None if positions is None else positions[None].to(device),
+            attention_mask=mask, use_cache=True,
+            logits_to_keep=keep if isinstance(keep, int) else keep.to(device),
+            output_hidden_states=list(self.taps) or None, **{self.model.cache_argument: self._cache})
+        self.calls += 1
+        self.rows += len(ids)
+        taps = torch.stack([out.hidden_states[i][0] for i in self.taps], dim=1) if self.taps else None
+        return out.logits[0], taps
+
+    def _read_pending(self, end: int) -> None:
+        """Read the pending tokens before position `end`."""
+        logits, taps = self._forward(self.tokens[self.cached:end], keep=1)
+        self._logits = logits[-1]
+        self.cached = end
+        if taps is not None:
+            self._tap_rows.append(taps)
+
+    def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
+        if obstacle := self.model.mask_obstacle:
+            raise IncompatibleStack(f"{self.model.name} has {obstacle}; a branching tree cannot be verified on it. "
+                                    "Choose an inner speculator that drafts chains, or inner=none.")
+        positions = torch.tensor(tree.depths()) + self.cached
+        return self._forward(list(tree.tokens), keep=tree.size, positions=positions,
+                             mask=self._mask(masks.tree_mask(self.cached, tree.parents), positions))
+
+    def _read_packed(self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int],
+                     probes: list[int]) -> Tensor:
+        """Draft and probes in one pass; stages the draft and returns the probes' logits [K, V]."""
+        if obstacle := self.model.mask_obstacle:
+            raise IncompatibleStack(f"{self.model.name} has {obstacle}; the packed judge pass would be wrong on it. "
+                                    "Use judge.path=auto or forked.")
+        lead = len(self.pending)
+        tokens = [*self.pending, *draft]
+        ends = [lead + cut for cut in probes]  # the pending tokens are a prefix that every probe sees
+        n, s = len(tokens), len(suffix)
+        positions = masks.probe_positions(self.cached, n, ends, s)
+        wanted = torch.tensor([*range(n), *(n + s * (k + 1) - 1 for k in range(len(probes)))])
+        logits, taps = self._forward(
+            tokens + list(suffix) * len(probes), keep=wanted, positions=positions,
+            mask=self._mask(masks.probe_mask(self.cached, n, ends, s), positions))
+        kv.cut_tail(self._cache, s * len(probes))
+        self._stage(tokens, lead, cuts, logits[:n], None if taps is None else taps[:n])
+        return logits[n:]
+
+    def _probe(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
+        """Probes of a draft that is staged already: K*S rows."""
+        assert self._staged is not None
+        n, s = len(self._staged.tokens), len(suffix)
+        ends = [self._staged.committed + cut for cut in probes]
+        positions = masks.probe_positions(self.cached, n, ends, s)
+        mask = self._mask(masks.probe_mask(self.cached, n, ends, s)[n:], positions)
+        last_rows = torch.arange(1, len(probes) + 1) * s - 1
+        logits, _ = self._forward(list(suffix) * len(probes), keep=last_rows, positions=positions[n:], mask=mask)
+        kv.cut_tail(self._cache, s * len(probes))
+        return logits
+
+    def _read_in_segments(self, draft: Sequence[int], cuts: Sequence[int]) -> None:
+        """Stage the draft causally; for recurrent models in segments, with the cache remembered at every cut."""
+        lead = len(self.pending)
+        tokens = [*self.pending, *draft]
+        stops = sorted({lead, *(lead + cut for cut in cuts), len(tokens)} - {0}) if self.model.recurrent \
+            else [len(tokens)]
+        snapshots = {0: kv.snapshot(self._cache)} if self.model.recurrent else {}
+        parts, taps, start = [], [], 0
+        for stop in stops:
+            logits, tap = self._forward(tokens[start:stop], keep=stop - start)
+            parts.append(logits)
+            taps += [] if tap is None else [tap]
+            if self.model.recurrent:
+                snapshots[stop] = kv.snapshot(self._cache)
+            start = stop
+        self._stage(tokens, lead, cuts, torch.cat(parts), torch.cat(taps) if taps else None)
+        assert self._staged is not None
+        self._staged.snapshots = snapshots
+
+    @torch.inference_mode()
+    def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
+        """One batch of K suffixes, row k on a copy of the cache that ends at cut k: logits [K, V]."""
+        assert self._staged is not None
+        staged, device = self._staged, self.model.device
+        n, s, k = len(staged.tokens), len(suffix), len(probes)
+        ends = [staged.committed + cut for cut in probes]
+        branches = [staged.snapshots[end] for end in ends] if self.model.recurrent else []
+        wide = kv.widen(self._cache, branches, [n - end for end in ends])
+        columns = torch.arange(self.cached + n + s)
+        visible = (columns[None] >= n - torch.tensor(ends)[:, None]).long()  # [K, T + N + S], left-padded
+        positions = torch.tensor(ends)[:, None] + self.cached + torch.arange(s)  # [K, S]
+        out = self.model.hf(
+            input_ids=torch.tensor([list(suffix)] * k, device=device), position_ids=positions.to(device),
+            attention_mask=visible.to(device) if self.model.has_attention else None,
+            use_cache=True, logits_to_keep=1, **{self.model.cache_argument: wide})
+        self.calls += 1
+        self.rows += s * k
+        return out.logits[:, -1]
+
+    def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        columns_at = torch.cat([torch.arange(self.cached), positions])
+        return masks.for_model(allowed, positions[-allowed.shape[0]:], columns_at, windows=self.model.windows,
+                               dtype=self.model.dtype, device=self.model.device)
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def _stage(self, tokens: list[int], lead: int, cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
+        """Remember a read draft: log-probabilities of its tokens and the logits at every cut. logits [N, V]."""
+        before = logits[lead - 1:lead] if lead else None if self._logits is None else self._logits[None]
+        if before is None:
+            raise PromptError("a draft was judged on an empty session; feed the prompt first.")
+        logprobs = token_logprobs(torch.cat([before, logits[lead:-1]]), tokens[lead:])
+        rows = {lead + cut - 1 for cut in cuts} | ({lead - 1} if lead else set())
+        # clones: a view would keep the whole [N, V] matrix alive until the next pass
+        self._staged = _Staged(tokens, lead, {row: logits[row].clone() for row in rows}, taps, logprobs)
+
+    def _keep_rows(self, rows: list[int]) -> None:
+        staged = self._staged
+        assert staged is not None
+        self._staged = None
+        total, contiguous = len(staged.tokens), rows == list(range(len(rows)))
+        if self.model.recurrent and len(rows) < total:
+            self._restore_staged(staged, rows)
+        elif contiguous:
+            kv.cut_tail(self._cache, total - len(rows))
+        else:
+            kv.keep_rows(self._cache, self.cached, rows)
+        self.tokens.extend(staged.tokens[row] for row in rows[staged.committed:])
+        self.cached += len(rows)
+        if rows:
+            self._logits = staged.known.get(rows[-1])
+        if staged.taps is not None and rows:
+            self._tap_rows.append(staged.taps[rows])
+
+    def _restore_staged(self, staged: _Staged, rows: list[int]) -> None:
+        """Recurrent models: back to the snapshot after len(rows) rows, or to the one before and read the rows again."""
+        if len(rows) in staged.snapshots:
+            self._cache = kv.snapshot(staged.snapshots[len(rows)])
+            return
+        self._cache = kv.snapshot(staged.snapshots[0])
+        if rows:
+            self._forward([staged.tokens[row] for row in rows], keep=1)
+
+    def _drop_staged(self) -> None:
+        if self._staged is not None:
+            self._keep_rows(list(range(self._staged.committed)))
+
+    def _mark(self) -> None:
+        """Remember the state after a feed; the first one (the prompt) and the latest are enough for our rewinds."""
+        while len(self._marks) > 1:
+            self._marks.pop(max(self._marks))
+        self._marks[self.cached] = (kv.snapshot(self._cache), self._logits)
+
+    def _go_back(self, length: int) -> None:
+        """Shorten the cache to at most `length` rows; what is missing before `length` becomes pending again."""
+        if self.model.recurrent:
+            at = max((mark for mark in self._marks if mark <= length), default=0)
+            cache, self._logits = self._marks.get(at, (kv.new_cache(self.model.hf), None))
+            self._cache = kv.snapshot(cache)
+            self._marks = {mark: state for mark, state in self._marks.items() if mark <= at}
+        else:
+            at = max(0, length - 1)  # the last token is read again: the logits after it are gone
+            kv.cut_tail(self._cache, self.cached - at)
+            self._logits = None
+        if self.taps:
+            self._tap_rows = [rows] if (rows := self.seen(0).taps) is not None and at else []
+            self._tap_rows = [rows[:at] for rows in self._tap_rows]
+        self.cached = at
+
+    def _check_room(self, extra: int) -> None:
+        if self.length + extra > self.model.context_limit:
+            raise PromptError(f"{self.length} tokens plus {extra} more exceed the context of {self.model.name}, "
+                              f"{self.model.context_limit} tokens. Shorten the prompt or lower max_new_tokens.")
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> Tensor:
+    """Log-probability of tokens[i] under logits[i] ([N, V] -> [N] float32), in chunks: [N, V] float32 may not fit."""
+    index = torch.tensor(list(tokens), device=logits.device)
+    parts = [block.float().log_softmax(-1).gather(-1, at[:, None])[:, 0]
+             for block, at in zip(logits.split(chunk), index.split(chunk), strict=True)]
+    return torch.cat(parts)
+
+
+def _check_judge(n: int, cuts: Sequence[int], probes: Sequence[int], suffix: Sequence[int]) -> None:
+    for name, positions in (("cuts", cuts), ("probes", probes)):
+        if not positions or list(positions) != sorted(set(positions)) or not 1 <= positions[0] <= positions[-1] <= n:
+            raise JudgeError(f"{name}={list(positions)} for a draft of {n} tokens; expected at least one, strictly "
+                             f"ascending, each from 1 to {n}. Check the segmenter.")
+    if not set(probes) <= set(cuts):
+        raise JudgeError(f"probes={list(probes)} are not all among the cuts {list(cuts)}.")
+    if not suffix:
+        raise JudgeError("the verification suffix is empty; expected at least one token. Check judge.question.")

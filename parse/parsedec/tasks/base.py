@@ -1,0 +1,71 @@
+"""The seam between tasks and what runs them: a problem, its score, and a protocol of two verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from parsedec.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One question. It holds all a scorer needs, so that stored answers can be scored again later.
+
+    id         stable across runs and unique within a task
+    prompt     bare text of the user's message; the chat form belongs to the model's own template
+    reference  what the right answer is compared with
+    meta       JSON-serialisable facts for the scorer
+    """
+
+    id: str
+    prompt: str
+    reference: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.id or not self.prompt:
+            raise ValueError(f"Problem has id={self.id!r} and prompt={self.prompt!r}; expected both to be "
+                             "non-empty. Give every problem an id and a question.")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Whether an answer is right, and a short reason for people (its wording is not an interface).
+
+    first_wrong_line  0-based line of the answer, for tasks that can check every line; None: no line is wrong,
+                      or the task cannot tell
+    """
+
+    correct: bool
+    detail: str
+    first_wrong_line: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.correct and self.first_wrong_line is not None:
+            raise ValueError(f"Score is correct but names line {self.first_wrong_line} as wrong; expected "
+                             "first_wrong_line=None. Set correct=False.")
+
+
+class Task(Protocol):
+    """A list of problems and a scorer. Both are deterministic: same arguments, same problems, same scores."""
+
+    @property
+    def name(self) -> str: ...
+
+    def problems(self) -> list[Problem]: ...
+
+    def score(self, problem: Problem, text: str) -> Score:
+        """Score the answer `text`, which is the assistant's message without special tokens."""
+        ...
+
+
+def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse a setting that is not a whole number in [low, high]."""
+    # bool is a subclass of int, yet `n: true` in a YAML is surely a slip
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
+        expected = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{name}={value!r} is not usable; expected a whole number {expected}. "
+                          f"Change {name}.")

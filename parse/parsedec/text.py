@@ -1,0 +1,107 @@
+"""Where tokens end in the text they spell, and drafts carried from one vocabulary to another."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parsedec.model import LanguageModel
+
+INCOMPLETE = "\ufffd"  # what a decoder prints for a character whose bytes are not all there yet
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A whole answer by the draft model, in the target's tokens, its end token left out.
+
+    tokens  N target ids
+    text    what they spell
+    ends    [N] offset in `text` after each token
+    ended   the draft model closed the answer by itself
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    ends: tuple[int, ...]
+    ended: bool
+
+    @classmethod
+    def of(cls, model: LanguageModel, tokens: Sequence[int], ended: bool) -> Draft:
+        text, ends = token_ends(model, tokens)
+        return cls(tuple(tokens), text, tuple(ends), ended)
+
+    def position(self, offset: int) -> int:
+        """The first token position at which the text up to `offset` is complete."""
+        return min(bisect_left(self.ends, offset) + 1, len(self.tokens))
+
+    def piece(self, start: int, stop: int) -> str:
+        """Text of tokens[start:stop]."""
+        return self.text[self.ends[start - 1] if start else 0:self.ends[stop - 1] if stop else 0]
+
+
+class TextStream:
+    """Text of a token sequence that grows: `push` returns what a token added.
+
+    Decoded in a sliding window that restarts at the last complete character, as streaming servers do: token by token
+    would lose leading spaces and split characters, and from the start each time would be quadratic.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._window: list[int] = []
+        self._read = 0  # leading tokens of the window whose text is out already
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        text = self.model.decode(self._window)
+        if text.endswith(INCOMPLETE):
+            return ""
+        added = text[len(self.model.decode(self._window[:self._read])):]
+        self._window = self._window[self._read:]
+        self._read = len(self._window)
+        return added
+
+
+def token_ends(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of `tokens` and the offset after each of them."""
+    stream, text, ends = TextStream(model), "", []
+    for token in tokens:
+        text += stream.push(token)
+        ends.append(len(text))
+    return text, ends
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+class StopText:
+    """Holds back streamed text that may be the beginning of a stop string, which is not part of the answer."""
+
+    def __init__(self, stream: TextStream, stop: Sequence[str]) -> None:
+        self.stream = stream
+        self.stop = stop
+        self.sent = 0  # characters handed out
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Text that is sure to be part of the answer after one more token."""
+        text = self._held + self.stream.push(token)
+        found = [text.find(s) for s in self.stop if s in text]
+        if found:
+            safe = min(found)
+        else:
+            safe = min((len(text) - n for s in self.stop for n in range(1, min(len(s), len(text) + 1))
+                        if text.endswith(s[:n])), default=len(text))
+        self._held = text[safe:]
+        self.sent += safe
+        return text[:safe]
+
+    def rest(self, answer: str) -> str:
+        """What of the finished answer was still held back."""
+        return answer[self.sent:]

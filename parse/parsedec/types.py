@@ -1,0 +1,284 @@
+"""What crosses a seam: frozen dataclasses that refuse to be wrong, and the counts a result is made of.
+
+Units are in the names (`_s` seconds); ratios are properties, so that only raw counts are stored.
+Shapes in this file:  N nodes of a tree, V vocabulary, T committed tokens, A accepted tokens, L taps, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+from parsedec.errors import ConfigError
+
+Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
+
+
+class StopReason(StrEnum):
+    """Why a request ended; decided from token ids (and the decoded text for stop strings)."""
+
+    END_TOKEN = "end_token"
+    STOP_STRING = "stop_string"
+    TOKEN_LIMIT = "token_limit"
+    CONTEXT_LIMIT = "context_limit"
+
+
+class Author(StrEnum):
+    """Who wrote a span of the answer."""
+
+    DRAFT = "draft"
+    TARGET = "target"
+
+
+class JudgePath(StrEnum):
+    """How the judge's probes were computed: one masked pass, or a batch of forked caches (same scores)."""
+
+    PACKED = "packed"
+    FORKED = "forked"
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Guesses of an inner speculator. Node 0 is the last committed token; every other node is a guess.
+
+    tokens   N token ids
+    parents  N indices, parents[0] = -1 and parents[i] < i
+    logq     [N, V] log of the distribution node i was drawn from (row 0 unused); None: the guess was certain
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    logq: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        if n == 0 or len(self.parents) != n:
+            raise ValueError(f"Tree needs one parent per token and at least the root; got {n} tokens "
+                             f"and {len(self.parents)} parents")
+        wrong = [i for i in range(1, n) if not 0 <= self.parents[i] < i]
+        if self.parents[0] != -1 or wrong:
+            raise ValueError(f"Tree.parents must start with -1 and point backwards; nodes {wrong or [0]} do not "
+                             f"in {list(self.parents)}")
+        if self.logq is not None and self.logq.shape[0] != n:
+            raise ValueError(f"Tree.logq has {self.logq.shape[0]} rows for {n} nodes; expected one a node")
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], logq: Tensor | None = None) -> Tree:
+        """A tree without branches: each node guesses the successor of the one before."""
+        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)), logq)
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+
+    def depths(self) -> list[int]:
+        """Depth of every node; the root has depth 0."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def path_to(self, node: int) -> list[int]:
+        """Node indices from the root to `node`, both included."""
+        path = [node]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an inner speculator reads of the target. `hidden_layers`: indices as in `output_hidden_states`
+    (0 = embeddings, L = after the last layer's norm)."""
+
+    hidden_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Hidden states the target handed over: `taps` [rows, L, H] for the layers in `Needs.hidden_layers`, or None."""
+
+    taps: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Tokens committed since the speculator's state was made, whoever wrote them, and what the target showed.
+
+    tokens  A ids in order; the last one is the new root (not yet read by the target)
+    seen    taps of the A rows that ended up in the target's cache: those of the old root and of tokens[:-1]
+    """
+
+    tokens: tuple[int, ...]
+    seen: Seen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ConfigError(f"sampling is temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}; "
+                              "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a request ends besides the model's end token. `max_new_tokens` counts ids, end token included."""
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}; expected at least 1. Raise it.")
+        if any(not s for s in self.stop):
+            raise ConfigError(f"stop={list(self.stop)} holds an empty string, which would end every answer at once. "
+                              "Remove it.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One judged piece of a draft: the text between two cuts, and the score of the prefix that ends with it.
+
+    `score` is None where the judge was not asked (the other pass of `two_pass` had decided already).
+    """
+
+    text: str
+    tokens: int
+    score: float | None
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One draft-judge-continue cycle."""
+
+    drafted: bool  # False: the gate let the target write alone
+    judged_tokens: int = 0  # the draft in target tokens, without its end token: N of the judge's pass
+    kept_tokens: int = 0  # target tokens kept, a drafted end token included
+    draft_ended: bool = False  # the draft model closed its answer by itself
+    accepted_whole: bool = False
+    segments: tuple[Segment, ...] = ()
+    judge_path: JudgePath | None = None
+    judge_passes: int = 0
+    judge_rows: int = 0
+    mean_draft_logprob: float | None = None  # target's mean log-probability of the judged tokens, nats
+    target_tokens: int = 0  # tokens the target wrote after the boundary
+    draft_s: float = 0.0
+    judge_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        # + 1: a kept end token closes the draft but is not among the judged rows
+        if self.kept_tokens > self.judged_tokens + 1:
+            raise ValueError(f"Round keeps {self.kept_tokens} of {self.judged_tokens} judged tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A run of answer tokens by one author: `tokens[start:stop]` of the result, and their text."""
+
+    author: Author
+    start: int
+    stop: int
+    text: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """Work done for one request. Rows are token positions computed; a call is one forward of the model."""
+
+    target_calls: int = 0  # forwards of the target, prefill and judge passes included
+    target_rows: int = 0
+    judge_passes: int = 0
+    judge_rows: int = 0
+    draft_calls: int = 0
+    draft_rows: int = 0
+    draft_tokens: int = 0  # tokens of all drafts in the target's vocabulary, a drafted end token included
+    kept_draft_tokens: int = 0  # those of them that are part of the answer
+    inner_steps: int = 0  # trees verified by the target
+    offered_by_depth: list[int] = field(default_factory=list)  # [d] trees that reached depth d + 1
+    accepted_by_depth: list[int] = field(default_factory=list)  # [d] trees accepted to depth d + 1 or more
+
+    def count_tree(self, depth: int, accepted: int) -> None:
+        """Record a tree of `depth` levels below the root of which `accepted` levels were right."""
+        if accepted > depth:
+            raise ValueError(f"accepted {accepted} levels of a tree {depth} deep")
+        self.inner_steps += 1
+        missing = depth - len(self.offered_by_depth)
+        self.offered_by_depth.extend([0] * missing)
+        self.accepted_by_depth.extend([0] * missing)
+        for level in range(depth):
+            self.offered_by_depth[level] += 1
+            self.accepted_by_depth[level] += level < accepted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims."""
+
+    prefill_s: float
+    draft_s: float
+    judge_s: float
+    decode_s: float
+    wall_s: float
+    first_token_s: float  # until the first token that is sure to stand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished answer. `tokens` are the target's ids, the end token included when the answer was closed."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    stop: StopReason
+    spans: tuple[Span, ...]
+    rounds: tuple[Round, ...]
+    counters: Counters
+    times: PhaseTimes
+    judge_path: JudgePath | None = None
+    notes: tuple[str, ...] = ()  # what a reader of the trace should know, e.g. why a fallback ran
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the drafted tokens that are part of the answer."""
+        return self.counters.kept_draft_tokens / max(1, self.counters.draft_tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.times.wall_s if self.times.wall_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """One event of `Parse.stream`: text that is sure to stand, and who wrote it.
+
+    The last event carries the finished `result` and may have no text.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    author: Author
+    result: Result | None = None
