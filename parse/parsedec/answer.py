@@ -18,10 +18,15 @@ class Answer:
         self.tokens: list[int] = []
         self.stop: StopReason | None = None
         self._authors: list[Author] = []
+        self._rounds: list[int] = []  # token positions at which a round began
 
     @property
     def remaining(self) -> int:
         return self.limits.max_new_tokens - len(self.tokens)
+
+    def begin_round(self) -> None:
+        """Spans do not cross rounds, so that a reader can tell where each one began."""
+        self._rounds.append(len(self.tokens))
 
     def extend(self, tokens: Sequence[int], author: Author) -> list[int]:
         """Append tokens up to the first that ends the answer; returns those that were appended."""
@@ -49,13 +54,13 @@ class Answer:
         return text
 
     def spans(self) -> tuple[Span, ...]:
-        """Runs of tokens by one author, with their text; together they spell `text`."""
+        """Runs of tokens by one author within one round, with their text; together they spell `text`."""
         if not self.tokens:
             return ()
         _, ends = token_ends(self.model, self.tokens)
         text, spans, start = self.text, [], 0
         for i in range(1, len(self.tokens) + 1):
-            if i == len(self.tokens) or self._authors[i] is not self._authors[start]:
+            if i == len(self.tokens) or self._authors[i] is not self._authors[start] or i in self._rounds:
                 left, right = ends[start - 1] if start else 0, ends[i - 1]
                 piece = text[left:] if i == len(self.tokens) else text[left:right]
                 spans.append(Span(author=self._authors[start], start=start, stop=i, text=piece))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from parsedec.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Once:
     """One round, as in the paper: the target writes all that follows the kept prefix."""
 
-    rounds: int = 1
+    rounds: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,7 @@ class PrefixVerification:
 
     def run(self, work: Work) -> Iterator[Written]:
         for i in range(self.loop.rounds):
+            work.answer.begin_round()
             drafting = self.gate.allows(work.history)
             facts: dict[str, Any] = {"drafted": drafting}
             if drafting:

@@ -17,7 +17,7 @@ from parsedec.tasks.sandbox import require_limits, run_sandboxed
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python code block."
 
 # An unclosed fence reaches to the end: the token limit may have struck after the code was done.
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S | re.I)
+_FENCED = re.compile(r"(?msi)^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def program(head: str, entry_point: str, text: str) -> str:
     code = extract_code(text, entry_point)
     if not _defines(entry_point, code):
         return f"{head.rstrip()}\n{code}\n"
-    above = re.split(_definition(entry_point), head, maxsplit=1, flags=re.M)[0]
+    above = re.split(_definition(entry_point), head, maxsplit=1, flags=re.MULTILINE)[0]
     return f"{above}\n{code}\n"
 
 
@@ -78,7 +78,7 @@ def extract_code(text: str, entry_point: str) -> str:
 
 
 def _defines(entry_point: str, code: str) -> bool:
-    return re.search(_definition(entry_point), code, flags=re.M) is not None
+    return re.search(_definition(entry_point), code, flags=re.MULTILINE) is not None
 
 
 def _definition(entry_point: str) -> str:

@@ -60,10 +60,10 @@ LEADS = ("", "", "Next, ", "Then, ", "So, ", "Now, ")  # "" twice: a third of th
 ENDINGS = ("The answer is {r}.", "So {n} has {r} {o}. The answer is {r}.",
            "{n} ends with {r} {o}. The answer is {r}.")
 
-SPLITS = {"train": range(0, 80), "calibration": range(80, 90), "test": range(90, 100)}  # buckets out of 100
+SPLITS = {"train": range(80), "calibration": range(80, 90), "test": range(90, 100)}  # buckets out of 100
 MAX_STEPS = 8
-# Draws in a row without a new problem after which the space counts as exhausted. A small split (a tenth of all
-# draws) with a tenth of it still unseen would be given up by mistake once in 10^8 tries.
+# Draws in a row without a new problem after which the space counts as exhausted. A small split (a tenth of
+# all draws) with a tenth of it still unseen would be given up by mistake once in 10^8 tries.
 _BARREN_DRAWS = 2_000
 _LOOKS_LIKE = {"+": "-", "-": "+", "*": "+", "/": "-"}  # the operation a careless reader takes one for
 _FINAL = re.compile(r"The answer is ([0-9]+)\.")

@@ -1,0 +1,50 @@
+"""Run one configuration over a task and write its record; the last line of stdout is the record's path.
+
+    python experiments/run.py                                      the zoo pair with PARSE
+    python experiments/run.py inner=draft_model task.n=20          another inner speculator, fewer problems
+    python experiments/run.py target=HUB_ID draft=HUB_ID task=gsm8k task.path=FILE
+    python experiments/run.py --help                               all groups and settings
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: spinning ones are erratic
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from parsedec.experiment.cli import run_command
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    from parsedec.experiment.build import apply_runtime, build_engine
+    from parsedec.experiment.job import run_job
+    from parsedec.experiment.runner import Arm
+
+    apply_runtime(cfg)
+    return run_job(cfg, lambda: [Arm("run", build_engine(cfg))])
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    from parsedec.experiment.cli import stderr
+    from parsedec.experiment.table import terminal
+
+    record_path = Path(cfg.output) / "record.json"
+    try:
+        record = run(cfg)
+    except KeyboardInterrupt:
+        print(record_path)  # what was finished is there
+        raise
+    stderr.print(terminal(record))
+    stderr.print(f"trace: {record_path.with_name('trace.html')}", soft_wrap=True)
+    print(record_path)
+
+
+if __name__ == "__main__":
+    run_command(main, CONF)

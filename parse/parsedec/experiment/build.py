@@ -1,0 +1,63 @@
+"""From a composed configuration to engines and tasks. `_target_` in a YAML names the class; there is no registry."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from parsedec.engine import Parse
+from parsedec.model import LanguageModel
+from parsedec.outer import TargetOnly
+from parsedec.types import Sampling
+
+log = logging.getLogger(__name__)
+
+_models: dict[str, LanguageModel] = {}
+
+
+def build_model(cfg: DictConfig) -> LanguageModel:
+    """A model from its node; equal nodes share one copy, so the arms of a comparison do not load it again."""
+    key = OmegaConf.to_yaml(cfg, resolve=True, sort_keys=True)
+    if key not in _models:
+        log.info("loading %s", cfg.source)
+        _models[key] = instantiate(cfg)
+    return _models[key]
+
+
+def build_engine(cfg: DictConfig) -> Parse:
+    """The engine of one configuration."""
+    outer = instantiate(cfg.outer)
+    wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
+    draft = cfg.draft if wants_draft and cfg.draft.model is not None else None
+    return Parse(build_model(cfg.target), build_model(draft.model) if draft else None, inner=instantiate(cfg.inner),
+                 draft_inner=instantiate(draft.inner) if draft else None, outer=outer)
+
+
+def build_draft_alone(cfg: DictConfig) -> Parse:
+    """The draft model as if it were the target: the lower end of every comparison."""
+    return Parse(build_model(cfg.draft.model), inner=instantiate(cfg.draft.inner), outer=TargetOnly())
+
+
+def build_sampling(cfg: DictConfig) -> Sampling:
+    return Sampling(temperature=cfg.sampling.temperature, top_p=cfg.sampling.top_p, top_k=cfg.sampling.top_k)
+
+
+def apply_runtime(cfg: DictConfig) -> None:
+    """Thread settings, before the first tensor is made."""
+    threads = cfg.runtime.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not torch.cuda.is_available() and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        log.warning("OMP_WAIT_POLICY is not PASSIVE; on small machines torch can then be many times slower")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, interpolations resolved."""
+    data = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}

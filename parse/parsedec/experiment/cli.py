@@ -1,0 +1,131 @@
+"""The command line around Hydra: shorthand for models, errors with a suggestion, logs and progress on stderr.
+
+stdout carries results only; its last line is the path of the record.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from parsedec.errors import ParsedecError
+
+USAGE, INTERRUPTED = 2, 130
+# tables need room; a pipe has no width of its own
+stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
+
+
+def run_command(main: Callable[[], Any], conf: Path) -> None:
+    """Run a `@hydra.main` function as a command: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without our suggestion
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True,
+                        handlers=[RichHandler(console=stderr, show_time=False, show_path=False)])
+    for noisy in ("httpx", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _quiet_transformers()
+    sys.argv[1:] = [expanded for argument in sys.argv[1:] for expanded in expand_shorthand(argument, conf)]
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (HydraException, OmegaConfBaseException, ParsedecError) as error:
+        stderr.print(f"[bold red]error:[/] {_escape(explain(error, conf))}", soft_wrap=True, highlight=False)
+        sys.exit(USAGE)
+
+
+def expand_shorthand(argument: str, conf: Path) -> list[str]:
+    """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model."""
+    key, _, value = argument.partition("=")
+    if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file() and _is_location(value):
+        quoted = "'" + value.replace("'", r"\'") + "'"
+        return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={quoted}"]
+    if key == "draft.inner":
+        return [f"inner@draft.inner={value}"]
+    return [argument]
+
+
+def explain(error: Exception, conf: Path) -> str:
+    """The message of an error a user can mend, with the closest names that do exist."""
+    cause = error.__cause__
+    if isinstance(error, InstantiationException) and isinstance(cause, ParsedecError):
+        return str(cause)
+    message = str(error).strip()
+    first = message.splitlines()[0] if message else type(error).__name__
+    if found := re.search(r"Could not find '([\w@/.]+)/([^']*)'", message):
+        group, name = found[1], found[2]
+        members = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        return f"{group}={name} does not exist; {group} is one of {members}.{_close(name, members)}"
+    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
+        key = found[1] or found[2]
+        return f"no setting is called '{key}'.{_close(key, known_settings(conf))} --help shows all of them."
+    if found := re.search(r"Missing mandatory value: ([\w.]+)", message):
+        return f"{found[1]} has no default; set it: {found[1]}=…"
+    return message if isinstance(error, ParsedecError) else first
+
+
+def known_settings(conf: Path) -> list[str]:
+    """Every dotted setting of every group member, and the groups themselves."""
+    names: set[str] = set()
+    for path in conf.rglob("*.yaml"):
+        parent = path.parent.relative_to(conf)
+        prefix = "" if parent == Path(".") or parent.name == "experiment" else f"{parent}."
+        names |= {prefix.rstrip(".")} if prefix else set()
+        loaded = OmegaConf.load(path)
+        if isinstance(loaded, DictConfig):
+            names |= {prefix + name for name in _dotted(loaded)}
+    return sorted(names - {"defaults"})
+
+
+def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            if isinstance(node[key], DictConfig):
+                yield from _dotted(node[key], f"{prefix}{key}.")
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, nothing elsewhere; call what it yields with a label after each step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda label: bar.update(task, advance=1, description=label)
+
+
+def _is_location(value: str) -> bool:
+    return value.startswith("zoo:") or value.endswith(".gguf") or "/" in value or Path(value).is_dir()
+
+
+def _close(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if not near and "." in name:  # right group, wrong setting
+        group = name.rsplit(".", 1)[0]
+        near = [k for k in known if k.startswith(f"{group}.")]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _quiet_transformers() -> None:
+    import transformers  # here: importing it takes a second, and --help should not wait for it
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

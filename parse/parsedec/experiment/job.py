@@ -1,0 +1,88 @@
+"""One run from configuration to record, shared by `run.py` (one arm) and `compare.py` (several)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from parsedec.experiment.build import build_sampling, plain
+from parsedec.experiment.cli import progress
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
+from parsedec.experiment.runner import Arm, Settings, run_arms
+from parsedec.experiment.summary import compare, summarise
+from parsedec.trace import write_trace
+
+log = logging.getLogger(__name__)
+SAVE_EVERY_S = 5.0
+
+
+def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: str | None = None) -> dict[str, Any]:
+    """Run (or finish) a configuration; the record is on disk every few seconds and whatever happens at the end.
+
+    Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
+    KeyboardInterrupt passes through after the record says `interrupted`.
+    """
+    config, folder = plain(cfg), Path(cfg.output)
+    earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    task = instantiate(cfg.task)
+    arms = make_arms()
+    if earlier:
+        for arm in arms:
+            arm.requests = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
+    head = {"schema_version": SCHEMA_VERSION, "title": cfg.title or _title(cfg), "config": config,
+            "provenance": provenance(), "resumed_from": earlier["provenance"] if earlier else None}
+    record: dict[str, Any] = {}
+    saved = time.monotonic()
+
+    def save(status: str) -> None:
+        nonlocal record, saved
+        record = head | {"status": status} | _results(arms, baseline)
+        write_record(record, folder / "record.json")
+        saved = time.monotonic()
+
+    settings = Settings(max_new_tokens=cfg.max_new_tokens, stop=tuple(cfg.stop), sampling=build_sampling(cfg),
+                        seed=cfg.seed, warmup=cfg.warmup)
+    status = "failed"
+    try:
+        left = sum(len(task.problems()) - len(arm.requests) for arm in arms)
+        with progress(left) as step:
+            def after_each(name: str) -> None:
+                step(name)
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    save("running")
+
+            run_arms(arms, task, settings, after_each)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        log.warning("interrupted; %d finished requests are in %s - resume=true output=%s goes on from there",
+                    sum(len(arm.requests) for arm in arms), folder / "record.json", folder)
+        raise
+    finally:
+        save(status)
+        write_trace(record, folder / "trace.html")
+    return record
+
+
+def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:
+    listed = [{"name": arm.name, "description": arm.description, "summary": summarise(arm.requests),
+               "requests": arm.requests} for arm in arms]
+    results: dict[str, Any] = {"arms": listed}
+    if len(arms) == 1:
+        results["summary"] = listed[0]["summary"]
+    first = next((arm for arm in arms if arm.name == baseline), None)
+    if first is not None:
+        rows = [(arm.name, compare(first.requests, arm.requests)) for arm in arms if arm is not first]
+        results |= {"baseline": baseline, "comparison": [{"arm": name, **row} for name, row in rows if row]}
+    return results
+
+
+def _title(cfg: DictConfig) -> str:
+    draft = cfg.draft.model.source if cfg.draft.model else "no draft model"
+    return f"{cfg.target.source} with {draft} on {str(cfg.task._target_).rsplit('.', 1)[-1]}"

@@ -1,0 +1,124 @@
+"""What a run leaves behind: configuration, provenance, every request, a summary - as JSON, written atomically.
+
+`schema_version` changes when a key changes its meaning or goes away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parsedec.errors import OutputExistsError, ParsedecError
+
+SCHEMA_VERSION = 1
+PACKAGES = ("parsedec", "torch", "transformers", "tokenizers", "hydra-core", "numpy")
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses to dictionaries, tuples to lists, paths and enums to text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return str(value) if isinstance(value, (Path, str)) else value
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what this process runs: commit, packages, machine."""
+    return {
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": _device(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def write_record(record: dict[str, Any], path: Path) -> Path:
+    """Write beside the target and rename: a reader, or a kill, never meets half a record."""
+    return write_text(json.dumps(record, ensure_ascii=False, indent=1), path)
+
+
+def write_text(text: str, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as sink:
+        sink.write(text)
+    Path(temporary).chmod(0o644)
+    os.replace(temporary, path)
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, if this version can read it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ParsedecError(f"cannot read the record {path}: {error}. Expected a record.json written by a run.") from error
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        found = record.get("schema_version") if isinstance(record, dict) else type(record).__name__
+        raise ParsedecError(f"{path} has schema_version {found!r}; expected {SCHEMA_VERSION}. It was written by another "
+                            "version of parsedec, or is no record.")
+    return record
+
+
+def earlier_record(path: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations."""
+    if not path.exists():
+        return None
+    if not resume:
+        raise OutputExistsError(f"{path} exists already; a run never overwrites one. Choose another folder "
+                                "(output=DIR), or resume=true to finish that run.")
+    record = read_record(path)
+    changed = sorted(key for key in {*config, *record["config"]} if key not in ("resume", "output")
+                     and config.get(key) != record["config"].get(key))
+    if changed:
+        raise OutputExistsError(f"{path} was made with another configuration (it differs in {changed}), so it cannot be "
+                                "resumed with this one. Use the same overrides, or another folder (output=DIR).")
+    return record
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the folder of the running script, or None outside a checkout."""
+    folder = Path(sys.argv[0]).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
+    return f"CPU {model or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
