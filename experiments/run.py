@@ -1,9 +1,9 @@
 """Run one configuration over a task and write its record; the last line of stdout is the record's path.
 
-    python experiments/run.py                                      the zoo pair with PARSE
-    python experiments/run.py inner=draft_model task.n=20          another inner speculator, fewer problems
-    python experiments/run.py target=HUB_ID draft=HUB_ID task=gsm8k task.path=FILE
-    python experiments/run.py --help                               all groups and settings
+python experiments/run.py                                      the zoo pair with PARSE
+python experiments/run.py inner=draft_model task.n=20          another inner speculator, fewer problems
+python experiments/run.py target=HUB_ID draft=HUB_ID task=gsm8k task.path=FILE
+python experiments/run.py --help                               all groups and settings
 """
 
 import os

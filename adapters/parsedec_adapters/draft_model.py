@@ -55,9 +55,10 @@ class DraftModel:
             raise IncompatibleStack("inner=draft_model has no model to draft with; set inner.model or draft.")
         if not target.same_vocabulary(model):
             raise IncompatibleStack(
-                f"inner=draft_model needs the target's vocabulary, but {model.name} ({len(model.tokenizer)} tokens) and "
-                f"{target.name} ({len(target.tokenizer)} tokens) differ, so its guesses cannot be mapped token by token. "
-                "Use it as the outer draft (outer=parse maps text), or choose a draft model of the target's family.")
+                f"inner=draft_model needs the target's vocabulary, but {model.name} ({len(model.tokenizer)} tokens) "
+                f"and {target.name} ({len(target.tokenizer)} tokens) differ, so its guesses cannot be mapped token by "
+                "token. Use it as the outer draft (outer=parse maps text), or choose a draft model of the same family."
+            )
         return replace(self, model=model, vocab=target.vocab_size)
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> DraftState:
@@ -99,7 +100,7 @@ class DraftModel:
     def _fit(self, logits: Tensor) -> Tensor:
         """Logits over the target's output rows: padding rows that only one of the models has cannot be guessed."""
         if logits.shape[0] >= self.vocab:
-            return logits[:self.vocab]
+            return logits[: self.vocab]
         return torch.nn.functional.pad(logits, (0, self.vocab - logits.shape[0]), value=-torch.inf)
 
 

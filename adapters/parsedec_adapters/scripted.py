@@ -30,7 +30,9 @@ class Scripted:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1 or self.depth < 1:
-            raise ConfigError(f"inner has rate={self.rate}, depth={self.depth}; expected 0 <= rate <= 1 and depth >= 1.")
+            raise ConfigError(
+                f"inner has rate={self.rate}, depth={self.depth}; expected 0 <= rate <= 1 and depth >= 1."
+            )
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Scripted:
         return self
@@ -39,8 +41,11 @@ class Scripted:
         return tuple(tokens)
 
     def propose(self, state: tuple[int, ...], budget: int) -> Tree:
-        guesses = [self._guess(position) for position in range(len(state), len(state) + min(self.depth, budget))
-                   if position < len(self.answer)]
+        guesses = [
+            self._guess(position)
+            for position in range(len(state), len(state) + min(self.depth, budget))
+            if position < len(self.answer)
+        ]
         return Tree.chain([state[-1], *guesses])
 
     def commit(self, state: tuple[int, ...], outcome: Outcome) -> tuple[int, ...]:

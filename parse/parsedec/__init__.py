@@ -8,5 +8,18 @@ from parsedec.outer import PrefixVerification, TargetOnly
 from parsedec.trace import write_trace
 from parsedec.types import Delta, Limits, Result, Sampling, StopReason
 
-__all__ = ["Delta", "LabelJudge", "LanguageModel", "Limits", "Parse", "ParsedecError", "PrefixVerification", "Result",
-           "Sampling", "StopReason", "TargetOnly", "load", "write_trace"]
+__all__ = [
+    "Delta",
+    "LabelJudge",
+    "LanguageModel",
+    "Limits",
+    "Parse",
+    "ParsedecError",
+    "PrefixVerification",
+    "Result",
+    "Sampling",
+    "StopReason",
+    "TargetOnly",
+    "load",
+    "write_trace",
+]

@@ -50,7 +50,7 @@ class Answer:
         """The decoded answer, cut before a stop string."""
         text = self.model.decode(self.tokens)
         if self.stop is StopReason.STOP_STRING:
-            text = text[:min(text.find(s) for s in self.limits.stop if s in text)]
+            text = text[: min(text.find(s) for s in self.limits.stop if s in text)]
         return text
 
     def spans(self) -> tuple[Span, ...]:
@@ -71,5 +71,5 @@ class Answer:
         if not self.limits.stop:
             return False
         # a stop string of n characters spans at most n tokens of at least one character, and one more for a split one
-        tail = self.model.decode(self.tokens[-(max(map(len, self.limits.stop)) + 4):])
+        tail = self.model.decode(self.tokens[-(max(map(len, self.limits.stop)) + 4) :])
         return any(stop in tail for stop in self.limits.stop)

@@ -52,7 +52,7 @@ class Smoothed(BoundaryRule):
         odds = [log_odds(score) for score in scores]
         floor = log_odds(self.threshold)
         for k in range(len(odds)):
-            recent = odds[max(0, k + 1 - self.window):k + 1]
+            recent = odds[max(0, k + 1 - self.window) : k + 1]
             if sum(recent) / len(recent) < floor:
                 return k
         return len(odds)

@@ -23,14 +23,19 @@ def prompt_ids(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
 
 def suffix_text(model: LanguageModel, question: str) -> str:
     """End of the assistant's turn, a user turn with `question`, and the assistant opening."""
-    dialogue = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER},
-                {"role": "user", "content": question}]
+    dialogue = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": PLACEHOLDER},
+        {"role": "user", "content": question},
+    ]
     rendered = _render(model, dialogue)
     before, found, after = rendered.rpartition(PLACEHOLDER)
     if not found or PLACEHOLDER in before or question.strip() not in after:
-        raise ChatTemplateError(f"the chat template of {model.name} does not show an assistant turn followed by a user "
-                                "turn, so the judge cannot ask about a draft. Expected both turns in order; set "
-                                "target.chat_template to one that keeps earlier turns.")
+        raise ChatTemplateError(
+            f"the chat template of {model.name} does not show an assistant turn followed by a user "
+            "turn, so the judge cannot ask about a draft. Expected both turns in order; set "
+            "target.chat_template to one that keeps earlier turns."
+        )
     return after
 
 
@@ -43,28 +48,40 @@ def label_tokens(model: LanguageModel, suffix: str, labels: Sequence[str]) -> li
     firsts = []
     for label in labels:
         joined = model.encode(suffix + label)
-        ids = joined[len(head):] if joined[:len(head)] == head else model.encode(label)
+        ids = joined[len(head) :] if joined[: len(head)] == head else model.encode(label)
         if not label or not ids:
             raise JudgeError(f"judge label {label!r} has no tokens in the vocabulary of {model.name}; expected a word.")
         firsts.append(ids[0])
     if len(set(firsts)) < len(firsts):
         shared = [model.tokenizer.convert_ids_to_tokens(first) for first in firsts]
-        raise JudgeError(f"judge labels {list(labels)} begin with the same token {shared} in the vocabulary of "
-                         f"{model.name}, so one row of logits cannot tell them apart. Choose words that start differently.")
+        raise JudgeError(
+            f"judge labels {list(labels)} begin with the same token {shared} in the vocabulary of "
+            f"{model.name}, so one row of logits cannot tell them apart. Choose words that start differently."
+        )
     return firsts
 
 
 def _render(model: LanguageModel, messages: Sequence[Message]) -> str:
     template = model.chat_template or model.tokenizer.chat_template
     if template is None:
-        raise ChatTemplateError(f"the tokenizer of {model.name} has no chat template; expected one, to render the prompt "
-                                "and the judge's question. Set chat_template to Jinja text or a file, or give token ids.")
+        raise ChatTemplateError(
+            f"the tokenizer of {model.name} has no chat template; expected one, to render the prompt "
+            "and the judge's question. Set chat_template to Jinja text or a file, or give token ids."
+        )
     arguments: dict[str, Any] = dict(model.template_args)
     try:
-        return str(model.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True,
-            chat_template=model.chat_template, **arguments))
+        return str(
+            model.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=model.chat_template,
+                **arguments,
+            )
+        )
     except Exception as error:  # Jinja raises its own kinds, templates raise theirs through it
-        raise ChatTemplateError(f"the chat template of {model.name} rejects the roles "
-                                f"{[m.get('role') for m in messages]}: {error}. Check the messages or set "
-                                "chat_template.") from error
+        raise ChatTemplateError(
+            f"the chat template of {model.name} rejects the roles "
+            f"{[m.get('role') for m in messages]}: {error}. Check the messages or set "
+            "chat_template."
+        ) from error

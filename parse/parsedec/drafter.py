@@ -19,8 +19,15 @@ class Drafter:
     draft model.
     """
 
-    def __init__(self, model: LanguageModel, target: LanguageModel, inner: InnerSpeculator, sampler: Sampler,
-                 prompt: Sequence[int], stop: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: LanguageModel,
+        inner: InnerSpeculator,
+        sampler: Sampler,
+        prompt: Sequence[int],
+        stop: tuple[str, ...],
+    ) -> None:
         self.model = model
         self.target = target
         self.prompt = list(prompt)

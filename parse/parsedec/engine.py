@@ -14,7 +14,7 @@ from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack, PromptError
 from parsedec.gate import GateHistory
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
-from parsedec.judge import Judge
+from parsedec.judge import Judge, LabelJudge
 from parsedec.meter import Meter
 from parsedec.model import LanguageModel
 from parsedec.outer import Outer, PrefixVerification, TargetOnly, Work
@@ -41,19 +41,26 @@ class Parse:
     Everything that cannot work together is found here, not during a request.
     """
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel | None = None, *,
-                 inner: InnerSpeculator | None = None, draft_inner: InnerSpeculator | None = None,
-                 outer: Outer | None = None, judge: Judge | None = None) -> None:
+    def __init__(
+        self,
+        target: LanguageModel,
+        draft: LanguageModel | None = None,
+        *,
+        inner: InnerSpeculator | None = None,
+        draft_inner: InnerSpeculator | None = None,
+        outer: Outer | None = None,
+        judge: Judge | None = None,
+    ) -> None:
         if outer is not None and judge is not None:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
-        if outer is None:
-            outer = TargetOnly() if draft is None else PrefixVerification(**({} if judge is None else {"judge": judge}))
-        if outer.needs_draft and draft is None:
-            raise IncompatibleStack(f"{type(outer).__name__} needs a draft model and none is given; set draft, or use "
-                                    "outer=none.")
+        chosen = outer or (TargetOnly() if draft is None else PrefixVerification(judge=judge or LabelJudge()))
+        if chosen.needs_draft and draft is None:
+            raise IncompatibleStack(
+                f"{type(chosen).__name__} needs a draft model and none is given; set draft, or use outer=none."
+            )
         self.target = target
         self.draft = draft
-        self.outer = outer.bind(target)
+        self.outer: Outer = chosen.bind(target)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
         self.history = GateHistory()
@@ -63,8 +70,15 @@ class Parse:
         """Whether outputs follow the target's own distribution exactly."""
         return isinstance(self.outer, TargetOnly) and self.inner.lossless
 
-    def generate(self, prompt: Prompt, *, max_new_tokens: int = 256, stop: Sequence[str] = (),
-                 sampling: Sampling | None = None, generator: torch.Generator | None = None) -> Result:
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Result:
         """Answer one request.
 
         prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are
@@ -73,14 +87,22 @@ class Parse:
         Raises PromptError for a prompt that cannot be run; the engine stays usable.
         """
         result = None
-        for delta in self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling,
-                                 generator=generator):
+        for delta in self.stream(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, generator=generator
+        ):
             result = delta.result or result
         assert result is not None
         return result
 
-    def stream(self, prompt: Prompt, *, max_new_tokens: int = 256, stop: Sequence[str] = (),
-               sampling: Sampling | None = None, generator: torch.Generator | None = None) -> Iterator[Delta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Delta]:
         """As `generate`, piece by piece: every piece is sure to stand. The last one carries the result."""
         limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop))
         sampler = Sampler(sampling or Sampling(), generator)
@@ -101,25 +123,37 @@ class Parse:
 
     def _result(self, ids: list[int], work: Work) -> Result:
         times = work.meter.times()
-        counters = replace(work.target.counters, target_calls=work.target.session.calls,
-                           target_rows=work.target.session.rows)
+        counters = replace(
+            work.target.counters, target_calls=work.target.session.calls, target_rows=work.target.session.rows
+        )
         if work.drafter is not None:
             session = work.drafter.decoder.session
             counters = replace(counters, draft_calls=session.calls, draft_rows=session.rows)
         assert work.answer.stop is not None
         paths = [r.judge_path for r in work.rounds if r.judge_path]
         reason = getattr(getattr(self.outer, "judge", None), "reason", None)
-        return Result(text=work.answer.text, tokens=tuple(work.answer.tokens), prompt_tokens=len(ids),
-                      stop=work.answer.stop, spans=work.answer.spans(), rounds=tuple(work.rounds), counters=counters,
-                      times=times, judge_path=paths[0] if paths else None, notes=(reason,) if reason and paths else ())
+        return Result(
+            text=work.answer.text,
+            tokens=tuple(work.answer.tokens),
+            prompt_tokens=len(ids),
+            stop=work.answer.stop,
+            spans=work.answer.spans(),
+            rounds=tuple(work.rounds),
+            counters=counters,
+            times=times,
+            judge_path=paths[0] if paths else None,
+            notes=(reason,) if reason and paths else (),
+        )
 
     def _drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
         if not self.outer.needs_draft or self.draft is None or self.draft_inner is None:
             return None
-        if _is_ids(prompt):
+        if _ids(prompt):
             if not self.target.same_vocabulary(self.draft):
-                raise PromptError(f"the prompt is given as token ids of {self.target.name}, but {self.draft.name} has "
-                                  "another vocabulary. Give text or messages, or use outer=none.")
+                raise PromptError(
+                    f"the prompt is given as token ids of {self.target.name}, but {self.draft.name} has "
+                    "another vocabulary. Give text or messages, or use outer=none."
+                )
             own = ids
         else:
             own = prompt_ids(self.draft, _messages(prompt))
@@ -127,36 +161,46 @@ class Parse:
         return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop)
 
     def _target_ids(self, prompt: Prompt) -> list[int]:
-        ids = [int(i) for i in prompt] if _is_ids(prompt) else prompt_ids(self.target, _messages(prompt))  # type: ignore[arg-type]
+        ids = _ids(prompt) or prompt_ids(self.target, _messages(prompt))
         wrong = [i for i in ids if not 0 <= i < self.target.vocab_size]
         if wrong:
-            raise PromptError(f"prompt ids {wrong[:5]} are outside the vocabulary of {self.target.name} (0 to "
-                              f"{self.target.vocab_size - 1}). Were they made by another tokenizer?")
+            raise PromptError(
+                f"prompt ids {wrong[:5]} are outside the vocabulary of {self.target.name} (0 to "
+                f"{self.target.vocab_size - 1}). Were they made by another tokenizer?"
+            )
         _check_length(self.target, ids)
         return ids
 
 
 def _check_length(model: LanguageModel, ids: Sequence[int]) -> None:
     if len(ids) >= model.context_limit:
-        raise PromptError(f"the prompt has {len(ids)} tokens and leaves no room in the context of {model.name}, "
-                          f"{model.context_limit} tokens. Shorten it, or choose a model with a longer context.")
+        raise PromptError(
+            f"the prompt has {len(ids)} tokens and leaves no room in the context of {model.name}, "
+            f"{model.context_limit} tokens. Shorten it, or choose a model with a longer context."
+        )
 
 
 def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageModel | None) -> InnerSpeculator:
     bound = inner.bind(model, draft)
     beyond = [layer for layer in bound.needs.hidden_layers if not 0 <= layer <= model.num_layers]
     if beyond:
-        raise IncompatibleStack(f"{type(inner).__name__} reads hidden states {beyond}, but {model.name} has 0 to "
-                                f"{model.num_layers}. Was the head trained for another model?")
+        raise IncompatibleStack(
+            f"{type(inner).__name__} reads hidden states {beyond}, but {model.name} has 0 to "
+            f"{model.num_layers}. Was the head trained for another model?"
+        )
     return bound
 
 
-def _is_ids(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
+def _ids(prompt: Prompt) -> list[int]:
+    """The prompt's token ids, if that is what it is; else nothing."""
+    if isinstance(prompt, str):
+        return []
+    ids = [int(i) for i in prompt if isinstance(i, int)]
+    return ids if len(ids) == len(prompt) else []
 
 
-def _messages(prompt: Prompt) -> list[Mapping[str, Any]]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+def _messages(prompt: Prompt) -> list[Message]:
+    messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
     if malformed:
         raise PromptError(f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}.")

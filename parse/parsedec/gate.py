@@ -88,14 +88,16 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         if self.bound <= 0 or self.reserve < 0 or self.window < 1 or (self.cost_per_token or 0) < 0:
-            raise ConfigError(f"gate has bound={self.bound}, reserve={self.reserve}, window={self.window}, "
-                              f"cost_per_token={self.cost_per_token}; expected bound > 0, reserve >= 0, window >= 1 and "
-                              "cost_per_token >= 0 or null.")
+            raise ConfigError(
+                f"gate has bound={self.bound}, reserve={self.reserve}, window={self.window}, "
+                f"cost_per_token={self.cost_per_token}; expected bound > 0, reserve >= 0, window >= 1 and "
+                "cost_per_token >= 0 or null."
+            )
 
     def allows(self, history: GateHistory) -> bool:
         if not history.drafts or (self.cost_per_token is None and history.token_s is None):
             return True
-        recent = history.drafts[-self.window:]
+        recent = history.drafts[-self.window :]
         cost = sum(self._cost(record, history) for record in recent) / len(recent)
         gain = sum(record.kept for record in recent) / len(recent)
         budget = self.bound * history.answer_tokens * (1.0 if gain > cost else 0.5)

@@ -118,11 +118,13 @@ class Decoder:
             self._state = self.inner.start(tokens, self.session.seen(0), self.sampler)
         elif self._told < len(tokens):
             seen = self.session.seen(self._told - 1)
-            self._state = self.inner.commit(self._state, Outcome(tuple(tokens[self._told:]), seen))
+            self._state = self.inner.commit(self._state, Outcome(tuple(tokens[self._told :]), seen))
         self._told = len(tokens)
         tree = self.inner.propose(self._state, max(0, budget))
         depth = max(tree.depths())
         if depth > max(0, budget) or tree.tokens[0] != tokens[-1]:
-            raise ValueError(f"{type(self.inner).__name__} proposed a tree {depth} deep with root {tree.tokens[0]} for a "
-                             f"budget of {budget} and root {tokens[-1]}")
+            raise ValueError(
+                f"{type(self.inner).__name__} proposed a tree {depth} deep with root {tree.tokens[0]} for a "
+                f"budget of {budget} and root {tokens[-1]}"
+            )
         return tree

@@ -25,8 +25,9 @@ from parsedec.types import JudgePath
 
 log = logging.getLogger(__name__)
 
-QUESTION = ("Is every statement of your answer so far correct? It may be unfinished. "
-            "Reply with one word, Correct or Incorrect.")
+QUESTION = (
+    "Is every statement of your answer so far correct? It may be unfinished. Reply with one word, Correct or Incorrect."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ class LabelJudge:
         chosen, reason = self._choose(target, ids)
         if reason:
             log.warning("judge runs as a forked batch on %s: %s", target.name, reason)
-        return replace(self, question=question, suffix=ids, label_ids=(first[0], first[1]), chosen=chosen, reason=reason)
+        return replace(
+            self, question=question, suffix=ids, label_ids=(first[0], first[1]), chosen=chosen, reason=reason
+        )
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
         if self.label_ids is None or self.chosen is None:
@@ -146,5 +149,3 @@ def packed_error(target: LanguageModel, suffix: Sequence[int]) -> str | None:
     if error <= allowed:
         return None
     return f"the packed pass differs from plain forwards by {error:.2g} in the logits, where {allowed:.2g} is rounding"
-
-

@@ -39,7 +39,9 @@ def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Te
     top = torch.cat([causal, torch.zeros(draft, probes * suffix, dtype=torch.bool)], dim=1)
     reads_draft = torch.arange(draft) < torch.tensor(cuts, dtype=torch.long)[:, None]  # [K, N]
     own = torch.ones(suffix, suffix, dtype=torch.bool).tril()  # [S, S]
-    bottom = torch.cat([reads_draft.repeat_interleave(suffix, 0), torch.block_diag(*[own] * probes).bool()], dim=1)
+    bottom = torch.cat(
+        [reads_draft.repeat_interleave(suffix, 0), torch.kron(torch.eye(probes, dtype=torch.bool), own)], dim=1
+    )
     rows = torch.cat([top, bottom])
     return torch.cat([torch.ones(rows.shape[0], context, dtype=torch.bool), rows], dim=1)
 
@@ -70,8 +72,15 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
     return torch.cat([torch.ones(n, context, dtype=torch.bool), nodes], dim=1)
 
 
-def for_model(allowed: Tensor, rows_at: Tensor, columns_at: Tensor, *, windows: Mapping[str, int | None],
-              dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
+def for_model(
+    allowed: Tensor,
+    rows_at: Tensor,
+    columns_at: Tensor,
+    *,
+    windows: Mapping[str, int | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | dict[str, Tensor]:
     """The mask as `attention_mask` of a Hugging Face causal LM.
 
     allowed     [R, C + R] bool

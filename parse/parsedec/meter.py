@@ -57,6 +57,11 @@ class Meter:
     def times(self) -> PhaseTimes:
         wall = self.now() - self._start
         first = wall if self._first_token is None else self._first_token
-        return PhaseTimes(prefill_s=self._phases["prefill"], draft_s=self._phases["draft"],
-                          judge_s=self._phases["judge"], decode_s=self._phases["decode"], wall_s=wall,
-                          first_token_s=first)
+        return PhaseTimes(
+            prefill_s=self._phases["prefill"],
+            draft_s=self._phases["draft"],
+            judge_s=self._phases["judge"],
+            decode_s=self._phases["decode"],
+            wall_s=wall,
+            first_token_s=first,
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from parsedec import kv
 from parsedec.errors import ConfigError, ModelLoadError
@@ -50,26 +50,42 @@ class LanguageModel:
     judge_question: str | None = None
 
     @classmethod
-    def wrap(cls, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None,
-             context_limit: int | None = None, chat_template: str | None = None,
-             judge_question: str | None = None) -> LanguageModel:
+    def wrap(
+        cls,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        context_limit: int | None = None,
+        chat_template: str | None = None,
+        judge_question: str | None = None,
+    ) -> LanguageModel:
         """Use a model that is already in memory."""
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if context_limit is not None:
             if not 1 < context_limit <= limit:
-                raise ConfigError(f"context_limit={context_limit} for {name or hf.config.name_or_path}; expected 2 to "
-                                  f"{limit} (the model's max_position_embeddings). Lower it or leave it out.")
+                raise ConfigError(
+                    f"context_limit={context_limit} for {name or hf.config.name_or_path}; expected 2 to "
+                    f"{limit} (the model's max_position_embeddings). Lower it or leave it out."
+                )
             limit = context_limit
-        return cls(name or hf.config.name_or_path or type(hf).__name__, hf.eval(), tokenizer, limit, chat_template,
-                   judge_question=judge_question)
+        return cls(
+            name or hf.config.name_or_path or type(hf).__name__,
+            hf.eval(),
+            tokenizer,
+            limit,
+            chat_template,
+            judge_question=judge_question,
+        )
 
     @property
     def device(self) -> torch.device:
-        return self.hf.device
+        return torch.device(self.hf.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.hf.dtype
+        dtype: torch.dtype = self.hf.dtype
+        return dtype
 
     @cached_property
     def vocab_size(self) -> int:
@@ -89,8 +105,11 @@ class LanguageModel:
         """Every id that closes an answer, from the generation config, the model config and the tokenizer."""
         generation = getattr(self.hf, "generation_config", None)
         found: list[int] = []
-        for value in (getattr(generation, "eos_token_id", None),
-                      getattr(self.hf.config.get_text_config(), "eos_token_id", None), self.tokenizer.eos_token_id):
+        for value in (
+            getattr(generation, "eos_token_id", None),
+            getattr(self.hf.config.get_text_config(), "eos_token_id", None),
+            self.tokenizer.eos_token_id,
+        ):
             ids = value if isinstance(value, (list, tuple)) else [value]
             found += [int(i) for i in ids if i is not None and int(i) not in found]
         return tuple(found)
@@ -108,7 +127,7 @@ class LanguageModel:
     @cached_property
     def recurrent(self) -> bool:
         """Whether layers carry states that cannot be cut back to an earlier token."""
-        return kv.is_recurrent(kv.DynamicCache(config=self.hf.config))
+        return kv.is_recurrent(DynamicCache(config=self.hf.config))
 
     @cached_property
     def cache_argument(self) -> str:
@@ -119,7 +138,7 @@ class LanguageModel:
     @cached_property
     def has_attention(self) -> bool:
         """Whether any layer attends to earlier tokens (pure Mamba models have none and take no mask)."""
-        return any(hasattr(layer, "keys") for layer in kv.DynamicCache(config=self.hf.config).layers)
+        return any(hasattr(layer, "keys") for layer in DynamicCache(config=self.hf.config).layers)
 
     @cached_property
     def mask_obstacle(self) -> str | None:
@@ -151,9 +170,17 @@ class LanguageModel:
         return replace(self, chat_template=chat_template)
 
 
-def load(source: str | Path, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
-         context_limit: int | None = None, chat_template: str | None = None, device_map: str | None = None,
-         name: str | None = None) -> LanguageModel:
+def load(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    context_limit: int | None = None,
+    chat_template: str | None = None,
+    device_map: str | None = None,
+    name: str | None = None,
+) -> LanguageModel:
     """Load a model and its tokenizer.
 
     source         hub id, directory, `.gguf` file, or `zoo:NAME` for a model that ships with parsedec
@@ -177,14 +204,21 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "auto", atten
             arguments["attn_implementation"] = attention
         hf = AutoModelForCausalLM.from_pretrained(location, dtype=_dtype(dtype), **arguments)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
-        raise ModelLoadError(f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
-                             "a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. Check the "
-                             "path, and that the download or copy is complete.") from error
+        raise ModelLoadError(
+            f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
+            "a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. Check the "
+            "path, and that the download or copy is complete."
+        ) from error
     if device_map is None:
         hf = hf.to(where)
-    return LanguageModel.wrap(hf, tokenizer, name=name or str(source), context_limit=context_limit,
-                              chat_template=_read_template(chat_template),
-                              judge_question=_read_judge_question(location))
+    return LanguageModel.wrap(
+        hf,
+        tokenizer,
+        name=name or str(source),
+        context_limit=context_limit,
+        chat_template=_read_template(chat_template),
+        judge_question=_read_judge_question(location),
+    )
 
 
 def zoo_names() -> list[str]:
@@ -221,13 +255,20 @@ def _device(device: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device='{device}' is not a device; expected auto, cpu, cuda or cuda:N.") from error
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(f"device='{device}', but this machine has no usable CUDA device (torch {torch.__version__}). "
-                             "Use device=cpu, or install a CUDA build of torch.")
+        raise ModelLoadError(
+            f"device='{device}', but this machine has no usable CUDA device (torch {torch.__version__}). "
+            "Use device=cpu, or install a CUDA build of torch."
+        )
     return where
 
 
 def _dtype(dtype: str) -> torch.dtype | str:
-    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if dtype not in known:
         raise ConfigError(f"dtype='{dtype}' is unknown; expected one of {sorted(known)}.")
     return known[dtype]
@@ -239,7 +280,9 @@ def _read_template(chat_template: str | None) -> str | None:
         return chat_template
     path = Path(chat_template).expanduser()
     if not path.is_file():
-        raise ModelLoadError(f"chat_template='{chat_template}' is neither Jinja text nor an existing file. Check the path.")
+        raise ModelLoadError(
+            f"chat_template='{chat_template}' is neither Jinja text nor an existing file. Check the path."
+        )
     return path.read_text()
 
 

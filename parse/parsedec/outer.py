@@ -1,15 +1,15 @@
 """The outer level: draft, judge, keep, continue (PARSE, arXiv 2605.04263; one round is drawn in the README).
 
-    prompt -> Drafter -> draft d[0:N] -> cuts c_1 < ... < c_K = N -> judge: ONE target pass -> scores s_1 .. s_K
-                 ^                                                                                  |
-                 +-- loop policy <- segment written by the target <- inner level <- kept prefix c* <-+
+prompt -> Drafter -> draft d[0:N] -> cuts c_1 < ... < c_K = N -> judge: ONE target pass -> scores s_1 .. s_K
+             ^                                                                                  |
+             +-- loop policy <- segment written by the target <- inner level <- kept prefix c* <-+
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
@@ -55,7 +55,7 @@ class Work:
 class Outer(Protocol):
     """Answers a request; yields what was written as soon as it is sure to stand."""
 
-    needs_draft: bool
+    needs_draft: ClassVar[bool]
 
     def bind(self, target: LanguageModel) -> Self:
         """A copy for `target`; whatever does not fit is found here."""
@@ -67,7 +67,7 @@ class Outer(Protocol):
 class TargetOnly:
     """outer=none: the inner level alone."""
 
-    needs_draft: bool = False
+    needs_draft: ClassVar[bool] = False
 
     def bind(self, target: LanguageModel) -> TargetOnly:
         return self
@@ -75,8 +75,9 @@ class TargetOnly:
     def run(self, work: Work) -> Iterator[Written]:
         start = len(work.answer.tokens)
         yield from work.target_writes()
-        work.rounds.append(Round(drafted=False, target_tokens=len(work.answer.tokens) - start,
-                                 decode_s=work.meter.seconds("decode")))
+        work.rounds.append(
+            Round(drafted=False, target_tokens=len(work.answer.tokens) - start, decode_s=work.meter.seconds("decode"))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ class PrefixVerification:
     max_draft_tokens  longest draft; None: as long as the answer may be
     """
 
+    needs_draft: ClassVar[bool] = True
+
     judge: Judge = field(default_factory=LabelJudge)
     segmenter: Segmenter = field(default_factory=Lines)
     boundary: BoundaryRule = field(default_factory=FirstFailure)
@@ -97,12 +100,13 @@ class PrefixVerification:
     passes: str = "fused"
     full_threshold: float = 0.9
     max_draft_tokens: int | None = None
-    needs_draft: bool = True
 
     def __post_init__(self) -> None:
         if self.passes not in ("fused", "two_pass") or not 0 <= self.full_threshold <= 1:
-            raise ConfigError(f"outer has passes='{self.passes}', full_threshold={self.full_threshold}; expected fused or "
-                              "two_pass, and a probability from 0 to 1.")
+            raise ConfigError(
+                f"outer has passes='{self.passes}', full_threshold={self.full_threshold}; expected fused or "
+                "two_pass, and a probability from 0 to 1."
+            )
 
     def bind(self, target: LanguageModel) -> PrefixVerification:
         return replace(self, judge=self.judge.bind(target))
@@ -117,8 +121,13 @@ class PrefixVerification:
             before, start = work.meter.seconds("decode"), len(work.answer.tokens)
             last = i == self.loop.rounds - 1 or not drafting
             yield from work.target_writes(until=None if last else self.segmenter)
-            work.rounds.append(Round(**facts, target_tokens=len(work.answer.tokens) - start,
-                                     decode_s=work.meter.seconds("decode") - before))
+            work.rounds.append(
+                Round(
+                    **facts,
+                    target_tokens=len(work.answer.tokens) - start,
+                    decode_s=work.meter.seconds("decode") - before,
+                )
+            )
             if work.answer.stop is not None:
                 return
 
@@ -136,7 +145,11 @@ class PrefixVerification:
                 work.target.session.keep_draft(cut)
             kept = work.answer.extend([*draft.tokens[:cut], *([self._end_token(work)] if whole else [])], Author.DRAFT)
             facts |= self._facts(draft, cuts, scores, passes, segments)
-            facts |= {"accepted_whole": whole, "kept_tokens": len(kept), "judge_s": work.meter.seconds("judge") - before}
+            facts |= {
+                "accepted_whole": whole,
+                "kept_tokens": len(kept),
+                "judge_s": work.meter.seconds("judge") - before,
+            }
         drafted = len(draft.tokens) + draft.ended
         counters = work.target.counters
         counters.draft_tokens += drafted
@@ -154,8 +167,11 @@ class PrefixVerification:
         before = work.meter.seconds("draft")
         with work.meter.span("draft"):
             draft = work.drafter.write(work.answer, limit) if limit > 0 else Draft((), "", (), False)
-        facts |= {"judged_tokens": len(draft.tokens), "draft_ended": draft.ended,
-                  "draft_s": work.meter.seconds("draft") - before}
+        facts |= {
+            "judged_tokens": len(draft.tokens),
+            "draft_ended": draft.ended,
+            "draft_s": work.meter.seconds("draft") - before,
+        }
         return draft
 
     def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
@@ -165,7 +181,7 @@ class PrefixVerification:
         passes = [first]
         scores: list[float | None] = list(first.values)
         if self.passes == "two_pass" and len(cuts) > 1:
-            scores = [None] * (len(cuts) - 1) + scores
+            scores = [*([None] * (len(cuts) - 1)), *first.values]
             if first.values[-1] < self.full_threshold:
                 passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
                 scores[:-1] = passes[-1].values
@@ -181,15 +197,22 @@ class PrefixVerification:
             return len(scores), draft.ended
         return self.boundary.keep([score for score in scores if score is not None]), False
 
-    def _facts(self, draft: Draft, cuts: list[int], scores: Sequence[float | None], passes: list[Scores],
-               kept: int) -> dict[str, Any]:
+    def _facts(
+        self, draft: Draft, cuts: list[int], scores: Sequence[float | None], passes: list[Scores], kept: int
+    ) -> dict[str, Any]:
         starts = [0, *cuts[:-1]]
         segments = tuple(
             Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=k < kept)
-            for k, (start, stop, score) in enumerate(zip(starts, cuts, scores, strict=True)))
+            for k, (start, stop, score) in enumerate(zip(starts, cuts, scores, strict=True))
+        )
         logprobs = passes[0].draft_logprobs
-        return {"segments": segments, "judge_path": passes[0].path, "judge_passes": len(passes),
-                "judge_rows": sum(p.rows for p in passes), "mean_draft_logprob": sum(logprobs) / len(logprobs)}
+        return {
+            "segments": segments,
+            "judge_path": passes[0].path,
+            "judge_passes": len(passes),
+            "judge_rows": sum(p.rows for p in passes),
+            "mean_draft_logprob": sum(logprobs) / len(logprobs),
+        }
 
     def _end_token(self, work: Work) -> int:
         """The id that closes the target's answer: the one its template puts there, if the suffix begins with it."""

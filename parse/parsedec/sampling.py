@@ -52,4 +52,3 @@ class Sampler:
     def uniform(self) -> float:
         assert self.generator is not None
         return float(torch.rand((), generator=self.generator, device=self.generator.device))
-

@@ -25,8 +25,10 @@ class Segmenter(ABC):
 
     def __post_init__(self) -> None:
         if self.min_tokens < 1 or self.max_cuts < 1 or (self.max_tokens or self.min_tokens) < self.min_tokens:
-            raise ConfigError(f"segmenter has min_tokens={self.min_tokens}, max_tokens={self.max_tokens}, max_cuts="
-                              f"{self.max_cuts}; expected 1 <= min_tokens <= max_tokens and max_cuts >= 1.")
+            raise ConfigError(
+                f"segmenter has min_tokens={self.min_tokens}, max_tokens={self.max_tokens}, max_cuts="
+                f"{self.max_cuts}; expected 1 <= min_tokens <= max_tokens and max_cuts >= 1."
+            )
 
     @abstractmethod
     def ends(self, draft: Draft) -> Iterable[int]:
@@ -130,7 +132,7 @@ def statement_ends(text: str) -> list[int]:
     """
     ends, depth, quote, i, line_start = [], 0, "", 0, 0
     while i < len(text):
-        three, char = text[i:i + 3], text[i]
+        three, char = text[i : i + 3], text[i]
         if quote:
             if char == "\\":
                 i += 1

@@ -14,44 +14,17 @@ Shapes in this file:  N staged rows, K cuts or probes, S suffix rows a probe, V 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from parsedec import kv, masks
-from parsedec.errors import IncompatibleStack, JudgeError, PromptError
+from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.model import LanguageModel
+from parsedec.staged import JudgeRows, Staged, check_cuts, token_logprobs
 from parsedec.types import JudgePath, Seen, Tree
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeRows:
-    """What one judge pass gives besides the staged draft.
-
-    probe_logits    [K, V] float32, the logits after each probe's last row
-    draft_logprobs  [N] float32, the model's log-probability of every draft token, or None if not asked for
-    rows            token positions this pass computed
-    """
-
-    probe_logits: Tensor
-    draft_logprobs: Tensor | None
-    rows: int
-    path: JudgePath
-
-
-@dataclass(slots=True)
-class _Staged:
-    """Rows in the cache behind the committed ones. Row i holds tokens[i]; `known[i]` are the logits after it."""
-
-    tokens: list[int]
-    committed: int  # leading rows that were pending before the pass: committed, whatever `keep` says
-    known: dict[int, Tensor]
-    taps: Tensor | None  # [N, L, H]
-    logprobs: Tensor | None = None
-    snapshots: dict[int, kv.DynamicCache] = field(default_factory=dict)  # recurrent models: cache after so many rows
 
 
 class Session:
@@ -61,15 +34,13 @@ class Session:
         self.model = model
         self.taps = taps
         self.tokens: list[int] = []
-        self.cached = 0
-        self.calls = 0
-        self.rows = 0
+        self.cached = self.calls = self.rows = 0
         self._cache = kv.new_cache(model.hf)
         self._logits: Tensor | None = None  # after the last cached row
-        self._staged: _Staged | None = None
+        self._staged: Staged | None = None
         self._tap_rows: list[Tensor] = []  # [rows, L, H] each, together one row per cached token
         # Recurrent models go back by restoring: committed length -> (cache, logits after it). First and latest feed.
-        self._marks: dict[int, tuple[kv.DynamicCache, Tensor | None]] = {}
+        self._marks: dict[int, tuple[DynamicCache, Tensor | None]] = {}
 
     # ---------------------------------------------------------------- what is there
 
@@ -81,7 +52,7 @@ class Session:
     @property
     def pending(self) -> list[int]:
         """Committed tokens that the model has not read yet."""
-        return self.tokens[self.cached:]
+        return self.tokens[self.cached :]
 
     @property
     def next_logits(self) -> Tensor | None:
@@ -142,7 +113,7 @@ class Session:
             logits, taps = self._forward(list(tree.tokens), keep=tree.size)
         else:
             logits, taps = self._read_branching(tree)
-        self._staged = _Staged(list(tree.tokens), 1, dict(enumerate(logits)), taps)
+        self._staged = Staged(list(tree.tokens), 1, dict(enumerate(logits)), taps)
         if base is not None:
             self._staged.snapshots[0] = base
         return logits
@@ -153,8 +124,15 @@ class Session:
             raise ValueError(f"keep({list(path)}) needs a staged tree and a path that starts at its root, node 0")
         self._keep_rows(list(path))
 
-    def judge(self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], *,
-              probes: Sequence[int] | None = None, path: JudgePath = JudgePath.PACKED) -> JudgeRows:
+    def judge(
+        self,
+        draft: Sequence[int],
+        cuts: Sequence[int],
+        suffix: Sequence[int],
+        *,
+        probes: Sequence[int] | None = None,
+        path: JudgePath = JudgePath.PACKED,
+    ) -> JudgeRows:
         """Read a draft and, after each probed cut, the verification suffix; nothing is committed.
 
         draft    N tokens that would follow the committed ones
@@ -166,10 +144,10 @@ class Session:
         suffixes on copies of the cache.
         """
         probes = list(cuts if probes is None else probes)
-        _check_judge(len(draft), cuts, probes, suffix)
+        check_cuts(len(draft), cuts, probes, suffix)
         self._check_room(len(draft) + len(suffix))
         before = self.rows
-        reuse = self._staged is not None and self._staged.tokens[self._staged.committed:] == list(draft)
+        reuse = self._staged is not None and self._staged.tokens[self._staged.committed :] == list(draft)
         if not reuse:
             self._drop_staged()
         if path is JudgePath.PACKED:
@@ -178,7 +156,8 @@ class Session:
             if not reuse:
                 self._read_in_segments(draft, cuts)
             probe_logits = self._probe_forked(suffix, probes)
-        assert self._staged is not None and self._staged.logprobs is not None
+        assert self._staged is not None
+        assert self._staged.logprobs is not None
         return JudgeRows(probe_logits.float(), self._staged.logprobs, self.rows - before, path)
 
     def keep_draft(self, cut: int) -> None:
@@ -210,16 +189,25 @@ class Session:
     # ---------------------------------------------------------------- passes
 
     @torch.inference_mode()
-    def _forward(self, ids: list[int], *, keep: int | Tensor, positions: Tensor | None = None,
-                 mask: Tensor | dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self,
+        ids: list[int],
+        *,
+        keep: int | Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
         device = self.model.device
         out = self.model.hf(
             input_ids=torch.tensor([ids], device=device),
             position_ids=None if positions is None else positions[None].to(device),
-            attention_mask=mask, use_cache=True,
+            attention_mask=mask,
+            use_cache=True,
             logits_to_keep=keep if isinstance(keep, int) else keep.to(device),
-            output_hidden_states=list(self.taps) or None, **{self.model.cache_argument: self._cache})
+            output_hidden_states=list(self.taps) or None,
+            **{self.model.cache_argument: self._cache},
+        )
         self.calls += 1
         self.rows += len(ids)
         taps = torch.stack([out.hidden_states[i][0] for i in self.taps], dim=1) if self.taps else None
@@ -227,7 +215,7 @@ class Session:
 
     def _read_pending(self, end: int) -> None:
         """Read the pending tokens before position `end`."""
-        logits, taps = self._forward(self.tokens[self.cached:end], keep=1)
+        logits, taps = self._forward(self.tokens[self.cached : end], keep=1)
         self._logits = logits[-1]
         self.cached = end
         if taps is not None:
@@ -235,18 +223,27 @@ class Session:
 
     def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
         if obstacle := self.model.mask_obstacle:
-            raise IncompatibleStack(f"{self.model.name} has {obstacle}; a branching tree cannot be verified on it. "
-                                    "Choose an inner speculator that drafts chains, or inner=none.")
+            raise IncompatibleStack(
+                f"{self.model.name} has {obstacle}; a branching tree cannot be verified on it. "
+                "Choose an inner speculator that drafts chains, or inner=none."
+            )
         positions = torch.tensor(tree.depths()) + self.cached
-        return self._forward(list(tree.tokens), keep=tree.size, positions=positions,
-                             mask=self._mask(masks.tree_mask(self.cached, tree.parents), positions))
+        return self._forward(
+            list(tree.tokens),
+            keep=tree.size,
+            positions=positions,
+            mask=self._mask(masks.tree_mask(self.cached, tree.parents), positions),
+        )
 
-    def _read_packed(self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int],
-                     probes: list[int]) -> Tensor:
+    def _read_packed(
+        self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int]
+    ) -> Tensor:
         """Draft and probes in one pass; stages the draft and returns the probes' logits [K, V]."""
         if obstacle := self.model.mask_obstacle:
-            raise IncompatibleStack(f"{self.model.name} has {obstacle}; the packed judge pass would be wrong on it. "
-                                    "Use judge.path=auto or forked.")
+            raise IncompatibleStack(
+                f"{self.model.name} has {obstacle}; the packed judge pass would be wrong on it. "
+                "Use judge.path=auto or forked."
+            )
         lead = len(self.pending)
         tokens = [*self.pending, *draft]
         ends = [lead + cut for cut in probes]  # the pending tokens are a prefix that every probe sees
@@ -254,8 +251,11 @@ class Session:
         positions = masks.probe_positions(self.cached, n, ends, s)
         wanted = torch.tensor([*range(n), *(n + s * (k + 1) - 1 for k in range(len(probes)))])
         logits, taps = self._forward(
-            tokens + list(suffix) * len(probes), keep=wanted, positions=positions,
-            mask=self._mask(masks.probe_mask(self.cached, n, ends, s), positions))
+            tokens + list(suffix) * len(probes),
+            keep=wanted,
+            positions=positions,
+            mask=self._mask(masks.probe_mask(self.cached, n, ends, s), positions),
+        )
         kv.cut_tail(self._cache, s * len(probes))
         self._stage(tokens, lead, cuts, logits[:n], None if taps is None else taps[:n])
         return logits[n:]
@@ -276,8 +276,9 @@ class Session:
         """Stage the draft causally; for recurrent models in segments, with the cache remembered at every cut."""
         lead = len(self.pending)
         tokens = [*self.pending, *draft]
-        stops = sorted({lead, *(lead + cut for cut in cuts), len(tokens)} - {0}) if self.model.recurrent \
-            else [len(tokens)]
+        stops = (
+            sorted({lead, *(lead + cut for cut in cuts), len(tokens)} - {0}) if self.model.recurrent else [len(tokens)]
+        )
         snapshots = {0: kv.snapshot(self._cache)} if self.model.recurrent else {}
         parts, taps, start = [], [], 0
         for stop in stops:
@@ -304,29 +305,40 @@ class Session:
         visible = (columns[None] >= n - torch.tensor(ends)[:, None]).long()  # [K, T + N + S], left-padded
         positions = torch.tensor(ends)[:, None] + self.cached + torch.arange(s)  # [K, S]
         out = self.model.hf(
-            input_ids=torch.tensor([list(suffix)] * k, device=device), position_ids=positions.to(device),
+            input_ids=torch.tensor([list(suffix)] * k, device=device),
+            position_ids=positions.to(device),
             attention_mask=visible.to(device) if self.model.has_attention else None,
-            use_cache=True, logits_to_keep=1, **{self.model.cache_argument: wide})
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.model.cache_argument: wide},
+        )
         self.calls += 1
         self.rows += s * k
-        return out.logits[:, -1]
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
         columns_at = torch.cat([torch.arange(self.cached), positions])
-        return masks.for_model(allowed, positions[-allowed.shape[0]:], columns_at, windows=self.model.windows,
-                               dtype=self.model.dtype, device=self.model.device)
+        return masks.for_model(
+            allowed,
+            positions[-allowed.shape[0] :],
+            columns_at,
+            windows=self.model.windows,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
 
     # ---------------------------------------------------------------- bookkeeping
 
     def _stage(self, tokens: list[int], lead: int, cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
         """Remember a read draft: log-probabilities of its tokens and the logits at every cut. logits [N, V]."""
-        before = logits[lead - 1:lead] if lead else None if self._logits is None else self._logits[None]
+        before = logits[lead - 1 : lead] if lead else None if self._logits is None else self._logits[None]
         if before is None:
             raise PromptError("a draft was judged on an empty session; feed the prompt first.")
         logprobs = token_logprobs(torch.cat([before, logits[lead:-1]]), tokens[lead:])
         rows = {lead + cut - 1 for cut in cuts} | ({lead - 1} if lead else set())
         # clones: a view would keep the whole [N, V] matrix alive until the next pass
-        self._staged = _Staged(tokens, lead, {row: logits[row].clone() for row in rows}, taps, logprobs)
+        self._staged = Staged(tokens, lead, {row: logits[row].clone() for row in rows}, taps, logprobs)
 
     def _keep_rows(self, rows: list[int]) -> None:
         staged = self._staged
@@ -339,14 +351,14 @@ class Session:
             kv.cut_tail(self._cache, total - len(rows))
         else:
             kv.keep_rows(self._cache, self.cached, rows)
-        self.tokens.extend(staged.tokens[row] for row in rows[staged.committed:])
+        self.tokens.extend(staged.tokens[row] for row in rows[staged.committed :])
         self.cached += len(rows)
         if rows:
             self._logits = staged.known.get(rows[-1])
         if staged.taps is not None and rows:
             self._tap_rows.append(staged.taps[rows])
 
-    def _restore_staged(self, staged: _Staged, rows: list[int]) -> None:
+    def _restore_staged(self, staged: Staged, rows: list[int]) -> None:
         """Recurrent models: back to the snapshot after len(rows) rows, or to the one before and read the rows again."""
         if len(rows) in staged.snapshots:
             self._cache = kv.snapshot(staged.snapshots[len(rows)])
@@ -383,24 +395,7 @@ class Session:
 
     def _check_room(self, extra: int) -> None:
         if self.length + extra > self.model.context_limit:
-            raise PromptError(f"{self.length} tokens plus {extra} more exceed the context of {self.model.name}, "
-                              f"{self.model.context_limit} tokens. Shorten the prompt or lower max_new_tokens.")
-
-
-def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> Tensor:
-    """Log-probability of tokens[i] under logits[i] ([N, V] -> [N] float32), in chunks: [N, V] float32 may not fit."""
-    index = torch.tensor(list(tokens), device=logits.device)
-    parts = [block.float().log_softmax(-1).gather(-1, at[:, None])[:, 0]
-             for block, at in zip(logits.split(chunk), index.split(chunk), strict=True)]
-    return torch.cat(parts)
-
-
-def _check_judge(n: int, cuts: Sequence[int], probes: Sequence[int], suffix: Sequence[int]) -> None:
-    for name, positions in (("cuts", cuts), ("probes", probes)):
-        if not positions or list(positions) != sorted(set(positions)) or not 1 <= positions[0] <= positions[-1] <= n:
-            raise JudgeError(f"{name}={list(positions)} for a draft of {n} tokens; expected at least one, strictly "
-                             f"ascending, each from 1 to {n}. Check the segmenter.")
-    if not set(probes) <= set(cuts):
-        raise JudgeError(f"probes={list(probes)} are not all among the cuts {list(cuts)}.")
-    if not suffix:
-        raise JudgeError("the verification suffix is empty; expected at least one token. Check judge.question.")
+            raise PromptError(
+                f"{self.length} tokens plus {extra} more exceed the context of {self.model.name}, "
+                f"{self.model.context_limit} tokens. Shorten the prompt or lower max_new_tokens."
+            )

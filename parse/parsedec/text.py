@@ -37,7 +37,7 @@ class Draft:
 
     def piece(self, start: int, stop: int) -> str:
         """Text of tokens[start:stop]."""
-        return self.text[self.ends[start - 1] if start else 0:self.ends[stop - 1] if stop else 0]
+        return self.text[self.ends[start - 1] if start else 0 : self.ends[stop - 1] if stop else 0]
 
 
 class TextStream:
@@ -57,8 +57,8 @@ class TextStream:
         text = self.model.decode(self._window)
         if text.endswith(INCOMPLETE):
             return ""
-        added = text[len(self.model.decode(self._window[:self._read])):]
-        self._window = self._window[self._read:]
+        added = text[len(self.model.decode(self._window[: self._read])) :]
+        self._window = self._window[self._read :]
         self._read = len(self._window)
         return added
 
@@ -96,12 +96,19 @@ class StopText:
         if found:
             safe = min(found)
         else:
-            safe = min((len(text) - n for s in self.stop for n in range(1, min(len(s), len(text) + 1))
-                        if text.endswith(s[:n])), default=len(text))
+            safe = min(
+                (
+                    len(text) - n
+                    for s in self.stop
+                    for n in range(1, min(len(s), len(text) + 1))
+                    if text.endswith(s[:n])
+                ),
+                default=len(text),
+            )
         self._held = text[safe:]
         self.sent += safe
         return text[:safe]
 
     def rest(self, answer: str) -> str:
         """What of the finished answer was still held back."""
-        return answer[self.sent:]
+        return answer[self.sent :]

@@ -61,7 +61,7 @@ class Piece:
 
     @property
     def tail(self) -> str:
-        return self.text[len(self.body):]
+        return self.text[len(self.body) :]
 
 
 class SpanReader:
@@ -139,7 +139,7 @@ def segment_chips(segments: Sequence[Json]) -> list[Chip]:
     """One chip per segment; the first refused one is where the answer left the draft."""
     chips: list[Chip] = []
     for number, segment in enumerate(segments, 1):
-        score, kept, before = segment["score"], segment["kept"], segments[:number - 1]
+        score, kept, before = segment["score"], segment["kept"], segments[: number - 1]
         look = "pass" if kept else "fail" if all(s["kept"] for s in before) else "after"
         said = "not asked" if score is None else f"score {score:.4f}, {'kept' if kept else 'refused'}"
         hint = f"Prefix {number} of {len(segments)}: {said} ({plural(segment['tokens'], 'more token')})"
@@ -165,21 +165,30 @@ def phase_view(times: Json, scale_s: float) -> list[dict[str, Any]]:
     parts["other"] = max(0.0, float(times["wall_s"]) - sum(parts.values()))
     total = max(sum(parts.values()), 1e-12)
     longest = max(scale_s, total)
-    return [{"name": name, "seconds": spent, "share": spent / total, "width": 100 * spent / longest}
-            for name, spent in parts.items()]
+    return [
+        {"name": name, "seconds": spent, "share": spent / total, "width": 100 * spent / longest}
+        for name, spent in parts.items()
+    ]
 
 
 def request_view(arm: str, request: Json, scale_s: float) -> dict[str, Any]:
     """What one arm made of one request; `request` is empty where the run ended before."""
     error, result = request.get("error"), request.get("result")
     graded = {True: "correct", False: "wrong", None: "ungraded"}[request.get("correct")]
-    view = {"arm": arm, "verdict": "error" if error else graded if result else "missing", "error": error,
-            "detail": request.get("detail") or "", "result": result, "refused": False}
+    view = {
+        "arm": arm,
+        "verdict": "error" if error else graded if result else "missing",
+        "error": error,
+        "detail": request.get("detail") or "",
+        "result": result,
+        "refused": False,
+    }
     if not result:
         return view
     drafted = result["counters"]["draft_tokens"]
     return view | {
-        "pieces": answer_pieces(result), "phases": phase_view(result["times"], scale_s),
+        "pieces": answer_pieces(result),
+        "phases": phase_view(result["times"], scale_s),
         "drafted": any(r["drafted"] for r in result["rounds"]),
         "refused": any(not s["kept"] for r in result["rounds"] for s in r["segments"]),
         "kept_share": result["counters"]["kept_draft_tokens"] / drafted if drafted else None,
@@ -204,12 +213,17 @@ def card_views(arms: Sequence[Json]) -> list[dict[str, Any]]:
         found = [requests.get(key, {}) for requests in keyed]
         scale_s = max(float(r["result"]["times"]["wall_s"]) if r.get("result") else 0.0 for r in found)
         runs = [request_view(arm["name"], r, scale_s) for arm, r in zip(arms, found, strict=True)]
-        cards.append({
-            "number": number, "id": key[0], "open": number <= OPEN_CARDS, "runs": runs,
-            "prompt": next(r["prompt"] for r in found if r),
-            "wrong": any(run["verdict"] in ("wrong", "error") for run in runs),
-            "refused": any(run["refused"] for run in runs),
-        })
+        cards.append(
+            {
+                "number": number,
+                "id": key[0],
+                "open": number <= OPEN_CARDS,
+                "runs": runs,
+                "prompt": next(r["prompt"] for r in found if r),
+                "wrong": any(run["verdict"] in ("wrong", "error") for run in runs),
+                "refused": any(run["refused"] for run in runs),
+            }
+        )
     return cards
 
 
@@ -223,11 +237,16 @@ def arm_views(arms: Sequence[Json], comparison: Sequence[Json]) -> list[dict[str
         summary, gain = arm["summary"], gains.get(arm["name"])
         drafted = summary.get("draft_tokens")
         marks = {"one": 1.0} | ({x: float(gain[x]) for x in ("speedup_low", "speedup", "speedup_high")} if gain else {})
-        views.append({
-            "name": arm["name"], "description": arm.get("description"), "summary": summary, "gain": gain,
-            "kept_share": summary.get("kept_draft_tokens", 0) / drafted if drafted else None,
-            "axis": {name: round(4 + 92 * (x - lo) / length, 2) for name, x in marks.items()},  # 4 of margin
-        })
+        views.append(
+            {
+                "name": arm["name"],
+                "description": arm.get("description"),
+                "summary": summary,
+                "gain": gain,
+                "kept_share": summary.get("kept_draft_tokens", 0) / drafted if drafted else None,
+                "axis": {name: round(4 + 92 * (x - lo) / length, 2) for name, x in marks.items()},  # 4 of margin
+            }
+        )
     return views
 
 
@@ -235,14 +254,25 @@ def page_view(record: Json) -> dict[str, Any]:
     """Everything the template needs."""
     provenance, config, arms = record.get("provenance") or {}, record.get("config") or {}, record["arms"]
     packages, commit = provenance.get("packages") or {}, provenance.get("git_sha")
-    facts = [provenance.get("device"), *(f"{p} {packages[p]}" for p in PACKAGES_SHOWN if p in packages),
-             commit and f"commit {commit[:10]}", "seed" in config and f"seed {config['seed']}"]
+    facts = [
+        provenance.get("device"),
+        *(f"{p} {packages[p]}" for p in PACKAGES_SHOWN if p in packages),
+        commit and f"commit {commit[:10]}",
+        "seed" in config and f"seed {config['seed']}",
+    ]
     return {
-        "title": record["title"], "command": record.get("command"), "status": record["status"],
-        "facts": list(filter(None, facts)), "compared": bool(record.get("comparison")),
-        "arms": arm_views(arms, record.get("comparison") or ()), "cards": card_views(arms),
-        "folded": {name: json.dumps(part, indent=2, ensure_ascii=False)
-                   for name, part in (("Configuration", config), ("Provenance", provenance)) if part},
+        "title": record["title"],
+        "command": record.get("command"),
+        "status": record["status"],
+        "facts": list(filter(None, facts)),
+        "compared": bool(record.get("comparison")),
+        "arms": arm_views(arms, record.get("comparison") or ()),
+        "cards": card_views(arms),
+        "folded": {
+            name: json.dumps(part, indent=2, ensure_ascii=False)
+            for name, part in (("Configuration", config), ("Provenance", provenance))
+            if part
+        },
     }
 
 
@@ -277,10 +307,17 @@ def render_trace(record: Mapping[str, Any]) -> str:
     """The page for one run's record."""
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ParsedecError(f"The record has schema_version={version!r}; this page is made from version "
-                            f"{SCHEMA_VERSION}. Render it with the parsedec that wrote it, or run again.")
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        raise ParsedecError(
+            f"The record has schema_version={version!r}; this page is made from version "
+            f"{SCHEMA_VERSION}. Render it with the parsedec that wrote it, or run again."
+        )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     for text_filter in (decimal, percent, seconds, plural, wrap_indents):
         environment.filters[text_filter.__name__] = text_filter
     return environment.get_template("trace.html.j2").render(page_view(record))

@@ -56,12 +56,15 @@ class Tree:
     def __post_init__(self) -> None:
         n = len(self.tokens)
         if n == 0 or len(self.parents) != n:
-            raise ValueError(f"Tree needs one parent per token and at least the root; got {n} tokens "
-                             f"and {len(self.parents)} parents")
+            raise ValueError(
+                f"Tree needs one parent per token and at least the root; got {n} tokens and {len(self.parents)} parents"
+            )
         wrong = [i for i in range(1, n) if not 0 <= self.parents[i] < i]
         if self.parents[0] != -1 or wrong:
-            raise ValueError(f"Tree.parents must start with -1 and point backwards; nodes {wrong or [0]} do not "
-                             f"in {list(self.parents)}")
+            raise ValueError(
+                f"Tree.parents must start with -1 and point backwards; nodes {wrong or [0]} do not "
+                f"in {list(self.parents)}"
+            )
         if self.logq is not None and self.logq.shape[0] != n:
             raise ValueError(f"Tree.logq has {self.logq.shape[0]} rows for {n} nodes; expected one a node")
 
@@ -130,8 +133,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ConfigError(f"sampling is temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}; "
-                              "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy.")
+            raise ConfigError(
+                f"sampling is temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}; "
+                "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy."
+            )
 
     @property
     def greedy(self) -> bool:
@@ -149,8 +154,9 @@ class Limits:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}; expected at least 1. Raise it.")
         if any(not s for s in self.stop):
-            raise ConfigError(f"stop={list(self.stop)} holds an empty string, which would end every answer at once. "
-                              "Remove it.")
+            raise ConfigError(
+                f"stop={list(self.stop)} holds an empty string, which would end every answer at once. Remove it."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,47 +60,125 @@ document.body.append(out);
 
 
 def request(key: str, correct: bool, refused: bool) -> dict[str, Any]:
-    segments = [{"text": "The draft began well.\n", "tokens": 5, "score": 0.93, "kept": True},
-                {"text": "Then it went wrong.\n", "tokens": 4, "score": 0.2, "kept": False}]
-    entry = {"drafted": True, "judged_tokens": 9 if refused else 5, "kept_tokens": 5, "draft_ended": False,
-             "accepted_whole": False, "segments": segments[:1 + refused], "judge_path": "packed",
-             "judge_passes": 1, "judge_rows": 40, "mean_draft_logprob": -0.3, "target_tokens": 6,
-             "draft_s": 0.1, "judge_s": 0.1, "decode_s": 0.3}
-    spans = [{"author": "draft", "start": 0, "stop": 5, "text": "The draft began well.\n"},
-             {"author": "target", "start": 5, "stop": 11, "text": "The target ended it. </script><b>"}]
-    counters = {"target_calls": 9, "target_rows": 60, "judge_passes": 1, "judge_rows": 40, "draft_calls": 9,
-                "draft_rows": 20, "draft_tokens": 9, "kept_draft_tokens": 5, "inner_steps": 0,
-                "offered_by_depth": [], "accepted_by_depth": []}
-    times = {"prefill_s": 0.1, "draft_s": 0.1, "judge_s": 0.1, "decode_s": 0.3, "wall_s": 0.7,
-             "first_token_s": 0.3}
-    return {"id": key, "prompt": "A question?", "correct": correct, "detail": "", "error": None, "result": {
-        "text": "", "tokens": list(range(11)), "prompt_tokens": 4, "stop": "end_token", "spans": spans,
-        "rounds": [entry], "counters": counters, "times": times, "judge_path": "packed", "notes": []}}
+    segments = [
+        {"text": "The draft began well.\n", "tokens": 5, "score": 0.93, "kept": True},
+        {"text": "Then it went wrong.\n", "tokens": 4, "score": 0.2, "kept": False},
+    ]
+    entry = {
+        "drafted": True,
+        "judged_tokens": 9 if refused else 5,
+        "kept_tokens": 5,
+        "draft_ended": False,
+        "accepted_whole": False,
+        "segments": segments[: 1 + refused],
+        "judge_path": "packed",
+        "judge_passes": 1,
+        "judge_rows": 40,
+        "mean_draft_logprob": -0.3,
+        "target_tokens": 6,
+        "draft_s": 0.1,
+        "judge_s": 0.1,
+        "decode_s": 0.3,
+    }
+    spans = [
+        {"author": "draft", "start": 0, "stop": 5, "text": "The draft began well.\n"},
+        {"author": "target", "start": 5, "stop": 11, "text": "The target ended it. </script><b>"},
+    ]
+    counters = {
+        "target_calls": 9,
+        "target_rows": 60,
+        "judge_passes": 1,
+        "judge_rows": 40,
+        "draft_calls": 9,
+        "draft_rows": 20,
+        "draft_tokens": 9,
+        "kept_draft_tokens": 5,
+        "inner_steps": 0,
+        "offered_by_depth": [],
+        "accepted_by_depth": [],
+    }
+    times = {"prefill_s": 0.1, "draft_s": 0.1, "judge_s": 0.1, "decode_s": 0.3, "wall_s": 0.7, "first_token_s": 0.3}
+    return {
+        "id": key,
+        "prompt": "A question?",
+        "correct": correct,
+        "detail": "",
+        "error": None,
+        "result": {
+            "text": "",
+            "tokens": list(range(11)),
+            "prompt_tokens": 4,
+            "stop": "end_token",
+            "spans": spans,
+            "rounds": [entry],
+            "counters": counters,
+            "times": times,
+            "judge_path": "packed",
+            "notes": [],
+        },
+    }
 
 
 def browse(page: Path, *arguments: str) -> str:
     """Run the browser on a page, with every host name unreachable; its standard output."""
     assert BROWSER is not None
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'profile'}", *arguments,
-         page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True)
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={page.parent / 'profile'}",
+            *arguments,
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trace")
-    kinds = [("good", True, False), ("cut", True, True), ("bad", False, False), ("fine", True, False),
-             ("last", True, False)]
-    summary = {"accuracy": 0.8, "requests": 5, "new_tokens": 55, "target_calls": 45, "draft_tokens": 29,
-               "kept_draft_tokens": 25, "tokens_per_s": 15.0, "wall_s": 3.5}
-    page = render_trace({
-        "schema_version": 1, "status": "finished", "title": "A run", "command": "run", "config": {"seed": 1},
-        "provenance": {"device": "one CPU"}, "arms": [{"name": "parse", "description": "", "summary": summary,
-                                                       "requests": [request(*kind) for kind in kinds]}]})
+    kinds = [
+        ("good", True, False),
+        ("cut", True, True),
+        ("bad", False, False),
+        ("fine", True, False),
+        ("last", True, False),
+    ]
+    summary = {
+        "accuracy": 0.8,
+        "requests": 5,
+        "new_tokens": 55,
+        "target_calls": 45,
+        "draft_tokens": 29,
+        "kept_draft_tokens": 25,
+        "tokens_per_s": 15.0,
+        "wall_s": 3.5,
+    }
+    page = render_trace(
+        {
+            "schema_version": 1,
+            "status": "finished",
+            "title": "A run",
+            "command": "run",
+            "config": {"seed": 1},
+            "provenance": {"device": "one CPU"},
+            "arms": [
+                {"name": "parse", "description": "", "summary": summary, "requests": [request(*kind) for kind in kinds]}
+            ],
+        }
+    )
     (folder / "plain.html").write_text(page, "utf-8")
     watched = page.replace("<title>", WATCH + "<title>").replace("</body>", REPORT + "</body>")
     (folder / "watched.html").write_text(watched, "utf-8")
@@ -172,8 +250,8 @@ def test_screenshot_is_not_blank(folder, width):
     browse(folder / "plain.html", f"--screenshot={shot}", f"--window-size={width},1600")
     png, at, packed = shot.read_bytes(), 8, b""
     while at < len(png):  # chunks: length, name, data, checksum
-        size, name = int.from_bytes(png[at:at + 4]), png[at + 4:at + 8]
-        packed += png[at + 8:at + 8 + size] if name == b"IDAT" else b""
+        size, name = int.from_bytes(png[at : at + 4]), png[at + 4 : at + 8]
+        packed += png[at + 8 : at + 8 + size] if name == b"IDAT" else b""
         at += 12 + size
     assert len(set(zlib.decompress(packed))) > 128
 

@@ -55,7 +55,7 @@ def run(*parts: str, timeout_s: float = 5.0, memory_mb: int = 512) -> SandboxRes
 
 def test_prompt_shows_the_function_as_a_block(problem: Problem) -> None:
     assert problem.prompt.startswith("Complete this Python function.")
-    assert problem.prompt.endswith('```python\n' + HEAD.rstrip() + "\n```")
+    assert problem.prompt.endswith("```python\n" + HEAD.rstrip() + "\n```")
     assert json.loads(json.dumps(problem.meta)) == problem.meta
 
 
@@ -109,7 +109,8 @@ def test_whole_function_keeps_imports_and_helpers_of_the_head() -> None:
 
 def test_a_name_that_only_begins_alike_is_not_the_function() -> None:
     assert extract_code("```python\ndef bumpy(): pass\n```\n```python\ndef bump(): pass\n```", "bump") == (
-        "def bump(): pass\n")
+        "def bump(): pass\n"
+    )
     assert "def bump(numbers" in program(HEAD, "bump", "def bumpy(): pass\n")
 
 
@@ -146,9 +147,11 @@ def test_children_die_with_the_group(tmp_path: Path) -> None:
     """A child left behind is killed both after a time-out and after a success."""
     for ending, passed in (("import time; time.sleep(60)", False), ("pass", True)):
         note = tmp_path / f"pid-{passed}"
-        code = ("import subprocess, sys\n"
-                "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-                f"open({str(note)!r}, 'w').write(str(child.pid))")
+        code = (
+            "import subprocess, sys\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+            f"open({str(note)!r}, 'w').write(str(child.pid))"
+        )
         assert run(code, ending, timeout_s=1.5).passed == passed
         assert gone(int(note.read_text()))
 
@@ -171,8 +174,12 @@ def gone(pid: int) -> bool:
 def test_environment_is_empty_and_folder_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "abc")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    assert run("import os, sys", "assert 'SECRET_TOKEN' not in os.environ", "assert os.listdir() == []",
-               "assert sys.flags.isolated") == SandboxResult(True, "passed")
+    assert run(
+        "import os, sys",
+        "assert 'SECRET_TOKEN' not in os.environ",
+        "assert os.listdir() == []",
+        "assert sys.flags.isolated",
+    ) == SandboxResult(True, "passed")
     here = Path.cwd()
     assert run("open('left.txt', 'w').write('x')").passed
     assert not (here / "left.txt").exists()

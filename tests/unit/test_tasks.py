@@ -274,7 +274,7 @@ def test_jsonl_of_another_benchmark_is_refused(tmp_path: Path) -> None:
     path = filed(tmp_path, row(reference="yes"))
     with pytest.raises(TaskDataError, match="expected a number"):
         Gsm8k(path=path, n=1).problems()
-    with pytest.raises(TaskDataError, match="meta.entry_point=None"):
+    with pytest.raises(TaskDataError, match=r"meta\.entry_point=None"):
         HumanEval(path=path, n=1).problems()
 
 

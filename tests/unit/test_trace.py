@@ -42,10 +42,22 @@ def drafted(*segments: Segment, target: str = "", whole: bool = False) -> tuple[
     """A drafted round and the text the target wrote after it."""
     kept = sum(s.tokens for s in segments if s.kept) + whole  # whole: the drafted end token is kept too
     judged = sum(s.tokens for s in segments)
-    return Round(drafted=True, judged_tokens=judged, kept_tokens=kept, draft_ended=True, accepted_whole=whole,
-                 segments=segments, judge_path=JudgePath.PACKED, judge_passes=1, judge_rows=judged + 9,
-                 mean_draft_logprob=-0.5, target_tokens=words(target), draft_s=0.2, judge_s=0.1,
-                 decode_s=0.4), target
+    return Round(
+        drafted=True,
+        judged_tokens=judged,
+        kept_tokens=kept,
+        draft_ended=True,
+        accepted_whole=whole,
+        segments=segments,
+        judge_path=JudgePath.PACKED,
+        judge_passes=1,
+        judge_rows=judged + 9,
+        mean_draft_logprob=-0.5,
+        target_tokens=words(target),
+        draft_s=0.2,
+        judge_s=0.1,
+        decode_s=0.4,
+    ), target
 
 
 def alone(target: str) -> tuple[Round, str]:
@@ -60,44 +72,75 @@ def result(*rounds: tuple[Round, str], merge: bool = True, notes: tuple[str, ...
         draft = "".join(s.text for s in entry.segments if s.kept)
         counters.draft_tokens += entry.judged_tokens + entry.draft_ended
         counters.kept_draft_tokens += entry.kept_tokens
-        for author, text, size in ((Author.DRAFT, draft, entry.kept_tokens),
-                                   (Author.TARGET, target, entry.target_tokens)):
+        for author, text, size in (
+            (Author.DRAFT, draft, entry.kept_tokens),
+            (Author.TARGET, target, entry.target_tokens),
+        ):
             start = spans[-1].stop if spans else 0
             if size and merge and spans and spans[-1].author == author:
-                spans[-1] = Span(author=author, start=spans[-1].start, stop=start + size,
-                                 text=spans[-1].text + text)
+                spans[-1] = Span(author=author, start=spans[-1].start, stop=start + size, text=spans[-1].text + text)
             elif size:
                 spans.append(Span(author=author, start=start, stop=start + size, text=text))
     finished = Result(
-        text="".join(s.text for s in spans), tokens=tuple(range(spans[-1].stop)), prompt_tokens=7,
-        stop=StopReason.END_TOKEN, spans=tuple(spans), rounds=tuple(r for r, _ in rounds), counters=counters,
-        times=PhaseTimes(prefill_s=0.1, draft_s=0.2, judge_s=0.1, decode_s=0.4, wall_s=1.0,
-                         first_token_s=0.4),
-        judge_path=JudgePath.PACKED, notes=notes)
+        text="".join(s.text for s in spans),
+        tokens=tuple(range(spans[-1].stop)),
+        prompt_tokens=7,
+        stop=StopReason.END_TOKEN,
+        spans=tuple(spans),
+        rounds=tuple(r for r, _ in rounds),
+        counters=counters,
+        times=PhaseTimes(prefill_s=0.1, draft_s=0.2, judge_s=0.1, decode_s=0.4, wall_s=1.0, first_token_s=0.4),
+        judge_path=JudgePath.PACKED,
+        notes=notes,
+    )
     loaded: dict[str, Any] = json.loads(json.dumps(asdict(finished)))
     return loaded
 
 
 def request(outcome: dict[str, Any] | None, key: str = "q1", **changes: Any) -> dict[str, Any]:
-    return {"id": key, "prompt": f"Prompt of {key}", "correct": True, "detail": "", "error": None,
-            "result": outcome} | changes
+    return {
+        "id": key,
+        "prompt": f"Prompt of {key}",
+        "correct": True,
+        "detail": "",
+        "error": None,
+        "result": outcome,
+    } | changes
 
 
 def arm(*requests: dict[str, Any], name: str = "parse") -> dict[str, Any]:
-    return {"name": name, "description": "", "requests": list(requests), "summary": {
-        "accuracy": 0.5, "requests": len(requests), "new_tokens": 1234, "target_calls": 56,
-        "judge_passes": 2, "draft_tokens": 200, "kept_draft_tokens": 150, "decode_s": 1.0, "wall_s": 2.0,
-        "tokens_per_s": 61.7}}
+    return {
+        "name": name,
+        "description": "",
+        "requests": list(requests),
+        "summary": {
+            "accuracy": 0.5,
+            "requests": len(requests),
+            "new_tokens": 1234,
+            "target_calls": 56,
+            "judge_passes": 2,
+            "draft_tokens": 200,
+            "kept_draft_tokens": 150,
+            "decode_s": 1.0,
+            "wall_s": 2.0,
+            "tokens_per_s": 61.7,
+        },
+    }
 
 
 def record(*arms: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {"schema_version": 1, "status": "finished", "title": "A run", "command": "python run.py seed=17",
-            "config": {"seed": 17}, "arms": list(arms), "provenance": {
-                "git_sha": "0123456789abcdef", "device": "one CPU", "packages": {"torch": "2.1"}}} | changes
+    return {
+        "schema_version": 1,
+        "status": "finished",
+        "title": "A run",
+        "command": "python run.py seed=17",
+        "config": {"seed": 17},
+        "arms": list(arms),
+        "provenance": {"git_sha": "0123456789abcdef", "device": "one CPU", "packages": {"torch": "2.1"}},
+    } | changes
 
 
-MIXED = (segment("Good start.\n", 0.93, KEPT), segment("bad turn\n", 0.21, REFUSED),
-         segment("worse end", 0.4, REFUSED))
+MIXED = (segment("Good start.\n", 0.93, KEPT), segment("bad turn\n", 0.21, REFUSED), segment("worse end", 0.4, REFUSED))
 
 
 class Page(HTMLParser):
@@ -159,14 +202,16 @@ def page_of(*arms: dict[str, Any], **changes: Any) -> Page:
 
 def test_three_kinds_of_text_stand_in_order():
     page = page_of(arm(request(result(drafted(*MIXED, target="Right end.")))))
-    assert page.answer() == [("draft", "Good start.\n"), ("refused", "bad turn\nworse end"),
-                             ("target", "Right end.")]
+    assert page.answer() == [("draft", "Good start.\n"), ("refused", "bad turn\nworse end"), ("target", "Right end.")]
 
 
 def test_a_chip_follows_every_cut_and_only_the_first_refusal_looks_refused():
     pieces = trace.answer_pieces(result(drafted(*MIXED, target="Right end.")))
     assert [(p.chip.label, p.chip.look) for p in pieces if p.chip] == [
-        ("0.93", "pass"), ("0.21", "fail"), ("0.40", "after")]
+        ("0.93", "pass"),
+        ("0.21", "fail"),
+        ("0.40", "after"),
+    ]
     page = Page(trace.render_trace(record(arm(request(result(drafted(*MIXED, target="Right end.")))))))
     assert [kind for kind, _ in page.answers[0]][:3] == ["draft", "chip", "draft"], "before the line break"
 
@@ -177,8 +222,9 @@ def test_a_score_the_judge_was_not_asked_for_says_so():
 
 
 def test_draft_accepted_whole():
-    page = page_of(arm(request(result(drafted(segment("First. ", 0.9, KEPT), segment("Last.", 0.95, KEPT),
-                                              whole=True)))))
+    page = page_of(
+        arm(request(result(drafted(segment("First. ", 0.9, KEPT), segment("Last.", 0.95, KEPT), whole=True))))
+    )
     assert page.answer() == [("draft", "First. Last.")]
     assert "draft accepted whole" in page.by_class("rounds")
     assert "3 of 3 tokens" in "".join(page.by_class("rounds")), "two words and the end token"
@@ -192,11 +238,23 @@ def test_nothing_kept_puts_the_refused_text_before_the_target():
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_refused_text_of_a_later_round_splits_the_target_where_that_round_began(merge):
-    page = page_of(arm(request(result(
-        drafted(segment("One.", 0.9, KEPT), target=" two three"),
-        drafted(segment(" wrong", 0.1, REFUSED), target=" four five six"), merge=merge))))
-    assert page.answer() == [("draft", "One."), ("target", " two three"), ("refused", " wrong"),
-                             ("target", " four five six")]
+    page = page_of(
+        arm(
+            request(
+                result(
+                    drafted(segment("One.", 0.9, KEPT), target=" two three"),
+                    drafted(segment(" wrong", 0.1, REFUSED), target=" four five six"),
+                    merge=merge,
+                )
+            )
+        )
+    )
+    assert page.answer() == [
+        ("draft", "One."),
+        ("target", " two three"),
+        ("refused", " wrong"),
+        ("target", " four five six"),
+    ]
     assert [text for kind, text in page.answers[0] if kind == "mark"] == ["1", "2"]
 
 
@@ -234,11 +292,14 @@ def test_indentation_survives():
 
 def test_everything_from_the_record_is_escaped():
     evil = """</script><script>alert(1)</script><b>"bold"</b> & 'more' {{ 7 * 7 }}"""
-    outcome = result(drafted(segment(evil, 0.9, KEPT), segment(evil, 0.2, REFUSED), target=evil),
-                     notes=(evil,))
+    outcome = result(drafted(segment(evil, 0.9, KEPT), segment(evil, 0.2, REFUSED), target=evil), notes=(evil,))
     page = page_of(
         arm(request(outcome, evil, prompt=evil, detail=evil), request(None, "q2", error=evil), name=evil),
-        title=evil, command=evil, config={"seed": evil, evil: evil}, status="interrupted")
+        title=evil,
+        command=evil,
+        config={"seed": evil, evil: evil},
+        status="interrupted",
+    )
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert page.answer() == [("draft", evil), ("refused", evil), ("target", evil)]
     assert page.by_class("failure") == [evil]
@@ -257,8 +318,9 @@ def test_page_is_self_contained():
 
 
 def test_links_inside_the_page_lead_somewhere():
-    page = page_of(arm(request(result(drafted(*MIXED, target="two three"), alone(" four"))),
-                       request(result(alone("Hi.")), "q2")))
+    page = page_of(
+        arm(request(result(drafted(*MIXED, target="two three"), alone(" four"))), request(result(alone("Hi.")), "q2"))
+    )
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
@@ -274,8 +336,7 @@ def test_header_names_machine_versions_seed_and_command():
     assert not page.by_class("notice")
 
 
-@pytest.mark.parametrize(("status", "says"), [
-    ("interrupted", "was interrupted"), ("running", "had not ended")])
+@pytest.mark.parametrize(("status", "says"), [("interrupted", "was interrupted"), ("running", "had not ended")])
 def test_an_unfinished_run_says_so(status, says):
     page = page_of(arm(request(result(alone("Hi.")))), status=status)
     assert page.by_class("status") == [status]
@@ -290,12 +351,15 @@ def test_a_request_with_an_error_shows_it_and_counts_as_wrong():
 
 
 def test_cards_carry_what_the_filters_ask_for():
-    page = page_of(arm(request(result(drafted(*MIXED, target="Right end."))),
-                       request(result(alone("Hi.")), "q2", correct=False),
-                       request(result(alone("Hi.")), "q3", correct=None)))
+    page = page_of(
+        arm(
+            request(result(drafted(*MIXED, target="Right end."))),
+            request(result(alone("Hi.")), "q2", correct=False),
+            request(result(alone("Hi.")), "q3", correct=None),
+        )
+    )
     cards = [attrs for tag, attrs in page.tags if tag == "details" and attrs.get("class") == "card"]
-    assert [("data-wrong" in c, "data-refused" in c) for c in cards] == [(False, True), (True, False),
-                                                                         (False, False)]
+    assert [("data-wrong" in c, "data-refused" in c) for c in cards] == [(False, True), (True, False), (False, False)]
 
 
 def test_first_cards_are_open():
@@ -305,22 +369,28 @@ def test_first_cards_are_open():
 
 
 def test_comparison_shows_the_arms_of_a_request_one_below_another():
-    base = arm(request(result(alone("Base one."))), request(result(alone("Base two.")), "q2"),
-               name="target alone")
+    base = arm(request(result(alone("Base one."))), request(result(alone("Base two.")), "q2"), name="target alone")
     ours = arm(request(result(drafted(segment("Ours one.", 0.9, KEPT), whole=True))), name="parse")
-    page = page_of(base, ours, comparison=[{"arm": "parse", "speedup": 1.87, "speedup_low": 1.61, "speedup_high": 2.09}])
+    page = page_of(
+        base, ours, comparison=[{"arm": "parse", "speedup": 1.87, "speedup_low": 1.61, "speedup_high": 2.09}]
+    )
     headings = [text for text in page.by_class("run") if text in ("target alone", "parse")]
     assert headings == ["target alone", "parse", "target alone", "parse"]
     assert [page.answer(i) for i in range(3)] == [
-        [("target", "Base one.")], [("draft", "Ours one.")], [("target", "Base two.")]]
+        [("target", "Base one.")],
+        [("draft", "Ours one.")],
+        [("target", "Base two.")],
+    ]
     assert page.by_class("missing").count("not run") == 2, "in the card's summary and at the arm"
     gains = [text.strip() for text in page.by_class("gain")]
     assert gains == ["Speed-up, with interval", "baseline", "1.87×", "1.61 to 2.09"]
 
 
 def test_speed_up_axis_holds_one_and_both_ends():
-    rows = [{"arm": "a", "speedup": 0.8, "speedup_low": 0.7, "speedup_high": 0.9},
-            {"arm": "b", "speedup": 2, "speedup_low": 1, "speedup_high": 3}]
+    rows = [
+        {"arm": "a", "speedup": 0.8, "speedup_low": 0.7, "speedup_high": 0.9},
+        {"arm": "b", "speedup": 2, "speedup_low": 1, "speedup_high": 3},
+    ]
     first, second, base = trace.arm_views([arm(name=n) for n in ("a", "b", "base")], rows)
     assert first["axis"]["speedup_low"] == 4
     assert second["axis"]["speedup_high"] == 96
@@ -373,9 +443,10 @@ def test_a_run_that_reached_no_request_still_renders():
     assert "No request was reached." in page_of(arm(), status="interrupted").by_class("quiet")
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (None, "–"), (0.0, "0 ms"), (0.0042, "4.2 ms"), (0.083, "83 ms"), (1.239, "1.24 s"),
-    (119.7, "2 min 00 s")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.0, "0 ms"), (0.0042, "4.2 ms"), (0.083, "83 ms"), (1.239, "1.24 s"), (119.7, "2 min 00 s")],
+)
 def test_durations_are_short(value, text):
     assert trace.seconds(value) == text
 

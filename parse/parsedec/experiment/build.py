@@ -34,8 +34,13 @@ def build_engine(cfg: DictConfig) -> Parse:
     outer = instantiate(cfg.outer)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
     draft = cfg.draft if wants_draft and cfg.draft.model is not None else None
-    return Parse(build_model(cfg.target), build_model(draft.model) if draft else None, inner=instantiate(cfg.inner),
-                 draft_inner=instantiate(draft.inner) if draft else None, outer=outer)
+    return Parse(
+        build_model(cfg.target),
+        build_model(draft.model) if draft else None,
+        inner=instantiate(cfg.inner),
+        draft_inner=instantiate(draft.inner) if draft else None,
+        outer=outer,
+    )
 
 
 def build_draft_alone(cfg: DictConfig) -> Parse:

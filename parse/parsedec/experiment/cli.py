@@ -32,8 +32,12 @@ stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
 def run_command(main: Callable[[], Any], conf: Path) -> None:
     """Run a `@hydra.main` function as a command: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without our suggestion
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True,
-                        handlers=[RichHandler(console=stderr, show_time=False, show_path=False)])
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        force=True,
+        handlers=[RichHandler(console=stderr, show_time=False, show_path=False)],
+    )
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _quiet_transformers()
@@ -61,8 +65,8 @@ def expand_shorthand(argument: str, conf: Path) -> list[str]:
 def explain(error: Exception, conf: Path) -> str:
     """The message of an error a user can mend, with the closest names that do exist."""
     cause = error.__cause__
-    if isinstance(error, InstantiationException) and isinstance(cause, ParsedecError):
-        return str(cause)
+    if isinstance(error, InstantiationException) and cause is not None:
+        return str(cause) if isinstance(cause, ParsedecError) else f"{str(error).splitlines()[0]} {cause}"
     message = str(error).strip()
     first = message.splitlines()[0] if message else type(error).__name__
     if found := re.search(r"Could not find '([\w@/.]+)/([^']*)'", message):
@@ -91,18 +95,23 @@ def known_settings(conf: Path) -> list[str]:
 
 
 def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
-        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            if isinstance(node[key], DictConfig):
-                yield from _dotted(node[key], f"{prefix}{key}.")
+        known = not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key)
+        if known and isinstance(node[key], DictConfig):
+            yield from _dotted(node[key], f"{prefix}{key}.")
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal, nothing elsewhere; call what it yields with a label after each step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("requests", total=total)
         yield lambda label: bar.update(task, advance=1, description=label)

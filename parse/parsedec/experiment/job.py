@@ -35,8 +35,13 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
     if earlier:
         for arm in arms:
             arm.requests = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
-    head = {"schema_version": SCHEMA_VERSION, "title": cfg.title or _title(cfg), "config": config,
-            "provenance": provenance(), "resumed_from": earlier["provenance"] if earlier else None}
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "title": cfg.title or _title(cfg),
+        "config": config,
+        "provenance": provenance(),
+        "resumed_from": earlier["provenance"] if earlier else None,
+    }
     record: dict[str, Any] = {}
     saved = time.monotonic()
 
@@ -46,12 +51,18 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
         write_record(record, folder / "record.json")
         saved = time.monotonic()
 
-    settings = Settings(max_new_tokens=cfg.max_new_tokens, stop=tuple(cfg.stop), sampling=build_sampling(cfg),
-                        seed=cfg.seed, warmup=cfg.warmup)
+    settings = Settings(
+        max_new_tokens=cfg.max_new_tokens,
+        stop=tuple(cfg.stop),
+        sampling=build_sampling(cfg),
+        seed=cfg.seed,
+        warmup=cfg.warmup,
+    )
     status = "failed"
     try:
         left = sum(len(task.problems()) - len(arm.requests) for arm in arms)
         with progress(left) as step:
+
             def after_each(name: str) -> None:
                 step(name)
                 if time.monotonic() - saved > SAVE_EVERY_S:
@@ -61,8 +72,12 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
-        log.warning("interrupted; %d finished requests are in %s - resume=true output=%s goes on from there",
-                    sum(len(arm.requests) for arm in arms), folder / "record.json", folder)
+        log.warning(
+            "interrupted; %d finished requests are in %s - resume=true output=%s goes on from there",
+            sum(len(arm.requests) for arm in arms),
+            folder / "record.json",
+            folder,
+        )
         raise
     finally:
         save(status)
@@ -71,8 +86,10 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
 
 
 def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:
-    listed = [{"name": arm.name, "description": arm.description, "summary": summarise(arm.requests),
-               "requests": arm.requests} for arm in arms]
+    listed = [
+        {"name": arm.name, "description": arm.description, "summary": summarise(arm.requests), "requests": arm.requests}
+        for arm in arms
+    ]
     results: dict[str, Any] = {"arms": listed}
     if len(arms) == 1:
         results["summary"] = listed[0]["summary"]

@@ -71,11 +71,15 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ParsedecError(f"cannot read the record {path}: {error}. Expected a record.json written by a run.") from error
+        raise ParsedecError(
+            f"cannot read the record {path}: {error}. Expected a record.json written by a run."
+        ) from error
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
         found = record.get("schema_version") if isinstance(record, dict) else type(record).__name__
-        raise ParsedecError(f"{path} has schema_version {found!r}; expected {SCHEMA_VERSION}. It was written by another "
-                            "version of parsedec, or is no record.")
+        raise ParsedecError(
+            f"{path} has schema_version {found!r}; expected {SCHEMA_VERSION}. It was written by another "
+            "version of parsedec, or is no record."
+        )
     return record
 
 
@@ -84,14 +88,21 @@ def earlier_record(path: Path, config: dict[str, Any], resume: bool) -> dict[str
     if not path.exists():
         return None
     if not resume:
-        raise OutputExistsError(f"{path} exists already; a run never overwrites one. Choose another folder "
-                                "(output=DIR), or resume=true to finish that run.")
+        raise OutputExistsError(
+            f"{path} exists already; a run never overwrites one. Choose another folder "
+            "(output=DIR), or resume=true to finish that run."
+        )
     record = read_record(path)
-    changed = sorted(key for key in {*config, *record["config"]} if key not in ("resume", "output")
-                     and config.get(key) != record["config"].get(key))
+    changed = sorted(
+        key
+        for key in {*config, *record["config"]}
+        if key not in ("resume", "output") and config.get(key) != record["config"].get(key)
+    )
     if changed:
-        raise OutputExistsError(f"{path} was made with another configuration (it differs in {changed}), so it cannot be "
-                                "resumed with this one. Use the same overrides, or another folder (output=DIR).")
+        raise OutputExistsError(
+            f"{path} was made with another configuration (it differs in {changed}), so it cannot be "
+            "resumed with this one. Use the same overrides, or another folder (output=DIR)."
+        )
     return record
 
 

@@ -49,7 +49,7 @@ def run_arms(arms: Sequence[Arm], task: Task, settings: Settings, after_each: Ca
     """
     problems = task.problems()
     for arm in arms:
-        for problem in problems[:settings.warmup]:
+        for problem in problems[: settings.warmup]:
             _answer(arm, task, problem, settings, 0)
         arm.engine.history = GateHistory()  # warm-up is absent from what the gate has seen, too
     for index, problem in enumerate(problems):
@@ -66,11 +66,22 @@ def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: i
     request: dict[str, Any] = {"id": problem.id, "prompt": problem.prompt, "reference": problem.reference}
     started = time.time()
     try:
-        result = arm.engine.generate(problem.prompt, max_new_tokens=settings.max_new_tokens, stop=settings.stop,
-                                     sampling=settings.sampling, generator=generator)
+        result = arm.engine.generate(
+            problem.prompt,
+            max_new_tokens=settings.max_new_tokens,
+            stop=settings.stop,
+            sampling=settings.sampling,
+            generator=generator,
+        )
     except ParsedecError as error:
         log.warning("%s, %s: %s", arm.name, problem.id, error)
         return request | {"correct": False, "detail": "", "error": f"{type(error).__name__}: {error}", "result": None}
     score = task.score(problem, result.text)
-    return request | {"correct": score.correct, "detail": score.detail, "error": None, "at": started,
-                      "first_wrong_line": score.first_wrong_line, "result": to_json(result)}
+    return request | {
+        "correct": score.correct,
+        "detail": score.detail,
+        "error": None,
+        "at": started,
+        "first_wrong_line": score.first_wrong_line,
+        "result": to_json(result),
+    }

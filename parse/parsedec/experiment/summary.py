@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 
 SUMMED = {  # summary key -> where a request's result has it
-    "target_calls": ("counters", "target_calls"), "target_rows": ("counters", "target_rows"),
-    "judge_passes": ("counters", "judge_passes"), "judge_rows": ("counters", "judge_rows"),
-    "draft_tokens": ("counters", "draft_tokens"), "kept_draft_tokens": ("counters", "kept_draft_tokens"),
+    "target_calls": ("counters", "target_calls"),
+    "target_rows": ("counters", "target_rows"),
+    "judge_passes": ("counters", "judge_passes"),
+    "judge_rows": ("counters", "judge_rows"),
+    "draft_tokens": ("counters", "draft_tokens"),
+    "kept_draft_tokens": ("counters", "kept_draft_tokens"),
     "inner_steps": ("counters", "inner_steps"),
-    "prefill_s": ("times", "prefill_s"), "draft_s": ("times", "draft_s"), "judge_s": ("times", "judge_s"),
-    "decode_s": ("times", "decode_s"), "wall_s": ("times", "wall_s"),
+    "prefill_s": ("times", "prefill_s"),
+    "draft_s": ("times", "draft_s"),
+    "judge_s": ("times", "judge_s"),
+    "decode_s": ("times", "decode_s"),
+    "wall_s": ("times", "wall_s"),
 }
 
 
@@ -47,8 +53,9 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000,
-            seed: int = 0) -> dict[str, float] | None:
+def compare(
+    baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, float] | None:
     """An arm against the baseline on the requests both answered, with 95 % paired bootstrap intervals.
 
     speedup           ratio of tokens per second, all tokens over all wall-clock seconds

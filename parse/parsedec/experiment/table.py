@@ -41,8 +41,10 @@ COLUMNS: tuple[Column, ...] = (
 def rows(record: dict[str, Any]) -> list[list[str]]:
     """One list of cells per arm, its name first."""
     against = {row["arm"]: row for row in record.get("comparison", [])}
-    return [[arm["name"], *(render(arm["summary"], against.get(arm["name"])) for _, render in COLUMNS)]
-            for arm in record["arms"]]
+    return [
+        [arm["name"], *(render(arm["summary"], against.get(arm["name"])) for _, render in COLUMNS)]
+        for arm in record["arms"]
+    ]
 
 
 def caption(record: dict[str, Any]) -> str:
@@ -51,8 +53,10 @@ def caption(record: dict[str, Any]) -> str:
     sha = (made["git_sha"] or "no commit")[:10] + (" with uncommitted changes" if made["git_dirty"] else "")
     versions = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "transformers"))
     n = record["arms"][0]["summary"]["requests"]
-    return (f"Tier: {tier(record)}. n = {n}, seed {config['seed']}, at most {config['max_new_tokens']} new tokens; "
-            f"95 % intervals (Wilson; paired bootstrap for speed-ups). {made['device']}, {versions}, commit {sha}.")
+    return (
+        f"Tier: {tier(record)}. n = {n}, seed {config['seed']}, at most {config['max_new_tokens']} new tokens; "
+        f"95 % intervals (Wilson; paired bootstrap for speed-ups). {made['device']}, {versions}, commit {sha}."
+    )
 
 
 def tier(record: dict[str, Any]) -> str:
@@ -75,5 +79,7 @@ def markdown(record: dict[str, Any]) -> str:
     head = ["arm", *(name for name, _ in COLUMNS)]
     lines = [" | ".join(cells) for cells in (head, ["---", *["---:"] * len(COLUMNS)], *rows(record))]
     body = "\n".join(f"| {line} |" for line in lines)
-    return (f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n{body}\n\n"
-            f"{caption(record)}\n")
+    return (
+        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n{body}\n\n"
+        f"{caption(record)}\n"
+    )

@@ -26,8 +26,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.id or not self.prompt:
-            raise ValueError(f"Problem has id={self.id!r} and prompt={self.prompt!r}; expected both to be "
-                             "non-empty. Give every problem an id and a question.")
+            raise ValueError(
+                f"Problem has id={self.id!r} and prompt={self.prompt!r}; expected both to be "
+                "non-empty. Give every problem an id and a question."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,10 @@ class Score:
 
     def __post_init__(self) -> None:
         if self.correct and self.first_wrong_line is not None:
-            raise ValueError(f"Score is correct but names line {self.first_wrong_line} as wrong; expected "
-                             "first_wrong_line=None. Set correct=False.")
+            raise ValueError(
+                f"Score is correct but names line {self.first_wrong_line} as wrong; expected "
+                "first_wrong_line=None. Set correct=False."
+            )
 
 
 class Task(Protocol):
@@ -67,5 +71,4 @@ def require_int(name: str, value: object, low: int, high: int | None = None) -> 
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
         expected = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} is not usable; expected a whole number {expected}. "
-                          f"Change {name}.")
+        raise ConfigError(f"{name}={value!r} is not usable; expected a whole number {expected}. Change {name}.")

@@ -30,9 +30,11 @@ class Gsm8k(JsonlTask):
 
     def prepare(self, problem: Problem) -> Problem:
         if _as_number(problem.reference) is None:
-            raise TaskDataError(f"{self.path}: problem {problem.id!r} has reference={problem.reference!r}; "
-                                "expected a number. Is this another benchmark's file? Change path, or repair "
-                                "the line.")
+            raise TaskDataError(
+                f"{self.path}: problem {problem.id!r} has reference={problem.reference!r}; "
+                "expected a number. Is this another benchmark's file? Change path, or repair "
+                "the line."
+            )
         prompt = f"{problem.prompt}\n\n{self.instruction}" if self.instruction else problem.prompt
         return replace(problem, prompt=prompt)
 

@@ -43,8 +43,10 @@ class HumanEval(JsonlTask):
         for key in ("entry_point", "test"):
             value = problem.meta.get(key)
             if not isinstance(value, str) or not value.strip():
-                raise TaskDataError(f"{self.path}: problem {problem.id!r} has meta.{key}={value!r}; expected "
-                                    "text. Is this another benchmark's file? Change path or repair the line.")
+                raise TaskDataError(
+                    f"{self.path}: problem {problem.id!r} has meta.{key}={value!r}; expected "
+                    "text. Is this another benchmark's file? Change path or repair the line."
+                )
         prompt = f"{self.instruction}\n\n```python\n{problem.prompt.rstrip()}\n```"
         return replace(problem, prompt=prompt, meta={**problem.meta, "head": problem.prompt})
 

@@ -37,8 +37,10 @@ class JsonlTask(ABC):
         require_int("offset", self.offset, 0)
         # checked before the first read: models take minutes to load, a wrong path should not wait for them
         if not Path(self.path).expanduser().is_file():
-            raise TaskDataError(f"path={str(self.path)!r} is not a file; expected JSONL, each line of the "
-                                f"form {_FORM}. Correct the path or put the file there.")
+            raise TaskDataError(
+                f"path={str(self.path)!r} is not a file; expected JSONL, each line of the "
+                f"form {_FORM}. Correct the path or put the file there."
+            )
 
     @abstractmethod
     def score(self, problem: Problem, text: str) -> Score: ...
@@ -51,9 +53,11 @@ class JsonlTask(ABC):
         stored = self._read()
         stop = len(stored) if self.n is None else self.offset + self.n
         if stop > len(stored) or self.offset >= len(stored):
-            raise TaskDataError(f"offset={self.offset}, n={self.n} asks for more than the {len(stored)} "
-                                f"problems of {self.path}; expected offset + n <= {len(stored)}. "
-                                "Lower n or offset.")
+            raise TaskDataError(
+                f"offset={self.offset}, n={self.n} asks for more than the {len(stored)} "
+                f"problems of {self.path}; expected offset + n <= {len(stored)}. "
+                "Lower n or offset."
+            )
         return [self.prepare(problem) for problem in stored[self.offset : stop]]
 
     def _read(self) -> list[Problem]:
@@ -68,8 +72,10 @@ class JsonlTask(ABC):
                 problem = _parse(line, where)
                 first = line_of.setdefault(problem.id, number)
                 if first != number:
-                    raise TaskDataError(f"{where} repeats the id {problem.id!r} of line {first}; expected "
-                                        "every id once: results are filed under it. Rename one of the two.")
+                    raise TaskDataError(
+                        f"{where} repeats the id {problem.id!r} of line {first}; expected "
+                        "every id once: results are filed under it. Rename one of the two."
+                    )
                 problems.append(problem)
         return problems
 
@@ -78,15 +84,17 @@ def _parse(line: bytes, where: str) -> Problem:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as bad:
-        raise TaskDataError(f"{where} is not JSON in UTF-8 ({bad}): {_shorten(line)}; "
-                            f"expected {_FORM}. Repair or remove the line.") from bad
+        raise TaskDataError(
+            f"{where} is not JSON in UTF-8 ({bad}): {_shorten(line)}; expected {_FORM}. Repair or remove the line."
+        ) from bad
     if not isinstance(row, dict):
-        raise TaskDataError(f"{where} holds {_shorten(line)}; expected an object {_FORM}. "
-                            "Repair or remove the line.")
+        raise TaskDataError(f"{where} holds {_shorten(line)}; expected an object {_FORM}. Repair or remove the line.")
     wrong = [key for key, ok in _checks(row).items() if not ok]
     if wrong:
-        raise TaskDataError(f"{where}: {', '.join(wrong)} missing or of the wrong type in {_shorten(line)}; "
-                            f"expected {_FORM}. Repair or remove the line.")
+        raise TaskDataError(
+            f"{where}: {', '.join(wrong)} missing or of the wrong type in {_shorten(line)}; "
+            f"expected {_FORM}. Repair or remove the line."
+        )
     return Problem(id=row["id"], prompt=row["prompt"], reference=str(row["reference"]), meta=row["meta"])
 
 

@@ -76,16 +76,20 @@ def require_limits(timeout_s: float, memory_mb: int) -> None:
     if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < math.inf:
         raise ConfigError(f"timeout_s={timeout_s!r} is not usable; expected seconds above 0. Raise it.")
     if not isinstance(memory_mb, int) or isinstance(memory_mb, bool) or memory_mb < _SMALLEST_MEMORY_MB:
-        raise ConfigError(f"memory_mb={memory_mb!r} is not usable; expected a whole number of at least "
-                          f"{_SMALLEST_MEMORY_MB}, which Python itself needs. Raise memory_mb.")
+        raise ConfigError(
+            f"memory_mb={memory_mb!r} is not usable; expected a whole number of at least "
+            f"{_SMALLEST_MEMORY_MB}, which Python itself needs. Raise memory_mb."
+        )
 
 
 def run_sandboxed(parts: Sequence[str], *, timeout_s: float, memory_mb: int) -> SandboxResult:
     """Run `parts` one after the other in one namespace; passed if the last one ends without an exception."""
     require_limits(timeout_s, memory_mb)
     if os.name != "posix":
-        raise ConfigError(f"the sandbox cannot run on os.name={os.name!r}; expected a POSIX system, whose "
-                          "resource limits it uses. Score on Linux, macOS or WSL.")
+        raise ConfigError(
+            f"the sandbox cannot run on os.name={os.name!r}; expected a POSIX system, whose "
+            "resource limits it uses. Score on Linux, macOS or WSL."
+        )
     word = secrets.token_hex(16)
     job = json.dumps({"parts": list(parts), "word": word, "limits": _limits(timeout_s, memory_mb)})
     # Files instead of pipes: nothing can block on a full pipe or on a grandchild that keeps one open.
@@ -97,8 +101,15 @@ def run_sandboxed(parts: Sequence[str], *, timeout_s: float, memory_mb: int) -> 
     ):
         stdin.write(job.encode())
         stdin.seek(0)
-        child = subprocess.Popen([sys.executable, "-I", "-c", _RUNNER], cwd=folder, env={},
-                                 start_new_session=True, stdin=stdin, stdout=verdict, stderr=errors)
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-c", _RUNNER],
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            stdin=stdin,
+            stdout=verdict,
+            stderr=errors,
+        )
         code = _wait_and_kill(child, timeout_s)
         if code is None:
             return SandboxResult(False, f"timed out after {timeout_s:g} s")

@@ -30,35 +30,69 @@ from typing import Any, ClassVar
 from parsedec.errors import ConfigError
 from parsedec.tasks.base import Problem, Score, require_int
 
-NAMES = ("Tom", "Ana", "Raj", "Lena", "Omar", "Mia", "Kofi", "Yuki",
-         "Ivan", "Sara", "Noah", "Zoe", "Hugo", "Nina", "Paul", "Ella")
+NAMES = (
+    "Tom",
+    "Ana",
+    "Raj",
+    "Lena",
+    "Omar",
+    "Mia",
+    "Kofi",
+    "Yuki",
+    "Ivan",
+    "Sara",
+    "Noah",
+    "Zoe",
+    "Hugo",
+    "Nina",
+    "Paul",
+    "Ella",
+)
 OBJECTS = ("apples", "coins", "books", "stamps", "marbles", "shells", "cards", "pens", "beads", "stones")
 
 # {n} name, {f} friend, {o} objects, {x} value before the step, {b} operand, {r} value after it
 STORY = {
-    "+": ("{n} buys {b} more {o}.", "{f} gives {n} {b} {o}.", "{n} finds {b} {o}.",
-          "Another {b} {o} arrive for {n}."),
-    "-": ("{n} loses {b} {o}.", "{n} gives {b} {o} to {f}.", "{n} sells {b} of the {o}.",
-          "{b} of the {o} are thrown away."),
+    "+": ("{n} buys {b} more {o}.", "{f} gives {n} {b} {o}.", "{n} finds {b} {o}.", "Another {b} {o} arrive for {n}."),
+    "-": (
+        "{n} loses {b} {o}.",
+        "{n} gives {b} {o} to {f}.",
+        "{n} sells {b} of the {o}.",
+        "{b} of the {o} are thrown away.",
+    ),
     "*": ("Then the number of {o} is multiplied by {b}.", "{n} trades and now has {b} times as many {o}."),
-    "/": ("{n} puts the {o} into {b} equal boxes and keeps one box.",
-          "The {o} are shared equally by {b} people and {n} keeps one share."),
+    "/": (
+        "{n} puts the {o} into {b} equal boxes and keeps one box.",
+        "The {o} are shared equally by {b} people and {n} keeps one share.",
+    ),
 }
-QUESTIONS = ("How many {o} does {n} have now?", "How many {o} are left for {n}?",
-             "What is the number of {o} that {n} has at the end?")
+QUESTIONS = (
+    "How many {o} does {n} have now?",
+    "How many {o} are left for {n}?",
+    "What is the number of {o} that {n} has at the end?",
+)
 STEPS = {
-    "+": ("{x} + {b} = {r}.", "{x} plus {b} is {r}.", "Adding {b} to {x} gives {r}.",
-          "With {b} more than {x} there are {r}."),
-    "-": ("{x} - {b} = {r}.", "{x} minus {b} is {r}.", "Taking {b} from {x} leaves {r}.",
-          "Without {b} of the {x} there are {r}."),
-    "*": ("{x} * {b} = {r}.", "{x} times {b} is {r}.", "Multiplying {x} by {b} gives {r}.",
-          "{b} times {x} makes {r}."),
-    "/": ("{x} / {b} = {r}.", "{x} divided by {b} is {r}.", "Dividing {x} by {b} gives {r}.",
-          "One of {b} equal parts of {x} is {r}."),
+    "+": (
+        "{x} + {b} = {r}.",
+        "{x} plus {b} is {r}.",
+        "Adding {b} to {x} gives {r}.",
+        "With {b} more than {x} there are {r}.",
+    ),
+    "-": (
+        "{x} - {b} = {r}.",
+        "{x} minus {b} is {r}.",
+        "Taking {b} from {x} leaves {r}.",
+        "Without {b} of the {x} there are {r}.",
+    ),
+    "*": ("{x} * {b} = {r}.", "{x} times {b} is {r}.", "Multiplying {x} by {b} gives {r}.", "{b} times {x} makes {r}."),
+    "/": (
+        "{x} / {b} = {r}.",
+        "{x} divided by {b} is {r}.",
+        "Dividing {x} by {b} gives {r}.",
+        "One of {b} equal parts of {x} is {r}.",
+    ),
 }
 LEADS = ("", "", "Next, ", "Then, ", "So, ", "Now, ")  # "" twice: a third of the lines start plainly
-ENDINGS = ("The answer is {r}.", "So {n} has {r} {o}. The answer is {r}.",
-           "{n} ends with {r} {o}. The answer is {r}.")
+ENDINGS = ("The answer is {r}.", "So {n} has {r} {o}. The answer is {r}.", "{n} ends with {r} {o}. The answer is {r}.")
 
 SPLITS = {"train": range(80), "calibration": range(80, 90), "test": range(90, 100)}  # buckets out of 100
 MAX_STEPS = 8
@@ -93,11 +127,14 @@ class ZooArithmetic:
         require_int("seed", self.seed, 0)
         require_int("max_number", self.max_number, 10, 9999)
         if self.split not in SPLITS:
-            raise ConfigError(f"split={self.split!r} does not exist; expected one of {', '.join(SPLITS)}. "
-                              "Change split.")
+            raise ConfigError(
+                f"split={self.split!r} does not exist; expected one of {', '.join(SPLITS)}. Change split."
+            )
         if not isinstance(self.operations, Sequence) or len(self.operations) != 2:
-            raise ConfigError(f"operations={self.operations!r} is not usable; expected [fewest, most] steps, "
-                              "such as [2, 5]. Change operations.")
+            raise ConfigError(
+                f"operations={self.operations!r} is not usable; expected [fewest, most] steps, "
+                "such as [2, 5]. Change operations."
+            )
         require_int("operations[0]", self.operations[0], 1, MAX_STEPS)
         require_int("operations[1]", self.operations[1], self.operations[0], MAX_STEPS)
 
@@ -113,8 +150,10 @@ class ZooArithmetic:
                 continue
             barren += 1
             if barren == _BARREN_DRAWS:
-                raise ConfigError(f"n={self.n} is more than the {len(found)} different problems found for "
-                                  f"{self}; expected at most as many. Lower n or widen operations.")
+                raise ConfigError(
+                    f"n={self.n} is more than the {len(found)} different problems found for "
+                    f"{self}; expected at most as many. Lower n or widen operations."
+                )
         return list(found.values())
 
     def score(self, problem: Problem, text: str) -> Score:
@@ -169,8 +208,10 @@ def solution(problem: Problem, rng: random.Random, error_at: int | None = None) 
     """
     value, operations, name, things = _facts(problem.meta)
     if error_at is not None and not 0 <= error_at <= len(operations):
-        raise ValueError(f"error_at={error_at} is not a line of an answer with {len(operations) + 1} lines; "
-                         f"expected 0 to {len(operations)}, or None for no error. Change error_at.")
+        raise ValueError(
+            f"error_at={error_at} is not a line of an answer with {len(operations) + 1} lines; "
+            f"expected 0 to {len(operations)}, or None for no error. Change error_at."
+        )
     lines = []
     for index, (kind, operand) in enumerate(operations):
         if index == error_at:
@@ -220,8 +261,10 @@ def _facts(meta: Mapping[str, Any]) -> tuple[int, list[Operation], str, str]:
         operations = [(str(kind), int(operand)) for kind, operand in meta["operations"]]
         return int(meta["start"]), operations, str(meta["name"]), str(meta["object"])
     except (KeyError, TypeError, ValueError) as bad:
-        raise ValueError(f"not the meta of an arithmetic problem: {meta!r}; expected start, operations as "
-                         "[[kind, number], ...], name and object. Pass a Problem's meta.") from bad
+        raise ValueError(
+            f"not the meta of an arithmetic problem: {meta!r}; expected start, operations as "
+            "[[kind, number], ...], name and object. Pass a Problem's meta."
+        ) from bad
 
 
 def _draw_operation(rng: random.Random, value: int, max_number: int) -> Operation:
