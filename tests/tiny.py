@@ -1,6 +1,9 @@
 """Tiny random models by family, and their tokenizer: 64 words, a chat template, end tokens."""
 
-from functools import cache
+import copy
+import dataclasses
+import functools
+import random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -63,7 +66,7 @@ PACKED = [name for name in FAMILIES if name not in ("qwen3_next", "lfm2", "mamba
 FORKED = ["qwen3_next", "lfm2", "mamba2"]
 
 
-@cache
+@functools.cache
 def tokenizer():
     core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -78,21 +81,67 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT)
 
 
-@cache
-def model(family="llama", *, seed=0, layers=4, dtype=torch.float32, attention=None, context_limit=None):
+@functools.cache
+def model(family="llama", *, seed=0, layers=4, dtype=torch.float32, attention=None, experts=None, context_limit=None):
     """A random model, weights scaled up so that its greedy text is lively and its logits are well apart."""
     torch.manual_seed(seed)
     arguments = {**COMMON, "num_hidden_layers": layers, **FAMILIES[family]}
     if "layer_types" in arguments:
         arguments["layer_types"] = arguments["layer_types"][:layers]
     config = CONFIG_MAPPING[arguments.pop("model_type")](**arguments)
-    hf = (
-        AutoModelForCausalLM.from_config(config, **({} if attention is None else {"attn_implementation": attention}))
-        .float()
-        .eval()
-    )
+    experts = experts if "num_experts" in arguments else None
+    chosen = {"attn_implementation": attention, "experts_implementation": experts}
+    hf = AutoModelForCausalLM.from_config(config, **{key: value for key, value in chosen.items() if value})
+    hf = hf.float().eval()
     with torch.no_grad():
         for name, weight in hf.named_parameters():
             if weight.dim() > 1 and "A_log" not in name:
                 weight.mul_(6.0 if "embed" in name or "lm_head" in name else 3.0)
     return LanguageModel.wrap(hf.to(dtype), tokenizer(), name=f"tiny {family}", context_limit=context_limit)
+
+
+def with_end_token(target, token):
+    """The same model, closing its answers with another token."""
+    other = dataclasses.replace(target)
+    other.__dict__["end_ids"] = (token,)  # where a cached property keeps its value
+    return other
+
+
+def right_with_probability(target, rate):
+    """A copy of `target` whose best token is the target's at a share `rate` of the positions, and another elsewhere."""
+    hf = copy.deepcopy(target.hf)
+    plain, argument = hf.forward, target.cache_argument
+
+    @functools.wraps(plain)
+    def forward(input_ids, **arguments):
+        # pure Mamba counts no positions: there the token read last decides
+        start = arguments[argument].get_seq_length() if target.has_attention else None
+        out = plain(input_ids=input_ids, **arguments)
+        for row in range(-out.logits.shape[1], 0):
+            where = int(input_ids[0, row]) if start is None else start + input_ids.shape[1] + row
+            if random.Random(f"position {where}").random() >= rate:
+                out.logits[0, row] = out.logits[0, row].roll(1)
+        return out
+
+    hf.forward = forward
+    return dataclasses.replace(target, hf=hf, name=f"right with probability {rate}")
+
+
+def greedy(model, prompt, new):
+    """Tokens of Hugging Face's own `generate`, and the smallest gap between its two best logits on the way."""
+    out = model.hf.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=new,
+        do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    best = torch.stack(out.logits)[:, 0].topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
+
+
+@functools.cache
+def plain_answer(model, length=7, new=48):
+    """(prompt, greedy answer) of a random prompt on which no two best tokens nearly tie: rounding cannot decide."""
+    for seed in range(200):
+        prompt = torch.randint(5, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        tokens, margin = greedy(model, prompt, new)
+        if margin > 2e-4 and len(tokens) == new and len(set(tokens)) > new // 6:
+            return prompt, tokens
+    raise AssertionError(f"{model.name}: no prompt with a clear greedy answer")

@@ -1,4 +1,4 @@
-"""Boundary rules: the scores of the prefixes to the number of leading segments that stand."""
+"""Boundary rules: from the scores of the prefixes to what of the draft stands."""
 
 from __future__ import annotations
 
@@ -11,16 +11,29 @@ from parsedec.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BoundaryRule:
-    """Base: `threshold` is the least score with which a prefix passes."""
+    """Base of all rules.
+
+    threshold       least score with which a prefix passes
+    full_threshold  least score with which the complete draft is the answer (the holistic check)
+    """
 
     threshold: float = 0.9
+    full_threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"boundary.threshold={self.threshold}; expected a probability from 0 to 1.")
+        if not 0 <= self.threshold <= 1 or not 0 <= self.full_threshold <= 1:
+            raise ConfigError(
+                f"boundary has threshold={self.threshold}, full_threshold={self.full_threshold}; expected probabilities "
+                "from 0 to 1."
+            )
+
+    def whole(self, score: float) -> bool:
+        """Whether a complete draft with this score is the answer."""
+        return score >= self.full_threshold
 
     def keep(self, scores: Sequence[float]) -> int:
-        raise NotImplementedError
+        """How many leading segments of a refused draft stand."""
+        raise NotImplementedError(f"{type(self).__name__} defines no keep()")
 
 
 class FirstFailure(BoundaryRule):

@@ -28,7 +28,7 @@ MASKABLE = {"eager", "sdpa"}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A Hugging Face causal LM, its tokenizer, and the facts about both that the engine relies on.
 

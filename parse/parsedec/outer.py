@@ -86,7 +86,6 @@ class PrefixVerification:
 
     passes            "fused": the complete draft and its prefixes in one pass; "two_pass": the complete draft first,
                       the prefixes only if it fails
-    full_threshold    score with which the complete draft is the answer (the holistic check)
     max_draft_tokens  longest draft; None: as long as the answer may be
     """
 
@@ -98,15 +97,11 @@ class PrefixVerification:
     gate: Gate = field(default_factory=Always)
     loop: Once | Rounds = field(default_factory=Once)
     passes: str = "fused"
-    full_threshold: float = 0.9
     max_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.passes not in ("fused", "two_pass") or not 0 <= self.full_threshold <= 1:
-            raise ConfigError(
-                f"outer has passes='{self.passes}', full_threshold={self.full_threshold}; expected fused or "
-                "two_pass, and a probability from 0 to 1."
-            )
+        if self.passes not in ("fused", "two_pass"):
+            raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
 
     def bind(self, target: LanguageModel) -> PrefixVerification:
         return replace(self, judge=self.judge.bind(target))
@@ -182,7 +177,7 @@ class PrefixVerification:
         scores: list[float | None] = list(first.values)
         if self.passes == "two_pass" and len(cuts) > 1:
             scores = [*([None] * (len(cuts) - 1)), *first.values]
-            if first.values[-1] < self.full_threshold:
+            if not self.boundary.whole(first.values[-1]):
                 passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
                 scores[:-1] = passes[-1].values
         counters.judge_passes += len(passes)
@@ -191,11 +186,10 @@ class PrefixVerification:
 
     def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:
         """(leading segments that stand, whether the draft is the answer)."""
-        last = scores[-1]
-        assert last is not None
-        if last >= self.full_threshold:
+        asked = [score for score in scores if score is not None]
+        if self.boundary.whole(asked[-1]):
             return len(scores), draft.ended
-        return self.boundary.keep([score for score in scores if score is not None]), False
+        return self.boundary.keep(asked), False
 
     def _facts(
         self, draft: Draft, cuts: list[int], scores: Sequence[float | None], passes: list[Scores], kept: int

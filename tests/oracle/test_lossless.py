@@ -1,0 +1,128 @@
+"""The inner level changes speed, never tokens: greedy output equals Hugging Face's own `generate`, token for token.
+
+Drafters are right with a stated probability; the number of target calls is asserted too, since a decoder that never
+accepts is lossless as well.
+"""
+
+import pytest
+import torch
+
+import tiny
+from parsedec import Parse, Sampling, StopReason, TargetOnly
+from parsedec_adapters.draft_model import DraftModel
+from parsedec_adapters.scripted import Scripted
+
+NEW = 48
+
+
+def generated(model, prompt, inner=None, draft=None, new=NEW, **options):
+    return Parse(model, draft, inner=inner, outer=TargetOnly()).generate(prompt, max_new_tokens=new, **options)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_plain_decoding_equals_generate(family):
+    model = tiny.model(family)
+    prompt, tokens = tiny.plain_answer(model)
+    result = generated(model, prompt)
+    assert list(result.tokens) == tokens
+    # the prefill gives the first token, and every other token costs one call
+    assert result.counters.target_calls == len(tokens)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("depth", [1, 4, 7])
+def test_scripted_guesses_never_change_tokens(tiny_target, rate, depth):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    result = generated(tiny_target, prompt, Scripted(answer=(*prompt, *tokens), rate=rate, depth=depth))
+    assert list(result.tokens) == tokens
+    steps = result.counters.inner_steps
+    assert result.counters.target_calls == 1 + steps
+    if rate == 1.0:
+        assert steps == -(-(len(tokens) - 1) // (depth + 1))
+    if rate == 0.0:
+        assert steps == len(tokens) - 1
+    assert sum(result.counters.accepted_by_depth) == len(tokens) - 1 - steps
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mixtral", "qwen3_next", "mamba2"])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.9, 1.0])
+def test_draft_model_never_changes_tokens(family, rate):
+    model = tiny.model(family)
+    prompt, tokens = tiny.plain_answer(model)
+    drafter = tiny.right_with_probability(model, rate)
+    result = generated(model, prompt, DraftModel(length=4), draft=drafter)
+    assert list(result.tokens) == tokens
+    offered, accepted = result.counters.offered_by_depth, result.counters.accepted_by_depth
+    share = accepted[0] / offered[0]
+    if rate in (0.0, 1.0):
+        assert share == rate
+    else:
+        assert abs(share - rate) < 0.35  # some ten steps only; the point is that it is neither 0 nor 1
+    steps = result.counters.inner_steps
+    assert steps == len(tokens) - 1 if rate == 0 else steps < len(tokens) - 1
+    # recurrent states cannot be cut back: a refusal costs a second call there
+    assert 1 + steps <= result.counters.target_calls <= 1 + steps * (2 if model.recurrent else 1)
+
+
+def test_end_token_inside_an_accepted_block(tiny_target):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    end = tokens[9]
+    model = tiny.with_end_token(tiny_target, end)
+    first = tokens.index(end)
+    result = generated(model, prompt, Scripted(answer=(*prompt, *tokens), rate=1.0, depth=7))
+    assert list(result.tokens) == tokens[: first + 1]
+    assert result.stop is StopReason.END_TOKEN
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 9])
+def test_token_limit_inside_a_block(tiny_target, limit):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    result = generated(tiny_target, prompt, Scripted(answer=(*prompt, *tokens), rate=1.0, depth=7), new=limit)
+    assert list(result.tokens) == tokens[:limit]
+    assert result.stop is StopReason.TOKEN_LIMIT
+
+
+@pytest.mark.parametrize("inner", [None, "scripted"])
+def test_context_exactly_full(inner):
+    prompt, tokens = tiny.plain_answer(tiny.model("llama"))
+    model = tiny.model("llama", context_limit=len(prompt) + 6)
+    speculator = Scripted(answer=(*prompt, *tokens), rate=1.0, depth=4) if inner else None
+    result = generated(model, prompt, speculator)
+    assert list(result.tokens) == tokens[:6]
+    assert result.stop is StopReason.CONTEXT_LIMIT
+
+
+def test_one_token_prompt(tiny_target):
+    prompt, tokens = tiny.plain_answer(tiny_target, length=1)
+    assert list(generated(tiny_target, prompt).tokens) == tokens
+    inner = Scripted(answer=(*prompt, *tokens), rate=0.9, depth=3)
+    assert list(generated(tiny_target, prompt, inner).tokens) == tokens
+
+
+def test_stop_string_across_tokens(tiny_target):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    text = tiny_target.decode(tokens)
+    stop = text[10:15]  # spans the border of two words
+    result = generated(tiny_target, prompt, Scripted(answer=(*prompt, *tokens), rate=1.0, depth=7), stop=[stop])
+    assert result.stop is StopReason.STOP_STRING
+    assert result.text == text[: text.index(stop)]
+    assert list(result.tokens) == tokens[: result.new_tokens]
+    assert stop in tiny_target.decode(result.tokens)
+    assert stop not in tiny_target.decode(result.tokens[:-1])
+
+
+def test_sampling_repeats_with_its_seed(tiny_target, tiny_draft):
+    def run(seed):
+        return generated(
+            tiny_target, [9, 30, 12], DraftModel(length=3), draft=tiny_draft, sampling=Sampling(temperature=0.8, top_p=0.9),
+            generator=torch.Generator().manual_seed(seed)).tokens  # fmt: skip
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_streamed_text_is_the_answer(tiny_target, tiny_draft):
+    engine = Parse(tiny_target, tiny_draft, inner=DraftModel(length=3), outer=TargetOnly())
+    deltas = list(engine.stream([9, 30, 12], max_new_tokens=NEW))
+    assert "".join(d.text for d in deltas) == deltas[-1].result.text
+    assert sum((d.tokens for d in deltas), ()) == deltas[-1].result.tokens
