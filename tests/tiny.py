@@ -6,10 +6,11 @@ import functools
 import random
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from parsedec.judge import LabelJudge
 from parsedec.model import LanguageModel
 
 CHAT = (
@@ -73,7 +74,6 @@ def tokenizer():
     pattern = "|".join(
         w.replace("|", r"\|").replace("?", r"\?").replace(".", r"\.") for w in sorted(WORDS, key=len)[::-1]
     )
-    from tokenizers import Regex
 
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     core.add_special_tokens(SPECIAL)
@@ -145,3 +145,29 @@ def plain_answer(model, length=7, new=48):
         if margin > 2e-4 and len(tokens) == new and len(set(tokens)) > new // 6:
             return prompt, tokens
     raise AssertionError(f"{model.name}: no prompt with a clear greedy answer")
+
+
+@functools.cache
+def letters():
+    """Another vocabulary for the same texts: one token a letter."""
+    alphabet = {token: i for i, token in enumerate([*SPECIAL, *sorted(set("".join(WORDS)))])}
+    core = Tokenizer(models.WordLevel(alphabet, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.add_special_tokens(SPECIAL)
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScriptedJudge(LabelJudge):
+    """The real judge's pass, but scores that depend on a seed and the cut alone: boundaries fall everywhere."""
+
+    question: str = "?"
+    seed: int = 0
+    value: float | None = None
+
+    def score(self, session, draft, cuts, probes):
+        scores = super().score(session, draft, cuts, probes)
+        start = session.length
+        values = (random.Random(f"{self.seed}:{start}:{cut}").random() for cut in probes)
+        return dataclasses.replace(scores, values=tuple(v if self.value is None else self.value for v in values))

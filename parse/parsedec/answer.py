@@ -45,6 +45,11 @@ class Answer:
                 self.stop = StopReason.TOKEN_LIMIT
         return taken
 
+    def cut(self, length: int) -> None:
+        """Take back the tokens behind the first `length`, and the stop they may have brought."""
+        del self.tokens[length:], self._authors[length:]
+        self.stop = None
+
     @property
     def text(self) -> str:
         """The decoded answer, cut before a stop string."""

@@ -23,8 +23,8 @@ class BoundaryRule:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1 or not 0 <= self.full_threshold <= 1:
             raise ConfigError(
-                f"boundary has threshold={self.threshold}, full_threshold={self.full_threshold}; expected probabilities "
-                "from 0 to 1."
+                f"boundary has threshold={self.threshold}, full_threshold={self.full_threshold}; expected "
+                "probabilities from 0 to 1."
             )
 
     def whole(self, score: float) -> bool:

@@ -112,7 +112,7 @@ class Parse:
         drafter = self._drafter(prompt, ids, sampler, limits)
         with meter.span("prefill"):
             target.session.feed(ids)
-        work = Work(target, drafter, answer, meter, self.history)
+        work = Work(len(ids), target, drafter, answer, meter, self.history)
         text = StopText(TextStream(self.target), limits.stop)
         author = Author.TARGET
         for author, tokens in self.outer.run(work):

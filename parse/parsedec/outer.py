@@ -22,7 +22,7 @@ from parsedec.loop import Once, Rounds
 from parsedec.meter import Meter
 from parsedec.model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
-from parsedec.text import Draft
+from parsedec.text import Draft, GrowingDraft
 from parsedec.types import Author, Round, Segment
 
 Written = tuple[Author, list[int]]
@@ -32,6 +32,7 @@ Written = tuple[Author, list[int]]
 class Work:
     """A request being answered: what an outer level works with. The prompt is in the target's session already."""
 
+    prompt_tokens: int
     target: Decoder
     drafter: Drafter | None
     answer: Answer
@@ -40,14 +41,23 @@ class Work:
     rounds: list[Round] = field(default_factory=list)
 
     def target_writes(self, until: Segmenter | None = None) -> Iterator[Written]:
-        """The target decodes to the end of the answer, or until it has completed a segment."""
+        """The target decodes to the end of the answer, or until it has completed a segment.
+
+        An inner speculator may commit tokens beyond the segment in one step. They are taken back: which speculator
+        serves the target must not change what is written.
+        """
         before, start = self.meter.seconds("decode"), len(self.answer.tokens)
+        own = GrowingDraft(self.answer.model)
         for tokens in self.meter.timed(self.target.write(self.answer, Author.TARGET), "decode"):
-            yield Author.TARGET, tokens
-            if until is not None:
-                own = Draft.of(self.answer.model, self.answer.tokens[start:], ended=False)
-                if until.first_end(own) is not None:
-                    break
+            complete = until is not None and any(until.first_end(own.push(token)) is not None for token in tokens)
+            beyond = start + len(own.tokens) if complete else len(self.answer.tokens)
+            taken = len(tokens) - (len(self.answer.tokens) - beyond)
+            if taken < len(tokens):
+                self.answer.cut(beyond)
+                self.target.rewind(self.prompt_tokens + beyond)
+            yield Author.TARGET, tokens[:taken]
+            if complete:
+                break
         self.history.decode_s += self.meter.seconds("decode") - before
         self.history.decoded_tokens += len(self.answer.tokens) - start
 

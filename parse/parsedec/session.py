@@ -174,7 +174,7 @@ class Session:
         if not 0 <= length <= self.length:
             raise ValueError(f"rewind({length}) on a session of {self.length} tokens; expected 0 to {self.length}")
         self._drop_staged()
-        if length < self.cached:
+        if length < self.cached or (length == self.cached and self._logits is None):
             self._go_back(length)
         del self.tokens[length:]
 

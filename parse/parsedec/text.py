@@ -63,6 +63,23 @@ class TextStream:
         return added
 
 
+class GrowingDraft:
+    """A text still being written, as the `Draft` a segmenter reads."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.tokens: list[int] = []
+        self._stream = TextStream(model)
+        self._text = ""
+        self._ends: list[int] = []
+
+    def push(self, token: int) -> Draft:
+        """The draft so far, with one more token."""
+        self.tokens.append(token)
+        self._text += self._stream.push(token)
+        self._ends.append(len(self._text))
+        return Draft(tuple(self.tokens), self._text, tuple(self._ends), ended=False)
+
+
 def token_ends(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, list[int]]:
     """The text of `tokens` and the offset after each of them."""
     stream, text, ends = TextStream(model), "", []

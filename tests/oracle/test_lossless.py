@@ -103,7 +103,8 @@ def test_stop_string_across_tokens(tiny_target):
     prompt, tokens = tiny.plain_answer(tiny_target)
     text = tiny_target.decode(tokens)
     stop = text[10:15]  # spans the border of two words
-    result = generated(tiny_target, prompt, Scripted(answer=(*prompt, *tokens), rate=1.0, depth=7), stop=[stop])
+    inner = Scripted(answer=(*prompt, *tokens), rate=1.0, depth=7)
+    result = generated(tiny_target, prompt, inner, stop=[stop])
     assert result.stop is StopReason.STOP_STRING
     assert result.text == text[: text.index(stop)]
     assert list(result.tokens) == tokens[: result.new_tokens]
@@ -112,10 +113,12 @@ def test_stop_string_across_tokens(tiny_target):
 
 
 def test_sampling_repeats_with_its_seed(tiny_target, tiny_draft):
+    settings = Sampling(temperature=0.8, top_p=0.9)
+
     def run(seed):
-        return generated(
-            tiny_target, [9, 30, 12], DraftModel(length=3), draft=tiny_draft, sampling=Sampling(temperature=0.8, top_p=0.9),
-            generator=torch.Generator().manual_seed(seed)).tokens  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        engine = Parse(tiny_target, tiny_draft, inner=DraftModel(length=3), outer=TargetOnly())
+        return engine.generate([9, 30, 12], max_new_tokens=NEW, sampling=settings, generator=generator).tokens
 
     assert run(1) == run(1)
     assert run(1) != run(2)

@@ -1,0 +1,212 @@
+"""After every boundary the target writes what it would write from prompt + kept text alone: nothing leaks from probes,
+refused tokens or earlier rounds.
+
+Oracle: one plain forward over the finished answer; every token the target wrote must be its argmax there.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tiny
+from parsedec import LabelJudge, Parse, PrefixVerification, StopReason, TargetOnly
+from parsedec.boundary import FirstFailure, LongestValid
+from parsedec.gate import Adaptive, Never
+from parsedec.loop import Once, Rounds
+from parsedec.model import LanguageModel
+from parsedec.segmenters import EveryTokens
+from parsedec.types import Author, JudgePath
+from parsedec_adapters.draft_model import DraftModel
+
+NEW = 40
+GRID = EveryTokens(delta=4)
+BOUNDARY = FirstFailure(threshold=0.4, full_threshold=0.8)
+FAMILIES = ["llama", "qwen3", "mistral_window", "gemma3", "mixtral", "qwen3_next", "lfm2", "mamba2"]
+
+
+def outer(seed=0, **options):
+    options = {"boundary": BOUNDARY, "segmenter": GRID, **options}
+    return PrefixVerification(judge=tiny.ScriptedJudge(seed=seed), **options)
+
+
+def assert_target_wrote_its_own(model, prompt, result):
+    """Every token of a target span is the argmax of a plain forward over what stands before it."""
+    with torch.inference_mode():
+        logits = model.hf(input_ids=torch.tensor([[*prompt, *result.tokens]]), use_cache=False).logits[0]
+    checked = 0
+    for span in result.spans:
+        if span.author is Author.TARGET:
+            rows = logits[len(prompt) + span.start - 1 : len(prompt) + span.stop - 1]
+            best = rows.topk(2).values
+            clear = best[:, 0] - best[:, 1] > 1e-4  # a near tie is decided by rounding in either computation
+            written = torch.tensor(result.tokens[span.start : span.stop])
+            assert torch.equal(rows.argmax(-1)[clear], written[clear])
+            checked += int(clear.sum())
+    return checked
+
+
+def assert_spans_follow_the_rounds(result):
+    """Who wrote what adds up in tokens and in text."""
+    by = {author: sum(s.stop - s.start for s in result.spans if s.author is author) for author in Author}
+    assert by[Author.DRAFT] == sum(r.kept_tokens for r in result.rounds) == result.counters.kept_draft_tokens
+    assert by[Author.TARGET] == sum(r.target_tokens for r in result.rounds)
+    assert "".join(span.text for span in result.spans) == result.text
+
+
+@pytest.mark.parametrize("loop", [Once(), Rounds(rounds=4)], ids=["once", "rounds"])
+@pytest.mark.parametrize("passes", ["fused", "two_pass"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_leaks_past_a_boundary(family, passes, loop):
+    target, draft = tiny.model(family), tiny.model("llama", seed=5, layers=2)
+    kept, checked = set(), 0
+    for seed in range(4):
+        prompt, _ = tiny.plain_answer(target)
+        result = Parse(target, draft, outer=outer(seed, passes=passes, loop=loop)).generate(prompt, max_new_tokens=NEW)
+        checked += assert_target_wrote_its_own(target, prompt, result)
+        assert_spans_follow_the_rounds(result)
+        kept |= {r.kept_tokens for r in result.rounds}
+        assert result.judge_path is (JudgePath.FORKED if family in tiny.FORKED else JudgePath.PACKED)
+    assert len(kept) >= 3, "the scripted scores should put boundaries in several places"
+    assert checked > 30
+
+
+@pytest.mark.parametrize("inner", ["none", "draft_model"])
+@pytest.mark.parametrize("draft_inner", ["none", "draft_model"])
+def test_inner_levels_change_nothing(inner, draft_inner):
+    """PARSE with speculation for the target, the draft model or both writes the same tokens, in fewer calls."""
+    target, draft, small = (tiny.model("llama", seed=s, layers=n) for s, n in ((0, 4), (5, 2), (6, 1)))
+    prompt, _ = tiny.plain_answer(target)
+    for seed in range(3):
+        plain = Parse(target, draft, outer=outer(seed, loop=Rounds(rounds=3))).generate(prompt, max_new_tokens=NEW)
+        fast = Parse(
+            target, draft, outer=outer(seed, loop=Rounds(rounds=3)),
+            inner=DraftModel(length=3, model=tiny.right_with_probability(target, 0.9)) if inner != "none" else None,
+            draft_inner=DraftModel(length=3, model=small) if draft_inner != "none" else None,
+        ).generate(prompt, max_new_tokens=NEW)  # fmt: skip
+        assert fast.tokens == plain.tokens
+        assert [r.kept_tokens for r in fast.rounds] == [r.kept_tokens for r in plain.rounds]
+        assert_target_wrote_its_own(target, prompt, fast)
+        if inner != "none":
+            assert fast.counters.target_calls < plain.counters.target_calls
+
+
+@pytest.mark.parametrize("loop", [Once(), Rounds(rounds=4)], ids=["once", "rounds"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mamba2"])
+def test_pairs_with_different_tokenizers(family, loop):
+    target = tiny.model(family)
+    letters = tiny.model("llama", seed=9, layers=2)
+    draft = LanguageModel.wrap(letters.hf, tiny.letters(), name="letters")
+    assert not target.same_vocabulary(draft)
+    kept = 0
+    for seed in range(4):
+        engine = Parse(target, draft, outer=outer(seed, loop=loop))
+        result = engine.generate("w1w2w3?w4", max_new_tokens=NEW)
+        prompt = target.encode("<|user|>w1w2w3?w4<|end|><|assistant|>")
+        assert result.prompt_tokens == len(prompt)
+        assert_target_wrote_its_own(target, prompt, result)
+        assert_spans_follow_the_rounds(result)
+        kept += result.counters.kept_draft_tokens
+    assert kept > 0
+
+
+def test_a_whole_draft_is_the_answer_without_a_single_decoded_token(tiny_target):
+    draft = tiny.with_end_token(tiny_target, tiny.plain_answer(tiny_target)[1][20])
+    target = tiny.with_end_token(tiny_target, draft.end_ids[0])
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    accept = PrefixVerification(judge=tiny.ScriptedJudge(value=1.0), segmenter=GRID)
+    result = Parse(target, draft, outer=accept).generate(prompt, max_new_tokens=NEW)
+    end = tokens.index(target.end_ids[0])
+    assert list(result.tokens) == tokens[: end + 1]
+    assert result.stop is StopReason.END_TOKEN
+    assert result.rounds[0].accepted_whole
+    assert result.rounds[0].target_tokens == 0
+    assert result.counters.target_calls == 2  # the prompt, and the judge's pass
+    assert result.counters.judge_rows == end + len(GRID.cuts(draft_of(target, tokens[:end]))) * suffix_rows(target)
+
+
+def test_a_refused_draft_leaves_the_target_alone(tiny_target, tiny_draft):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    refuse = PrefixVerification(judge=tiny.ScriptedJudge(value=0.0), segmenter=GRID)
+    result = Parse(tiny_target, tiny_draft, outer=refuse).generate(prompt, max_new_tokens=len(tokens))
+    assert list(result.tokens) == tokens
+    assert result.counters.kept_draft_tokens == 0
+    assert result.counters.draft_tokens > 0
+
+
+def test_never_gate_is_the_inner_level_alone(tiny_target, tiny_draft):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    result = Parse(tiny_target, tiny_draft, outer=outer(gate=Never())).generate(prompt, max_new_tokens=len(tokens))
+    assert list(result.tokens) == tokens
+    assert result.counters.draft_calls == result.counters.judge_passes == 0
+
+
+def test_adaptive_gate_stops_drafting_when_all_is_refused(tiny_target, tiny_draft):
+    prompt, _ = tiny.plain_answer(tiny_target)
+    refuse = PrefixVerification(
+        judge=tiny.ScriptedJudge(value=0.0), segmenter=GRID, gate=Adaptive(bound=0.1, cost_per_token=0.5))  # fmt: skip
+    engine = Parse(tiny_target, tiny_draft, outer=refuse)
+    drafted = [engine.generate(prompt, max_new_tokens=NEW).rounds[0].drafted for _ in range(30)]
+    assert drafted[0]
+    # a draft of 40 tokens costs 20; the budget is 0.05 of the 40 tokens answered per request: one draft in ten
+    assert 2 <= sum(drafted) <= 4
+
+
+def test_longest_valid_keeps_past_a_failure(tiny_target, tiny_draft):
+    prompt, _ = tiny.plain_answer(tiny_target)
+    further = 0
+    for seed in range(5):
+        first, longest = (
+            Parse(tiny_target, tiny_draft, outer=outer(seed, boundary=rule(threshold=0.5, full_threshold=1.0)))
+            .generate(prompt, max_new_tokens=NEW).rounds[0] for rule in (FirstFailure, LongestValid))  # fmt: skip
+        scores = [segment.score for segment in first.segments]
+        assert scores == [segment.score for segment in longest.segments]
+        leading = next(k for k, score in enumerate(scores) if score < 0.5)
+        last = max(k + 1 for k, score in enumerate(scores) if score >= 0.5)
+        assert [s.kept for s in first.segments] == [k < leading for k in range(len(scores))]
+        assert [s.kept for s in longest.segments] == [k < last for k in range(len(scores))]
+        further += last > leading
+    assert further >= 2
+
+
+def test_streamed_pieces_are_the_result(tiny_target, tiny_draft):
+    engine = Parse(tiny_target, tiny_draft, outer=outer(loop=Rounds(rounds=3)))
+    *deltas, last = engine.stream([9, 30, 12], max_new_tokens=NEW)
+    assert "".join(d.text for d in deltas) + last.text == last.result.text
+    assert tuple(t for d in deltas for t in d.tokens) == last.result.tokens
+    assert {d.author for d in deltas} == {Author.DRAFT, Author.TARGET}
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_limits_cut_a_kept_draft(tiny_target, limit):
+    accept = PrefixVerification(judge=tiny.ScriptedJudge(value=1.0), segmenter=GRID)
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    result = Parse(tiny_target, tiny_target, outer=accept).generate(prompt, max_new_tokens=limit)
+    assert list(result.tokens) == tokens[:limit]
+    assert result.stop is StopReason.TOKEN_LIMIT
+
+
+def test_context_too_short_for_a_probe_still_answers(tiny_draft):
+    prompt, _ = tiny.plain_answer(tiny.model("llama"))
+    for spare in (1, 4, 8, 12):
+        target = tiny.model("llama", context_limit=len(prompt) + spare)
+        result = Parse(target, tiny_draft, outer=outer()).generate(prompt, max_new_tokens=NEW)
+        assert result.stop is StopReason.CONTEXT_LIMIT
+        assert result.new_tokens == spare
+        assert_target_wrote_its_own(target, prompt, result)
+
+
+def test_outer_none_is_the_inner_level(tiny_target):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    result = Parse(tiny_target, outer=TargetOnly()).generate(prompt, max_new_tokens=len(tokens))
+    assert list(result.tokens) == tokens
+
+
+def draft_of(model, tokens):
+    from parsedec.text import Draft
+
+    return Draft.of(model, tokens, ended=True)
+
+
+def suffix_rows(model):
+    return dataclasses.replace(LabelJudge(), question="?").bind(model).suffix_rows

@@ -1,0 +1,226 @@
+"""The small policies: what of a judged draft stands, whether to draft at all, how many rounds to make."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parsedec.boundary import FirstFailure, LongestValid, Smoothed, log_odds
+from parsedec.errors import ConfigError
+from parsedec.gate import Adaptive, Always, DraftRecord, GateHistory, Never
+from parsedec.loop import Once, Rounds
+
+RULES = [FirstFailure, LongestValid, Smoothed]
+probabilities = st.floats(0, 1)
+quick = settings(deadline=None, max_examples=100)
+
+# --- boundary rules ---
+
+
+@pytest.mark.parametrize(
+    ("scores", "first_failure", "longest_valid"),
+    [
+        ([], 0, 0),
+        ([0.95], 1, 1),
+        ([0.9, 0.9], 2, 2),  # the threshold itself passes
+        ([0.89], 0, 0),
+        ([0.95, 0.2, 0.95, 0.1], 1, 3),
+        ([0.1, 0.99], 0, 2),
+        ([0.99, 0.98, 0.1], 2, 2),
+        ([math.nextafter(0.9, 0)] * 3, 0, 0),
+    ],
+)
+def test_first_failure_and_longest_valid(scores, first_failure, longest_valid):
+    assert FirstFailure(threshold=0.9).keep(scores) == first_failure
+    assert LongestValid(threshold=0.9).keep(scores) == longest_valid
+
+
+def test_smoothed_forgives_one_odd_score_but_no_run_of_them():
+    rule = Smoothed(threshold=0.7, window=3)
+    assert rule.keep([0.99, 0.99, 0.4, 0.99]) == 4
+    assert FirstFailure(threshold=0.7).keep([0.99, 0.99, 0.4, 0.99]) == 2
+    assert rule.keep([0.99, 0.99, 0.4, 0.3, 0.2]) == 3
+
+
+@quick
+@given(st.lists(probabilities, max_size=9), probabilities)
+def test_smoothed_over_one_prefix_is_first_failure(scores, threshold):
+    """Away from 0 and 1, where log-odds are clipped, and from ties, where they round."""
+    clear = [s for s in scores if 1e-3 < s < 1 - 1e-3 and abs(s - threshold) > 1e-6]
+    if 1e-3 < threshold < 1 - 1e-3:
+        assert Smoothed(threshold=threshold, window=1).keep(clear) == FirstFailure(threshold=threshold).keep(clear)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 10])
+@pytest.mark.parametrize("threshold", [0.1, 0.45, 0.7, 0.9])
+def test_smoothed_passes_scores_that_all_equal_the_threshold(threshold, window):
+    assert Smoothed(threshold=threshold, window=window).keep([threshold] * 12) == 12
+
+
+@quick
+@given(st.lists(probabilities, max_size=9), probabilities)
+def test_rules_from_strict_to_lax(scores, threshold):
+    first, longest = FirstFailure(threshold=threshold).keep(scores), LongestValid(threshold=threshold).keep(scores)
+    assert 0 <= first <= longest <= len(scores)
+    assert all(score >= threshold for score in scores[:first])
+    assert all(score < threshold for score in scores[longest:])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_certainty_is_kept_and_impossibility_is_not(rule):
+    assert rule().keep([1.0, 1.0]) == 2
+    assert rule().keep([0.0, 0.0]) == 0
+
+
+def test_log_odds():
+    assert log_odds(0.5) == 0
+    assert log_odds(0.9) == pytest.approx(math.log(9))
+    assert log_odds(0.0) == pytest.approx(-log_odds(1.0))
+    assert math.isfinite(log_odds(0.0))
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("rule", RULES)
+def test_threshold_is_a_probability(rule, wrong):
+    with pytest.raises(ConfigError, match="threshold"):
+        rule(threshold=wrong)
+
+
+def test_smoothed_needs_a_window():
+    with pytest.raises(ConfigError, match="window=0"):
+        Smoothed(window=0)
+
+
+# --- the gate: a bench that fills in the history as an engine does ---
+
+TOKEN_S = 0.02  # what the target needs for a token
+ANSWER = 40  # tokens of an answer
+
+
+class Bench:
+    """Requests through a gate. `waste` is what drafting cost, net of what it saved, in target tokens."""
+
+    def __init__(self, gate, seed=0):
+        self.gate, self.random = gate, random.Random(seed)
+        self.history = GateHistory()
+        self.waste = self.largest = 0.0
+        self.drafted = []
+
+    def request(self, cost, kept):
+        """One request whose draft, if there is one, costs `cost` target tokens and leaves `kept`."""
+        drafting = self.gate.allows(self.history)
+        self.drafted.append(drafting)
+        kept = kept if drafting else 0
+        if drafting:
+            per_token = self.gate.cost_per_token
+            tokens = ANSWER if per_token is None else round(cost / per_token)
+            cost = cost if per_token is None else per_token * tokens
+            self.history.drafts.append(DraftRecord(cost * TOKEN_S, tokens, kept))
+            self.waste += cost - kept
+            self.largest = max(self.largest, cost)
+        self.history.decoded_tokens += ANSWER - kept
+        self.history.decode_s += TOKEN_S * (ANSWER - kept)
+        self.history.answer_tokens += ANSWER
+
+    def refused(self, requests):
+        for _ in range(requests):
+            self.request(self.random.uniform(0, 2 * ANSWER) * self.random.choice((0.1, 1)), 0)
+
+    def accepted(self, requests):
+        for _ in range(requests):
+            self.request(self.random.uniform(0.1, 0.4) * ANSWER, ANSWER)
+
+
+MEASURED_AND_FIXED = pytest.mark.parametrize("cost_per_token", [None, 0.3], ids=["measured", "fixed"])
+
+
+@MEASURED_AND_FIXED
+@pytest.mark.parametrize("bound", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("seed", range(5))
+def test_waste_is_bounded_when_every_draft_is_refused(cost_per_token, bound, seed):
+    bench = Bench(Adaptive(bound=bound, cost_per_token=cost_per_token), seed)
+    for _ in range(500):
+        bench.refused(1)
+        assert bench.waste <= bound * bench.history.answer_tokens + bench.gate.reserve + bench.largest
+    assert sum(bench.drafted) > 1  # it went on looking
+    assert not all(bench.drafted)
+
+
+@MEASURED_AND_FIXED
+@pytest.mark.parametrize("reserve", [0.0, 128.0])
+def test_past_gain_can_be_lost_again_only_up_to_the_reserve(cost_per_token, reserve):
+    bench = Bench(Adaptive(reserve=reserve, cost_per_token=cost_per_token), 3)
+    bench.accepted(200)
+    gained = bench.waste
+    assert gained < -20 * max(1.0, reserve)
+    for _ in range(500):
+        bench.refused(1)
+        allowed = bench.gate.bound * bench.history.answer_tokens + reserve + bench.largest
+        assert bench.waste - gained <= allowed
+
+
+@MEASURED_AND_FIXED
+def test_it_always_drafts_while_drafts_are_kept(cost_per_token):
+    bench = Bench(Adaptive(cost_per_token=cost_per_token))
+    bench.accepted(300)
+    assert all(bench.drafted)
+
+
+@MEASURED_AND_FIXED
+def test_it_recovers_after_a_bad_stretch(cost_per_token):
+    bench = Bench(Adaptive(cost_per_token=cost_per_token), 1)
+    bench.accepted(50)
+    bench.refused(300)
+    assert sum(bench.drafted[-100:]) < 30
+    bench.accepted(300)
+    assert sum(bench.drafted[-200:]) > 190
+
+
+def test_drafts_are_made_until_the_target_has_been_timed():
+    """Costs are measured in target tokens, so without one there is nothing to measure by."""
+    history = GateHistory(drafts=[DraftRecord(100.0, 40, 0)])
+    assert Adaptive().allows(history)
+    history.decoded_tokens, history.decode_s, history.answer_tokens = 40, 40 * TOKEN_S, 40
+    assert not Adaptive().allows(history)
+
+
+def test_balance_is_cost_minus_kept_and_forgets_old_gains():
+    history = GateHistory(drafts=[DraftRecord(0.0, 100, 90), DraftRecord(0.0, 20, 0), DraftRecord(0.0, 10, 4)])
+    assert Adaptive(cost_per_token=0.5, reserve=1000).balance(history) == (50 - 90) + 10 + (5 - 4)
+    assert Adaptive(cost_per_token=0.5, reserve=8).balance(history) == -8 + 10 + (5 - 4)
+
+
+def test_kept_share_looks_back_on_a_window():
+    history = GateHistory()
+    assert history.kept_share(4) is None
+    history.drafts = [DraftRecord(1.0, 100, 100), DraftRecord(1.0, 30, 15), DraftRecord(1.0, 10, 5)]
+    assert history.kept_share(2) == pytest.approx(0.5)
+    assert history.kept_share(50) == pytest.approx(120 / 140)
+    assert GateHistory(drafts=[DraftRecord(1.0, 0, 0)]).kept_share(4) is None
+
+
+def test_never_and_always():
+    lost = GateHistory(drafts=[DraftRecord(9.0, 100, 0)] * 9, answer_tokens=9, decoded_tokens=9, decode_s=0.1)
+    for history in (GateHistory(), lost):
+        assert Always().allows(history)
+        assert not Never().allows(history)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bound": 0.0}, {"bound": -1.0}, {"reserve": -1.0}, {"window": 0}, {"cost_per_token": -0.1}], ids=str
+)
+def test_gate_refuses_wrong_values(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
+        Adaptive(**wrong)
+
+
+# --- loop policies ---
+
+
+def test_rounds():
+    assert Once().rounds == 1
+    assert Rounds(rounds=3).rounds == 3
+    with pytest.raises(ConfigError, match="rounds=0"):
+        Rounds(rounds=0)

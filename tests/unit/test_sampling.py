@@ -1,0 +1,137 @@
+"""Logits to a distribution, against plain numpy and against transformers; and tokens that repeat with the seed."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from parsedec.sampling import Sampler
+from parsedec.types import Sampling
+
+SETTINGS = [
+    dict(temperature=1.0),
+    dict(temperature=0.3),
+    dict(temperature=2.5),
+    dict(temperature=1.0, top_k=1),
+    dict(temperature=1.0, top_k=5),
+    dict(temperature=0.7, top_k=1000),
+    dict(temperature=1.0, top_p=0.9),
+    dict(temperature=1.0, top_p=1e-6),
+    dict(temperature=0.8, top_p=0.5, top_k=7),
+    dict(temperature=1.5, top_p=0.95, top_k=3),
+]
+EVERY = pytest.mark.parametrize("settings", SETTINGS, ids=str)
+
+
+def logits(rows=8, vocabulary=50, seed=0):
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def seeded(settings, seed=0):
+    return Sampler(Sampling(**settings), torch.Generator().manual_seed(seed))
+
+
+def expected(row, temperature, top_p=1.0, top_k=0):
+    """The distribution of one row, token by token from the likeliest down."""
+    row = row.double().numpy() / temperature
+    order = np.argsort(-row)
+    if top_k:
+        order = order[:top_k]
+    weights = np.exp(row[order] - row[order].max())
+    weights /= weights.sum()
+    kept = 1 + int(np.searchsorted(np.cumsum(weights), top_p)) if top_p < 1 else len(order)
+    p = np.zeros_like(row)
+    p[order[:kept]] = weights[:kept] / weights[:kept].sum()
+    return p
+
+
+@EVERY
+def test_distribution_equals_a_plain_computation(settings):
+    rows = logits()
+    p = seeded(settings).log_distribution(rows).exp().double().numpy()
+    np.testing.assert_allclose(p, [expected(row, **settings) for row in rows], rtol=1e-4, atol=1e-7)
+
+
+@EVERY
+def test_distribution_equals_transformers(settings):
+    rows = logits(seed=1)
+    warped = TemperatureLogitsWarper(settings["temperature"])(None, rows)
+    if settings.get("top_k"):
+        warped = TopKLogitsWarper(settings["top_k"])(None, warped)
+    if settings.get("top_p", 1.0) < 1:
+        warped = TopPLogitsWarper(settings["top_p"])(None, warped)
+    torch.testing.assert_close(seeded(settings).log_distribution(rows), warped.log_softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_rows_do_not_touch_each_other(settings):
+    rows = logits(seed=2)
+    together = seeded(settings).log_distribution(rows)
+    for row, alone in zip(together, rows, strict=True):
+        torch.testing.assert_close(row, seeded(settings).log_distribution(alone))
+
+
+def test_half_precision_is_computed_in_float32():
+    rows = logits().bfloat16()
+    got = seeded(dict(temperature=0.7)).log_distribution(rows)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, seeded(dict(temperature=0.7)).log_distribution(rows.float()))
+
+
+def test_logits_are_not_changed():
+    rows = logits()
+    before = rows.clone()
+    seeded(dict(temperature=0.8, top_p=0.5, top_k=3)).log_distribution(rows)
+    assert torch.equal(rows, before)
+
+
+@EVERY
+def test_same_seed_same_tokens(settings):
+    rows = logits(rows=30)
+    first, second, other = (
+        [sampler.pick(row) for row in rows] for sampler in (seeded(settings), seeded(settings), seeded(settings, 1))
+    )
+    assert first == second
+    single = settings.get("top_k") == 1 or settings.get("top_p") == 1e-6
+    assert (first == other) == single
+    assert not single or first == rows.argmax(-1).tolist()
+
+
+def test_tokens_that_are_filtered_out_are_never_drawn():
+    row = logits(rows=1)[0]
+    sampler = seeded(dict(temperature=3.0, top_k=4))
+    drawn = {sampler.pick(row) for _ in range(300)}
+    assert drawn == set(row.topk(4).indices.tolist())
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over 6 tokens, 6,000 draws, fixed seed. A right sampler would exceed 40 once in 10^6 seeds."""
+    p = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    sampler = seeded(dict(temperature=1.0))
+    counts = np.bincount([sampler.draw(p) for _ in range(6000)], minlength=6)
+    wanted = 6000 * p.numpy()
+    assert ((counts - wanted) ** 2 / wanted).sum() < 40
+
+
+def test_uniform_numbers_come_from_the_generator():
+    numbers = [seeded(dict(temperature=1.0), seed).uniform() for seed in (0, 0, 1)]
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert all(0 <= number < 1 for number in numbers)
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    seeded(dict(temperature=1.0)).pick(logits()[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_greedy_takes_the_best_token_and_needs_no_generator():
+    sampler = Sampler(Sampling())
+    assert sampler.greedy
+    assert [sampler.pick(row) for row in logits()] == logits().argmax(-1).tolist()
+
+
+def test_sampling_needs_a_generator():
+    with pytest.raises(ValueError, match="Generator"):
+        Sampler(Sampling(temperature=1.0))
