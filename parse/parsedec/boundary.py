@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from parsedec.errors import ConfigError
+from parsedec.model import LanguageModel
+
+DEFAULT_THRESHOLD = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,21 +19,37 @@ class BoundaryRule:
 
     threshold       least score with which a prefix passes
     full_threshold  least score with which the complete draft is the answer (the holistic check)
+
+    None: what the target's judge card says, else 0.9.
     """
 
-    threshold: float = 0.9
-    full_threshold: float = 0.9
+    threshold: float | None = None
+    full_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1 or not 0 <= self.full_threshold <= 1:
+        if not all(0 <= value <= 1 for value in (self.threshold, self.full_threshold) if value is not None):
             raise ConfigError(
                 f"boundary has threshold={self.threshold}, full_threshold={self.full_threshold}; expected "
                 "probabilities from 0 to 1."
             )
 
+    def bind(self, target: LanguageModel) -> Self:
+        """A copy with the target's own thresholds where none were set."""
+        card = target.judge_card
+        return replace(
+            self,
+            threshold=_first(self.threshold, card and card.threshold),
+            full_threshold=_first(self.full_threshold, card and card.full_threshold),
+        )
+
+    @property
+    def floor(self) -> float:
+        """The prefix threshold in force."""
+        return _first(self.threshold)
+
     def whole(self, score: float) -> bool:
         """Whether a complete draft with this score is the answer."""
-        return score >= self.full_threshold
+        return score >= _first(self.full_threshold)
 
     def keep(self, scores: Sequence[float]) -> int:
         """How many leading segments of a refused draft stand."""
@@ -40,14 +60,14 @@ class FirstFailure(BoundaryRule):
     """Keep up to the first prefix that fails: every earlier one must pass. The safe rule, and the default."""
 
     def keep(self, scores: Sequence[float]) -> int:
-        return next((k for k, score in enumerate(scores) if score < self.threshold), len(scores))
+        return next((k for k, score in enumerate(scores) if score < self.floor), len(scores))
 
 
 class LongestValid(BoundaryRule):
     """Keep the longest prefix that passes, whatever earlier ones say; a late false pass costs accuracy."""
 
     def keep(self, scores: Sequence[float]) -> int:
-        return max((k + 1 for k, score in enumerate(scores) if score >= self.threshold), default=0)
+        return max((k + 1 for k, score in enumerate(scores) if score >= self.floor), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +83,17 @@ class Smoothed(BoundaryRule):
 
     def keep(self, scores: Sequence[float]) -> int:
         odds = [log_odds(score) for score in scores]
-        floor = log_odds(self.threshold)
+        floor = log_odds(self.floor)
         for k in range(len(odds)):
             recent = odds[max(0, k + 1 - self.window) : k + 1]
             if sum(recent) / len(recent) < floor:
                 return k
         return len(odds)
+
+
+def _first(*values: float | None) -> float:
+    """The first value that was set."""
+    return next((value for value in values if value is not None), DEFAULT_THRESHOLD)
 
 
 def log_odds(p: float) -> float:

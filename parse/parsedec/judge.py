@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 QUESTION = (
     "Is every statement of your answer so far correct? It may be unfinished. Reply with one word, Correct or Incorrect."
 )
+LABELS = ("Correct", "Incorrect")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ class Judge(Protocol):
 class LabelJudge:
     """The target says Correct or Incorrect after every prefix.
 
-    question  the user turn of the suffix; None: the one the target's checkpoint was trained with (judge.json), else
-              a plain English one
-    labels    (right, wrong); compared by their first tokens
+    question  the user turn of the suffix; None: the one the target's checkpoint was trained with (its judge card),
+              else a plain English one
+    labels    (right, wrong); told apart by their first tokens. None: the judge card's, else Correct and Incorrect
     path      "auto": packed where a mask works on the target and passes a self-test, else forked
     """
 
     question: str | None = None
-    labels: tuple[str, str] = ("Correct", "Incorrect")
+    labels: Sequence[str] | None = None
     path: str = "auto"
     # Filled in by bind:
     suffix: tuple[int, ...] = ()
@@ -80,7 +81,7 @@ class LabelJudge:
     def __post_init__(self) -> None:
         if self.path not in ("auto", "packed", "forked"):
             raise ConfigError(f"judge.path='{self.path}'; expected auto, packed or forked.")
-        if len(self.labels) != 2:
+        if self.labels is not None and len(self.labels) != 2:
             raise ConfigError(f"judge.labels={list(self.labels)}; expected two words, right and wrong.")
 
     @property
@@ -88,15 +89,23 @@ class LabelJudge:
         return len(self.suffix)
 
     def bind(self, target: LanguageModel) -> LabelJudge:
-        question = self.question or target.judge_question or QUESTION
+        card = target.judge_card
+        question = self.question or (card.question if card else QUESTION)
+        labels = tuple(self.labels or (card.labels if card and not self.question else LABELS))
         suffix = suffix_text(target, question)
-        first = label_tokens(target, suffix, self.labels)
+        first = label_tokens(target, suffix, labels)
         ids = tuple(target.encode(suffix))
         chosen, reason = self._choose(target, ids)
         if reason:
             log.warning("judge runs as a forked batch on %s: %s", target.name, reason)
         return replace(
-            self, question=question, suffix=ids, label_ids=(first[0], first[1]), chosen=chosen, reason=reason
+            self,
+            question=question,
+            labels=labels,
+            suffix=ids,
+            label_ids=(first[0], first[1]),
+            chosen=chosen,
+            reason=reason,
         )
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:

@@ -28,6 +28,21 @@ MASKABLE = {"eager", "sdpa"}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgeCard:
+    """What a checkpoint that was trained to judge says about it; settings left at null are taken from here.
+
+    question                   the user turn of the verification suffix
+    labels                     (right, wrong)
+    threshold, full_threshold  calibrated for prefixes and for complete drafts
+    """
+
+    question: str
+    labels: tuple[str, str]
+    threshold: float
+    full_threshold: float
+
+
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A Hugging Face causal LM, its tokenizer, and the facts about both that the engine relies on.
@@ -38,7 +53,7 @@ class LanguageModel:
     context_limit    most tokens a request may hold, prompt included
     chat_template    Jinja text that replaces the tokenizer's own, or None
     template_args    extra variables for the template, e.g. {"enable_thinking": False}
-    judge_question   the question this checkpoint was trained to judge by, if it says so (judge.json beside it)
+    judge_card       how this checkpoint wants to be asked, if it was trained to judge (judge.json beside it)
     """
 
     name: str
@@ -47,7 +62,7 @@ class LanguageModel:
     context_limit: int
     chat_template: str | None = None
     template_args: dict[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
-    judge_question: str | None = None
+    judge_card: JudgeCard | None = None
 
     @classmethod
     def wrap(
@@ -58,7 +73,7 @@ class LanguageModel:
         name: str | None = None,
         context_limit: int | None = None,
         chat_template: str | None = None,
-        judge_question: str | None = None,
+        judge_card: JudgeCard | None = None,
     ) -> LanguageModel:
         """Use a model that is already in memory."""
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
@@ -75,7 +90,7 @@ class LanguageModel:
             tokenizer,
             limit,
             chat_template,
-            judge_question=judge_question,
+            judge_card=judge_card,
         )
 
     @property
@@ -217,7 +232,7 @@ def load(
         name=name or str(source),
         context_limit=context_limit,
         chat_template=_read_template(chat_template),
-        judge_question=_read_judge_question(location),
+        judge_card=_read_judge_card(location),
     )
 
 
@@ -286,10 +301,16 @@ def _read_template(chat_template: str | None) -> str | None:
     return path.read_text()
 
 
-def _read_judge_question(location: str) -> str | None:
-    """The question in `judge.json` beside a local checkpoint: {"question": "…"}."""
+def _read_judge_card(location: str) -> JudgeCard | None:
     path = Path(location) / "judge.json"
-    return str(json.loads(path.read_text())["question"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return JudgeCard(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelLoadError(
+            f"{path} is not a judge card: {error}. Expected JSON with question, labels, threshold and full_threshold."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

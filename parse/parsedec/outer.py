@@ -114,7 +114,7 @@ class PrefixVerification:
             raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
 
     def bind(self, target: LanguageModel) -> PrefixVerification:
-        return replace(self, judge=self.judge.bind(target))
+        return replace(self, judge=self.judge.bind(target), boundary=self.boundary.bind(target))
 
     def run(self, work: Work) -> Iterator[Written]:
         for i in range(self.loop.rounds):

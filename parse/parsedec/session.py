@@ -42,7 +42,7 @@ class Session:
         # Recurrent models go back by restoring: committed length -> (cache, logits after it). First and latest feed.
         self._marks: dict[int, tuple[DynamicCache, Tensor | None]] = {}
 
-    # ---------------------------------------------------------------- what is there
+    # What is there
 
     @property
     def length(self) -> int:
@@ -73,7 +73,7 @@ class Session:
         rows = self._tap_rows[0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
         return Seen(rows[start:])
 
-    # ---------------------------------------------------------------- verbs
+    # Verbs
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
@@ -89,7 +89,7 @@ class Session:
         return self._logits
 
     def append(self, token: int) -> None:
-        """Commit a token without reading it: it becomes the root of the next tree."""
+        """Commit a token without reading it: the root of the next tree."""
         self._drop_staged()
         self.tokens.append(token)
 
@@ -140,8 +140,7 @@ class Session:
         suffix   S tokens, appended once per probe
         probes   the cuts to judge in this pass (default: all). A second call with the same draft reuses its rows.
 
-        Packed: one pass of N + K*S rows (plus pending tokens, if any). Forked: the draft, then one batch of K
-        suffixes on copies of the cache.
+        Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes.
         """
         probes = list(cuts if probes is None else probes)
         check_cuts(len(draft), cuts, probes, suffix)
@@ -186,7 +185,7 @@ class Session:
         twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
         return twin
 
-    # ---------------------------------------------------------------- passes
+    # Passes
 
     @torch.inference_mode()
     def _forward(
@@ -328,7 +327,7 @@ class Session:
             device=self.model.device,
         )
 
-    # ---------------------------------------------------------------- bookkeeping
+    # Bookkeeping
 
     def _stage(self, tokens: list[int], lead: int, cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
         """Remember a read draft: log-probabilities of its tokens and the logits at every cut. logits [N, V]."""

@@ -41,7 +41,9 @@ def test_smoothed_forgives_one_odd_score_but_no_run_of_them():
     rule = Smoothed(threshold=0.7, window=3)
     assert rule.keep([0.99, 0.99, 0.4, 0.99]) == 4
     assert FirstFailure(threshold=0.7).keep([0.99, 0.99, 0.4, 0.99]) == 2
-    assert rule.keep([0.99, 0.99, 0.4, 0.3, 0.2]) == 3
+    # log-odds of 0.99, 0.4, 0.3 and 0.2 are 4.6, -0.4, -0.8 and -1.4, of the threshold 0.85; means of three
+    # are 2.9, 1.1 and -0.9
+    assert rule.keep([0.99, 0.99, 0.4, 0.3, 0.2]) == 4
 
 
 @quick
@@ -53,10 +55,13 @@ def test_smoothed_over_one_prefix_is_first_failure(scores, threshold):
         assert Smoothed(threshold=threshold, window=1).keep(clear) == FirstFailure(threshold=threshold).keep(clear)
 
 
-@pytest.mark.parametrize("window", [1, 3, 7, 10])
-@pytest.mark.parametrize("threshold", [0.1, 0.45, 0.7, 0.9])
-def test_smoothed_passes_scores_that_all_equal_the_threshold(threshold, window):
-    assert Smoothed(threshold=threshold, window=window).keep([threshold] * 12) == 12
+def test_smoothed_passes_scores_that_all_equal_the_threshold():
+    kept = {
+        (threshold, window): Smoothed(threshold=threshold, window=window).keep([threshold] * 12)
+        for threshold in (0.1, 0.45, 0.7, 0.9)
+        for window in (1, 3, 7, 10)
+    }
+    assert set(kept.values()) == {12}
 
 
 @quick
@@ -184,6 +189,22 @@ def test_drafts_are_made_until_the_target_has_been_timed():
     assert Adaptive().allows(history)
     history.decoded_tokens, history.decode_s, history.answer_tokens = 40, 40 * TOKEN_S, 40
     assert not Adaptive().allows(history)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "tokens_needed"),
+    [
+        # balance 10 and an expected cost of 10 are 20, and 0.05 / 2 of 800 tokens is 20
+        ([DraftRecord(0.0, 20, 0)], 800),
+        # the same balance and cost after a draft that was worth it: all of the bound
+        ([DraftRecord(0.0, 40, 0), DraftRecord(0.0, 20, 20)], 400),
+    ],
+    ids=["below break-even", "above break-even"],
+)
+def test_a_draft_must_fit_into_the_bound_and_an_unlikely_one_into_half_of_it(drafts, tokens_needed):
+    gate = Adaptive(bound=0.05, window=1, cost_per_token=0.5)
+    assert not gate.allows(GateHistory(drafts=drafts, answer_tokens=tokens_needed - 1))
+    assert gate.allows(GateHistory(drafts=drafts, answer_tokens=tokens_needed))
 
 
 def test_balance_is_cost_minus_kept_and_forgets_old_gains():

@@ -129,6 +129,7 @@ def test_end_within_the_last_token_allowed_is_no_limit(last, reason):
         ("The answer is 42. Question:", ("Question:",), "The answer is 42. "),
         ("one STOP two", ("nothing", "TOP"), "one S"),
         ("ab cd ef", ("cd", "b c"), "a"),
+        ("x = 1 2 3", (" 2", "1 2", "2"), "x = "),  # the same token completes all three
         ("Grüße aus Köln", ("üße",), "Gr"),
         ("done 🎉 more", ("🎉",), "done "),
         ("done 🎉🎉🎉 more", ("🎉🎉🎉",), "done "),
@@ -143,6 +144,7 @@ def test_stop_string_over_several_tokens(text, stop, kept):
     so_far = [MODEL.decode(tokens[:n]) for n in range(len(tokens) + 1)]
     complete = next(n for n, text in enumerate(so_far) if any(s in text for s in stop))
     assert len(answer.tokens) == complete
+    assert "".join(streamed(tokens, stop)[0]) == kept
 
 
 def test_special_tokens_within_a_stop_string_do_not_hide_it():
@@ -180,7 +182,11 @@ def test_span_texts():
     answer.extend(MODEL.encode(", wie"), Author.TARGET)
     answer.extend(MODEL.encode(" so? END"), Author.DRAFT)
     assert [(span.author, span.text) for span in answer.spans()] == [
-        (Author.DRAFT, "Hallo "), (Author.TARGET, "Köln"), (Author.TARGET, ", wie"), (Author.DRAFT, " so? ")]  # fmt: skip
+        (Author.DRAFT, "Hallo "),
+        (Author.TARGET, "Köln"),
+        (Author.TARGET, ", wie"),
+        (Author.DRAFT, " so? "),
+    ]
 
 
 # --- streaming with stop strings ---

@@ -51,13 +51,6 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
         write_record(record, folder / "record.json")
         saved = time.monotonic()
 
-    settings = Settings(
-        max_new_tokens=cfg.max_new_tokens,
-        stop=tuple(cfg.stop),
-        sampling=build_sampling(cfg),
-        seed=cfg.seed,
-        warmup=cfg.warmup,
-    )
     status = "failed"
     try:
         left = sum(len(task.problems()) - len(arm.requests) for arm in arms)
@@ -68,7 +61,7 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save("running")
 
-            run_arms(arms, task, settings, after_each)
+            run_arms(arms, task, _settings(cfg), after_each)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -83,6 +76,16 @@ def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: s
         save(status)
         write_trace(record, folder / "trace.html")
     return record
+
+
+def _settings(cfg: DictConfig) -> Settings:
+    return Settings(
+        max_new_tokens=cfg.max_new_tokens,
+        stop=tuple(cfg.stop),
+        sampling=build_sampling(cfg),
+        seed=cfg.seed,
+        warmup=cfg.warmup,
+    )
 
 
 def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from parsedec.engine import Parse
-from parsedec.errors import ParsedecError
+from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.record import to_json
 from parsedec.gate import GateHistory
 from parsedec.tasks.base import Problem, Task
@@ -39,6 +39,12 @@ class Settings:
     sampling: Sampling
     seed: int
     warmup: int  # requests answered before counting, not recorded
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "seed", "warmup"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name}={value!r}; expected a whole number, 0 or more.")
 
 
 def run_arms(arms: Sequence[Arm], task: Task, settings: Settings, after_each: Callable[[str], None]) -> None:

@@ -1,0 +1,50 @@
+# One command sets everything up and does one thing; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+# Spinning OpenMP threads make small machines many times slower; must be set before torch is imported.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test test-slow test-gpu test-weights bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
+
+setup: $(VENV)/.installed  ## virtual environment with parsedec and its tools, from the known-good set
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf]'
+	@touch $@
+
+demo: setup  ## the main job on the embedded models: five arms, the table, the trace page
+	$(BIN)/python experiments/compare.py task.n=40
+
+check: setup  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup check  ## lint, types and the CPU tests
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: setup  ## the tests that take longer than ten seconds each
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+test-gpu: setup  ## the tests that need CUDA
+	$(BIN)/python -m pytest -m gpu
+
+test-weights: setup  ## the tests on a real pair: PARSEDEC_MODELS=DIR make test-weights
+	$(BIN)/python -m pytest -m weights
+
+bench: setup  ## the figures of the README on the embedded models, about half an hour on two cores
+	$(BIN)/python experiments/overhead.py runtime=cpu
+	$(BIN)/python experiments/compare.py runtime=cpu
+	$(BIN)/python experiments/compare.py runtime=cpu arms=refused
+	$(BIN)/python experiments/compare.py runtime=cpu arms=thresholds
+
+clean:  ## remove the environment and caches; records stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

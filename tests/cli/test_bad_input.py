@@ -1,0 +1,133 @@
+"""The run command with what users do to it: one line that says what to do, exit code 2, and nothing overwritten.
+
+One command for each way through the program; the messages themselves are tests/unit/test_errors.py.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, str(ROOT / "experiments" / "run.py")]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("parse", "adapters")),
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+}
+SMALL = ["task.n=2", "warmup=0", "max_new_tokens=16", "runtime=cpu"]
+
+
+def run(folder, *overrides):
+    return subprocess.run(
+        [*COMMAND, *SMALL, f"output={folder}", *overrides],
+        cwd=folder.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+
+
+def refusal(folder, *overrides):
+    """What is said about a command that is refused, on one line of stderr."""
+    done = run(folder, *overrides)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+
+
+def recorded(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "out"
+
+
+def test_unknown_setting(folder):
+    said = refusal(folder, "judge.pth=packed")
+    assert "'judge.pth'" in said
+    assert "Did you mean judge.path" in said
+    assert "--help" in said
+    assert not folder.exists()
+
+
+def test_damaged_checkpoint(folder, tmp_path):
+    model = tmp_path / "half a model"
+    shutil.copytree(ROOT / "parse" / "parsedec" / "zoo" / "draft", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    said = refusal(folder, f"draft={model}")
+    assert f"cannot load the model '{model}'" in said
+    assert "download or copy is complete" in said
+    assert not (folder / "record.json").exists()
+
+
+def test_a_folder_with_a_record_is_refused_and_left_alone(folder):
+    folder.mkdir()
+    (folder / "record.json").write_text("precious")
+    said = refusal(folder)
+    assert str(folder / "record.json") in said
+    assert "output=DIR" in said
+    assert "resume=true" in said
+    assert (folder / "record.json").read_text() == "precious"
+    assert os.listdir(folder) == ["record.json"]
+
+
+def test_resuming_answers_only_what_is_missing(folder):
+    """A record of three requests, made here, loses two of them; the command brings them back."""
+    overrides = [*SMALL, "task.n=3", f"output={folder}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=overrides)
+    whole = runpy.run_path(COMMAND[1])["run"](cfg)
+    part = json.loads(json.dumps(whole)) | {"status": "interrupted"}
+    del part["arms"][0]["requests"][1:]
+    (folder / "record.json").write_text(json.dumps(part))
+
+    done = run(folder, "task.n=3", "resume=true")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder / "record.json")
+    after = recorded(folder)
+    assert (after["status"], after["resumed_from"]) == ("finished", part["provenance"])
+    before, now = (record["arms"][0]["requests"] for record in (part, after))
+    assert now[0] == before[0]  # its clock readings included: it was not answered again
+    answers = [[request["result"]["tokens"] for request in record["arms"][0]["requests"]] for record in (whole, after)]
+    assert answers[0] == answers[1]
+    assert after["summary"]["requests"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
+def test_ctrl_c_saves_what_is_finished(folder):
+    process = subprocess.Popen(
+        [*COMMAND, *SMALL, "task.n=3000", f"output={folder}"],
+        cwd=folder.parent, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a test run in the background ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "record.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running = recorded(folder)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert stdout.splitlines()[-1] == str(folder / "record.json")
+    assert "Traceback" not in stderr
+    assert "resume=true" in stderr
+    saved = recorded(folder)
+    assert (running["status"], saved["status"]) == ("running", "interrupted")
+    first, all_saved = (record["arms"][0]["requests"] for record in (running, saved))
+    assert len(first) >= 1
+    assert all_saved[: len(first)] == first
+    assert len(all_saved) < 3000
+    assert all(request["result"]["tokens"] for request in all_saved)
+    assert saved["summary"]["requests"] == len(all_saved)

@@ -1,0 +1,186 @@
+"""Every YAML under conf/, found by glob, composes and builds; a name it does not list is refused."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+
+import tiny
+from parsedec.engine import Parse
+from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
+from parsedec.gate import GateHistory
+from parsedec.model import LanguageModel
+from parsedec.text import Draft
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MEMBERS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+EXPERIMENTS = [member for member in MEMBERS if member.startswith("experiment/")]
+BUILT = [member for member in MEMBERS if member not in EXPERIMENTS]
+NEEDS = {  # settings without a default
+    "target/any": ["target.source=zoo:draft"],
+    "draft/any": ["draft.model.source=zoo:draft"],
+    "task/gsm8k": ["task.path={problems}", "task.n=1"],
+    "task/humaneval": ["task.path={problems}", "task.n=1"],
+}
+CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
+OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
+    "load": {"name"},
+    "LabelJudge": {"suffix", "label_ids", "chosen", "reason"},
+    "DraftModel": {"vocab"},
+    "Lines": {"pattern"},
+    "Paragraphs": {"pattern"},
+    "Sentences": {"pattern"},
+}
+ROW = {"id": "1", "prompt": "def f():", "reference": "3", "meta": {"entry_point": "f", "test": "def check(f): f()"}}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    return path
+
+
+def composed(*overrides, config="config"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config, overrides=[*overrides, "output=unused"])
+
+
+def chosen(member, problems, *more):
+    """The configuration with one member of a group chosen and given what it has no default for."""
+    group, name = member.split("/")
+    needs = [setting.format(problems=problems) for setting in NEEDS.get(member, [])]
+    config = "compare" if group == "arms" else "config"
+    return composed("runtime.device=cpu", f"{group}={name}", *needs, *more, config=config)
+
+
+def is_model(cfg):
+    model = instantiate(cfg)
+    return isinstance(model, LanguageModel) and model.device.type == "cpu" and model.end_ids
+
+
+def is_draft(cfg):
+    return cfg.draft.model is None or is_model(cfg.draft.model)
+
+
+def is_inner(cfg):
+    target, draft = tiny.model("llama"), tiny.model("llama", seed=7, layers=1)
+    inner = instantiate(cfg.inner)
+    bound = inner.bind(target, draft)
+    assert type(bound) is type(inner)
+    assert isinstance(bound.lossless, bool)
+    return all(0 <= layer <= target.num_layers for layer in bound.needs.hidden_layers)
+
+
+def is_judge(cfg):
+    bound = instantiate(cfg.judge).bind(tiny.model("llama"))
+    return bound.suffix_rows > 0
+
+
+def is_outer(cfg):
+    bound = instantiate(cfg.outer).bind(tiny.model("llama"))
+    return isinstance(bound.needs_draft, bool)
+
+
+def is_segmenter(cfg):
+    draft = Draft.of(tiny.model("llama"), [10, 11, 8, 9, 12, 13], ended=True)
+    return instantiate(cfg.segmenter).cuts(draft)[-1] == 6
+
+
+def is_runtime(cfg):
+    return cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
+
+
+def is_task(cfg):
+    task = instantiate(cfg.task)
+    problem = task.problems()[0]
+    return task.score(problem, "").correct is False and bool(problem.prompt)
+
+
+def are_arms(cfg):
+    assert cfg.baseline in cfg.arms
+    return all(is_arm(arm) for arm in cfg.arms.values())
+
+
+def is_arm(arm):
+    build = build_draft_alone if arm.get("model") == "draft" else build_engine
+    return isinstance(build(composed("runtime.device=cpu", *arm.overrides)), Parse)
+
+
+BUILDS = {
+    "arms": are_arms,
+    "target": lambda cfg: is_model(cfg.target),
+    "draft": is_draft,
+    "inner": is_inner,
+    "judge": is_judge,
+    "outer": is_outer,
+    "segmenter": is_segmenter,
+    "runtime": is_runtime,
+    "task": is_task,
+    "boundary": lambda cfg: [instantiate(cfg.boundary).keep([score] * 3) for score in (0.0, 1.0)] == [0, 3],
+    "gate": lambda cfg: instantiate(cfg.gate).allows(GateHistory()) is not ("Never" in cfg.gate._target_),
+    "loop": lambda cfg: instantiate(cfg.loop).rounds >= 1,
+}
+
+
+def test_the_glob_finds_the_groups():
+    assert {"target", "draft", "inner", "judge", "outer", "task"} <= {member.split("/")[0] for member in BUILT}
+    assert len(BUILT) > 20
+
+
+@pytest.mark.parametrize("member", BUILT)
+def test_member_composes_and_builds(member, problems):
+    assert BUILDS[member.split("/")[0]](chosen(member, problems))
+
+
+@pytest.mark.parametrize("member", BUILT)
+def test_unknown_setting_is_refused(member, problems):
+    with pytest.raises(ConfigCompositionException, match="not_a_setting"):
+        chosen(member, problems, f"{member.split('/')[0]}.not_a_setting=1")
+
+
+@pytest.mark.parametrize("member", CLASSES)
+def test_yaml_lists_every_setting_of_its_class(member):
+    """Hydra refuses what a YAML does not list, so a setting left out could not be set."""
+    listed = OmegaConf.load(CONF / f"{member}.yaml")
+    built = get_object(listed._target_)
+    assert set(listed) - {"_target_"} == set(inspect.signature(built).parameters) - OURS.get(built.__name__, set())
+
+
+@pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])
+@pytest.mark.parametrize("config", ["config", "compare"])
+def test_unknown_setting_of_a_run_is_refused(config, setting):
+    with pytest.raises(ConfigCompositionException, match=setting.split("=")[0]):
+        composed(setting, config=config)
+
+
+@pytest.mark.parametrize("member", EXPERIMENTS)
+def test_experiment_composes_for_the_command_in_its_header(member):
+    header = (CONF / f"{member}.yaml").read_text()
+    command = re.search(rf"experiments/(run|compare)\.py experiment={Path(member).stem}\b", header)
+    assert command, "no command in its header"
+    config = {"run": "config", "compare": "compare"}[command[1]]
+    cfg, default = (composed(*overrides, config=config) for overrides in ([member.replace("/", "=")], []))
+    assert set(cfg) == set(default)  # it sets what is there and adds nothing
+    assert cfg != default
+
+
+def test_defaults_are_a_whole_run(problems):
+    cfg = composed("runtime.device=cpu")
+    engine = build_engine(cfg)
+    assert isinstance(engine, Parse)
+    assert (engine.target.name, engine.draft.name) == ("zoo:target", "zoo:draft")
+    assert build_sampling(cfg).greedy
+    assert json.loads(json.dumps(plain(cfg))) == plain(cfg)
+    assert plain(cfg)["outer"]["judge"] == plain(cfg)["judge"]
+
+
+def test_equal_models_are_loaded_once():
+    first, second = (build_engine(composed("runtime.device=cpu", f"outer={outer}")) for outer in ("parse", "none"))
+    assert first.target is second.target

@@ -1,0 +1,62 @@
+"""The distribution owns two import names and nothing else, and everything it needs at run time travels with it."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_top_folders_are_no_packages():
+    """A folder without __init__.py never shadows PyPI's `parse` and `adapters`."""
+    for folder in ("parse", "adapters", "conf", "experiments"):
+        assert (ROOT / folder).is_dir()
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel; pip install -e '.[dev]'")
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)], cwd=ROOT, check=True,
+        capture_output=True)  # fmt: skip
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        return {info.filename: info.file_size for info in archive.infolist()}
+
+
+def test_the_wheel_owns_only_its_names(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"parsedec", "parsedec_adapters"}
+
+
+def test_models_template_and_types_travel_with_it(wheel):
+    for name in ("parsedec/py.typed", "parsedec/trace.html.j2", "parsedec/zoo/target/model.safetensors",
+                 "parsedec/zoo/target/judge.json", "parsedec/zoo/draft/tokenizer.json"):  # fmt: skip
+        assert wheel.get(name) is not None, f"{name} is not in the wheel"
+    assert sum(size for name, size in wheel.items() if "/zoo/" in name) < 40e6
+
+
+def test_public_names_are_few_and_exist():
+    import parsedec
+
+    assert 8 <= len(parsedec.__all__) <= 16
+    assert all(hasattr(parsedec, name) for name in parsedec.__all__)
+
+
+def test_budgets():
+    """Files of the packages stay readable: at most 400 lines, functions at most 60, or the exception says why here."""
+    import ast
+
+    long = []
+    for path in [*ROOT.glob("parse/**/*.py"), *ROOT.glob("adapters/**/*.py"), *ROOT.glob("experiments/**/*.py")]:
+        text = path.read_text()
+        if text.count("\n") > 400:
+            long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60:
+                long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1}")
+    assert not long, "over budget:\n" + "\n".join(long)

@@ -1,0 +1,280 @@
+"""Records survive what happens while they are written; summaries and comparisons give the numbers they promise."""
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from parsedec.errors import OutputExistsError, ParsedecError
+from parsedec.experiment import record as records
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, read_record, to_json, write_record
+from parsedec.experiment.summary import compare, summarise, wilson
+from parsedec.types import Author, Sampling, Span
+
+CONFIG = {"seed": 0, "task": {"n": 2}, "resume": False, "output": "a"}
+RECORD = {"schema_version": SCHEMA_VERSION, "config": CONFIG, "text": "naïve 🎉", "none": None}
+
+# --- writing and reading ---
+
+
+def test_record_round_trip(tmp_path):
+    path = write_record(RECORD, tmp_path / "new" / "folder" / "record.json")
+    assert read_record(path) == RECORD
+    assert os.listdir(path.parent) == ["record.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+class FullDisk:
+    """A file that takes some characters and then has no room, as `os.fdopen` gives it."""
+
+    def __init__(self, handle, *_, **__):
+        self.sink = handle
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.sink)
+
+    def write(self, text):
+        os.write(self.sink, text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def failing(request, monkeypatch):
+    """A write that fails: in the middle, or when the finished file should take its place."""
+    if request.param == "in the middle":
+        monkeypatch.setattr(records.os, "fdopen", FullDisk)
+    else:
+        monkeypatch.setattr(records.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+
+
+FAILURES = pytest.mark.parametrize("failing", ["in the middle", "at the end"], indirect=True)
+
+
+@FAILURES
+def test_a_write_that_fails_leaves_the_old_record(tmp_path, failing):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(RECORD))
+    with pytest.raises(OSError, match=r"No space|Permission"):
+        write_record(RECORD | {"text": "new"}, path)
+    assert read_record(path) == RECORD
+
+
+@FAILURES
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, failing):
+    with pytest.raises(OSError, match=r"No space|Permission"):
+        write_record(RECORD, tmp_path / "record.json")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "cannot read.*No such file.*written by a run"),
+        ("", "cannot read.*Expected a record.json"),
+        ('{"schema_version": 1, "conf', "cannot read"),
+        (b"\xff\xfe\x00", "cannot read"),
+        ("[1, 2]", "'list'; expected 1"),
+        ("{}", "schema_version None; expected 1"),
+        ('{"schema_version": 999}', "schema_version 999; expected 1.*another version"),
+    ],
+    ids=["missing", "empty", "cut off", "not text", "a list", "no record", "another version"],
+)
+def test_what_is_no_record_is_refused(tmp_path, content, complaint):
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ParsedecError, match=complaint) as refused:
+        read_record(path)
+    assert str(path) in str(refused.value)
+
+
+def test_new_folder_has_no_earlier_record(tmp_path):
+    assert earlier_record(tmp_path / "record.json", CONFIG, resume=False) is None
+    assert earlier_record(tmp_path / "record.json", CONFIG, resume=True) is None
+
+
+def test_a_record_is_never_overwritten(tmp_path):
+    path = write_record(RECORD, tmp_path / "record.json")
+    with pytest.raises(OutputExistsError, match=r"exists already.*output=DIR.*resume=true"):
+        earlier_record(path, CONFIG, resume=False)
+
+
+def test_resuming_needs_the_same_configuration(tmp_path):
+    path = write_record(RECORD, tmp_path / "record.json")
+    same = CONFIG | {"resume": True, "output": "elsewhere"}
+    assert earlier_record(path, same, resume=True) == RECORD
+    for changed, name in [({"seed": 1}, "seed"), ({"task": {"n": 3}}, "task"), ({"extra": 1}, "extra")]:
+        with pytest.raises(OutputExistsError, match=rf"differs in \['{name}'\].*same overrides"):
+            earlier_record(path, same | changed, resume=True)
+
+
+def test_to_json_of_what_results_are_made_of():
+    value = {"span": Span(author=Author.DRAFT, start=0, stop=2, text="ab"), 3: (Path("a/b"), [Sampling()])}
+    plain = to_json(value)
+    assert plain == {
+        "span": {"author": "draft", "start": 0, "stop": 2, "text": "ab"},
+        "3": ["a/b", [{"temperature": 0.0, "top_p": 1.0, "top_k": 0}]],
+    }
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_provenance_says_what_made_the_record():
+    made = provenance()
+    assert json.loads(json.dumps(made)) == made
+    assert made["packages"]["torch"]
+    assert {"git_sha", "git_dirty", "device", "threads", "omp_wait_policy", "started_at", "command"} <= set(made)
+
+
+# --- summaries ---
+
+
+def request(name, tokens, wall_s, correct=True, **counters):
+    """An answered request as a run records it."""
+    return {
+        "id": name,
+        "correct": correct,
+        "error": None,
+        "result": {
+            "tokens": [1] * tokens,
+            "rounds": [{"accepted_whole": bool(counters.pop("whole", False))}],
+            "judge_path": counters.pop("path", None),
+            "times": {
+                "prefill_s": 0.1, "draft_s": 0.2, "judge_s": 0.3, "decode_s": wall_s - 0.6, "wall_s": wall_s,
+                "first_token_s": counters.pop("first", 0.1)},
+            "counters": dict.fromkeys(
+                ("target_calls", "target_rows", "judge_passes", "judge_rows", "draft_tokens", "kept_draft_tokens",
+                 "inner_steps"), 0) | counters,
+        },
+    }  # fmt: skip
+
+
+FAILED = {"id": "too long", "correct": False, "error": "PromptError: too long", "result": None}
+
+
+def test_summary_sums_what_has_a_result_and_counts_errors_as_wrong():
+    requests = [
+        request("a", 10, 1.0, whole=True, path="packed", first=0.1, target_calls=3, draft_tokens=8,
+                kept_draft_tokens=6, judge_rows=20),
+        FAILED,
+        request("b", 30, 4.0, correct=False, first=0.3, target_calls=30, draft_tokens=12),
+        request("c", 5, 1.5, first=0.2, target_calls=5, inner_steps=4, judge_passes=1),
+    ]  # fmt: skip
+    summary = summarise(requests)
+    expected = dict(
+        requests=4, errors=1, accuracy=0.5, new_tokens=45, rounds=3, accepted_whole=1, target_calls=38,
+        draft_tokens=20, kept_draft_tokens=6, kept_share=0.3, judge_rows=20, inner_steps=4, judge_passes=1,
+        judge_paths=["packed"], first_token_s_p50=0.2)  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["wall_s"] == pytest.approx(6.5)
+    assert summary["draft_s"] == pytest.approx(0.6)
+    assert summary["tokens_per_s"] == pytest.approx(45 / 6.5)
+    assert summary["accuracy_interval"] == wilson(2, 4)
+
+
+def test_requests_without_a_verdict_do_not_count_for_accuracy():
+    assert summarise([request("a", 1, 1.0), request("b", 1, 1.0, correct=None)])["accuracy"] == 1.0
+
+
+def test_summary_of_nothing():
+    summary = summarise([])
+    assert (summary["requests"], summary["new_tokens"], summary["judge_paths"]) == (0, 0, [])
+    for ratio in ("accuracy", "accuracy_interval", "tokens_per_s", "kept_share", "first_token_s_p50"):
+        assert summary[ratio] is None
+    assert summarise([FAILED])["accuracy"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_against_published_values(hits, n, low, high):
+    assert wilson(hits, n) == pytest.approx([low, high], abs=6e-5)
+
+
+@pytest.mark.parametrize("hits", range(0, 21, 4))
+def test_wilson_bounds_solve_its_equation(hits):
+    """The bounds are the shares p at which the observed one is z standard errors of p away."""
+    for bound in wilson(hits, 20):
+        if 0 < bound < 1:
+            assert abs(hits / 20 - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / 20), abs=1e-6)
+
+
+# --- comparisons ---
+
+
+def pair(n, speedup, seed=0, spread=0.3):
+    """Requests of a baseline and of an arm that is `speedup` times as fast but for noise."""
+    rng = random.Random(seed)
+    baseline, arm = [], []
+
+    def noise():
+        return math.exp(rng.gauss(-(spread**2) / 2, spread))  # 1 on average
+
+    for i in range(n):
+        tokens = rng.randint(20, 200)
+        wall = tokens * 0.02 * noise()
+        baseline.append(request(str(i), tokens, wall, correct=rng.random() < 0.8))
+        arm.append(request(str(i), tokens, wall / speedup * noise(), correct=rng.random() < 0.8))
+    return baseline, arm
+
+
+def test_comparison_of_arms_that_differ_by_a_constant():
+    baseline, arm = pair(12, 2.0, spread=0.0)
+    got = compare(baseline, arm)
+    for ratio in ("speedup", "time_ratio"):
+        assert [got[ratio], got[f"{ratio}_low"], got[f"{ratio}_high"]] == pytest.approx([2.0] * 3)
+    assert got["requests"] == 12
+
+
+def test_speedup_counts_tokens_and_time_ratio_does_not():
+    """Half the tokens in half the time is no speed-up in tokens per second."""
+    got = compare([request("a", 100, 4.0)] * 1, [request("a", 50, 2.0)])
+    assert (got["speedup"], got["time_ratio"], got["accuracy_change"]) == (1.0, 2.0, 0.0)
+
+
+def test_accuracy_change_is_paired():
+    baseline = [request(str(i), 10, 1.0, correct=i < 5) for i in range(10)]
+    arm = [request(str(i), 10, 1.0, correct=i < 8) for i in range(10)]
+    got = compare(baseline, arm)
+    assert got["accuracy_change"] == pytest.approx(0.3)
+    assert 0 <= got["accuracy_change_low"] < 0.3 < got["accuracy_change_high"] <= 0.7
+    assert compare(baseline, baseline)["accuracy_change_high"] == 0.0
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """40 experiments with a true speed-up of 1.5: a right 95 % interval misses 8 or more once in 1,400 seed sets."""
+    hits = 0
+    for seed in range(40):
+        got = compare(*pair(30, 1.5, seed=seed), resamples=300)
+        assert got["speedup_low"] < got["speedup"] < got["speedup_high"]
+        hits += got["speedup_low"] <= 1.5 <= got["speedup_high"]
+    assert hits > 32
+
+
+def test_comparison_repeats_with_its_seed():
+    arms = pair(20, 1.3)
+    assert compare(*arms, resamples=200) == compare(*arms, resamples=200)
+    assert compare(*arms, resamples=200) != compare(*arms, resamples=200, seed=1)
+
+
+def test_comparison_is_over_requests_both_answered():
+    baseline, arm = pair(6, 2.0, spread=0.0)
+    alone = request("only here", 10_000, 0.7)
+    got = compare([*baseline, FAILED, alone], [FAILED, *reversed(arm)])
+    assert got["requests"] == 6
+    assert got["speedup"] == pytest.approx(2.0)
+    assert compare([FAILED], [FAILED]) is None
+    assert compare([], arm) is None
