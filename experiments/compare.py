@@ -22,7 +22,7 @@ from parsedec.experiment.cli import run_command
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
     from hydra import compose
 
     from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine
@@ -39,7 +39,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
             arms.append(Arm(str(name), build(own), " ".join(arm.overrides)))
         return arms
 
-    return run_job(cfg, make_arms, baseline=cfg.baseline)
+    return run_job(cfg, folder, make_arms, baseline=cfg.baseline)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="compare")
@@ -50,9 +50,9 @@ def main(cfg: DictConfig) -> None:
     from parsedec.experiment.record import write_text
     from parsedec.experiment.table import markdown, terminal
 
-    folder = Path(cfg.output)
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        record = run(cfg, list(HydraConfig.get().overrides.task))
+        record = run(cfg, folder, list(HydraConfig.get().overrides.task))
     except KeyboardInterrupt:
         print(folder / "record.json")  # what was finished is there
         raise

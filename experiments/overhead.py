@@ -77,11 +77,13 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="overhead")
 def main(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from parsedec.experiment.build import apply_runtime, plain
     from parsedec.experiment.cli import stderr
     from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 
-    path = Path(cfg.output) / "record.json"
+    path = Path(HydraConfig.get().runtime.output_dir) / "record.json"
     earlier_record(path, plain(cfg), resume=False)
     apply_runtime(cfg)
     rows = measure(cfg, cfg.repeats)

@@ -3,6 +3,7 @@
 python experiments/run.py                                      the zoo pair with PARSE
 python experiments/run.py inner=draft_model task.n=20          another inner speculator, fewer problems
 python experiments/run.py target=HUB_ID draft=HUB_ID task=gsm8k task.path=FILE
+python experiments/run.py --multirun inner=none,draft_model    one run for each
 python experiments/run.py --help                               all groups and settings
 """
 
@@ -21,23 +22,26 @@ from parsedec.experiment.cli import run_command
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from parsedec.experiment.build import apply_runtime, build_engine
     from parsedec.experiment.job import run_job
     from parsedec.experiment.runner import Arm
 
     apply_runtime(cfg)
-    return run_job(cfg, lambda: [Arm("run", build_engine(cfg))])
+    return run_job(cfg, folder, lambda: [Arm("run", build_engine(cfg))])
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from parsedec.experiment.cli import stderr
     from parsedec.experiment.table import terminal
 
-    record_path = Path(cfg.output) / "record.json"
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    record_path = folder / "record.json"
     try:
-        record = run(cfg)
+        record = run(cfg, folder)
     except KeyboardInterrupt:
         print(record_path)  # what was finished is there
         raise

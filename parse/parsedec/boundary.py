@@ -38,8 +38,8 @@ class BoundaryRule:
         card = target.judge_card
         return replace(
             self,
-            threshold=_first(self.threshold, card and card.threshold),
-            full_threshold=_first(self.full_threshold, card and card.full_threshold),
+            threshold=_first(self.threshold, card.threshold if card else None),
+            full_threshold=_first(self.full_threshold, card.full_threshold if card else None),
         )
 
     @property

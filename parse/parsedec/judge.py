@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -29,6 +30,9 @@ QUESTION = (
     "Is every statement of your answer so far correct? It may be unfinished. Reply with one word, Correct or Incorrect."
 )
 LABELS = ("Correct", "Incorrect")
+
+# Results of the self-test, so that the engines of one model make it once: model -> suffix -> what was wrong
+_tested: WeakKeyDictionary[LanguageModel, dict[tuple[int, ...], str | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,10 @@ class LabelJudge:
             raise IncompatibleStack(f"judge.path=packed, but {target.name} has {obstacle}. Use judge.path=auto.")
         if self.path == "forked" or obstacle:
             return JudgePath.FORKED, obstacle
-        error = packed_error(target, suffix)
+        known = _tested.setdefault(target, {})
+        if suffix not in known:
+            known[suffix] = packed_error(target, suffix)
+        error = known[suffix]
         if error is None:
             return JudgePath.PACKED, None
         if self.path == "packed":

@@ -39,7 +39,7 @@ def test_there_are_commands():
     assert len(list(commands())) >= 3
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_command_runs(line, tmp_path):
     _, script, *overrides = shlex.split(line)
     overrides = [o for o in overrides if not o.startswith(("task.n=", "output="))]
@@ -54,7 +54,7 @@ def test_command_runs(line, tmp_path):
         assert Path(done.stdout.strip().splitlines()[-1]).is_file()
 
 
-@pytest.mark.parametrize(("name", "code"), blocks("python"))
+@pytest.mark.parametrize(("name", "code"), list(blocks("python")))
 def test_python_example_runs(name, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

@@ -4,6 +4,8 @@ Also the leak test (what a probe must not see cannot change its logits by a bit)
 for free, and the traps of facts on masks: each wrong form must be *seen* to be wrong here.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -164,7 +166,7 @@ class Traps:
      ("no_mask", "llama", "sdpa"), ("no_mask", "qwen3", "sdpa")],
 )  # fmt: skip
 def test_known_traps_are_wrong_and_the_self_test_sees_them(monkeypatch, trap, family, attention):
-    model = tiny.model(family, attention=attention)
+    model = dataclasses.replace(tiny.model(family, attention=attention))  # a copy: results are remembered by model
     assert packed_error(model, SUFFIX) is None
     monkeypatch.setattr(masks, "for_model", getattr(Traps, trap))
     assert max_error(judged(model, JudgePath.PACKED)[1].probe_logits, separate(model)) > 0.1

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from parsedec.boundary import FirstFailure, LongestValid, Smoothed, log_odds
 from parsedec.errors import ConfigError
 from parsedec.gate import Adaptive, Always, DraftRecord, GateHistory, Never
 from parsedec.loop import Once, Rounds
+from parsedec.model import JudgeCard
 
 RULES = [FirstFailure, LongestValid, Smoothed]
 probabilities = st.floats(0, 1)
@@ -77,6 +79,26 @@ def test_rules_from_strict_to_lax(scores, threshold):
 def test_certainty_is_kept_and_impossibility_is_not(rule):
     assert rule().keep([1.0, 1.0]) == 2
     assert rule().keep([0.0, 0.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "card", "thresholds"),
+    [
+        ({}, None, (0.9, 0.9)),
+        ({}, (0.6, 0.7), (0.6, 0.7)),
+        ({"threshold": 0.5}, None, (0.5, 0.9)),
+        ({"threshold": 0.5}, (0.6, 0.7), (0.5, 0.7)),
+        ({"full_threshold": 0.0}, (0.6, 0.7), (0.6, 0.0)),
+    ],
+)
+def test_thresholds_left_open_come_from_the_judge_card(settings, card, thresholds):
+    if card:
+        card = JudgeCard(question="?", labels=("yes", "no"), threshold=card[0], full_threshold=card[1])
+    rule = FirstFailure(**settings).bind(SimpleNamespace(judge_card=card))
+    prefix, full = thresholds
+    assert rule.keep([prefix, prefix - 0.01]) == 1
+    assert rule.whole(full)
+    assert not rule.whole(full - 0.01)
 
 
 def test_log_odds():

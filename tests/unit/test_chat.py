@@ -10,6 +10,7 @@ import tiny
 from parsedec.chat import label_tokens, prompt_ids, suffix_text
 from parsedec.errors import ChatTemplateError, JudgeError
 from parsedec.judge import LabelJudge
+from parsedec.model import JudgeCard
 
 ZOO = parsedec.load("zoo:target", device="cpu")
 QUESTION = "Is all of it right?\nAnswer Correct or Incorrect."
@@ -153,7 +154,19 @@ def test_the_zoo_target_is_asked_what_it_was_trained_with():
     judge = LabelJudge().bind(ZOO)
     ids = ZOO.tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|verify|>", "<|assistant|>"])
     assert list(judge.suffix) == ids
-    assert LabelJudge(question="Right?").bind(ZOO).question == "Right?"
+
+
+def test_question_and_labels_left_open_come_from_the_judge_card():
+    card = JudgeCard(question="Fine?", labels=("yes", "no"), threshold=0.5, full_threshold=0.5)
+    model = dataclasses.replace(ZOO, judge_card=card)
+
+    def asked(**settings):
+        judge = LabelJudge(**settings).bind(model)
+        return judge.question, judge.labels
+
+    assert asked() == ("Fine?", ("yes", "no"))
+    assert asked(labels=("good", "bad")) == ("Fine?", ("good", "bad"))
+    assert asked(question="Right?") == ("Right?", ("Correct", "Incorrect"))  # the card's labels answer its own question
 
 
 # --- labels ---

@@ -17,6 +17,8 @@ import tiny
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError, ParsedecError, PromptError
 from parsedec.experiment.cli import expand_shorthand, explain, known_settings
+from parsedec.experiment.job import run_job
+from parsedec.experiment.runner import Arm
 from parsedec.inner import NoSpeculation
 from parsedec.judge import LabelJudge
 from parsedec.loop import Rounds
@@ -96,6 +98,26 @@ def test_wrong_value_in_a_yaml_is_explained_in_the_class_own_words(group, overri
     assert message == str(refused.value.__cause__)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=abc", "seed='abc'.*whole number"),
+        ("max_new_tokens=16.5", "max_new_tokens=16.5.*whole number"),
+        ("max_new_tokens=0", "max_new_tokens=0"),
+        ("warmup=-1", "warmup=-1"),
+        ("sampling.temperature=-1", "temperature=-1.*expected"),
+        ("stop=abc", "stop.*abc"),
+    ],
+)
+def test_wrong_run_setting_is_refused_and_leaves_the_folder_free(override, words, tmp_path):
+    """A record of nothing would stand in the way of the corrected command."""
+    cfg = composed("task.n=1", "warmup=0", "max_new_tokens=4", override)
+    cfg.output = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=words):
+        run_job(cfg, lambda: [Arm("run", Parse(TARGET))])
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
 def test_errors_of_ours_are_passed_on_as_they_are():
     assert explain(ConfigError("all of it\nand more"), CONF) == "all of it\nand more"
 
@@ -161,7 +183,7 @@ def test_missing_checkpoint(source, words):
 def damage(folder, name, change):
     shutil.copytree(ZOO, folder)
     path = folder / name
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
     return folder
 
 
@@ -192,13 +214,27 @@ def test_empty_directory_is_no_checkpoint(tmp_path):
         load(tmp_path)
 
 
-def test_judge_question_that_cannot_be_read_names_its_file(tmp_path):
+CARD = {"question": "Right?", "labels": ["yes", "no"], "threshold": 0.8, "full_threshold": 0.7}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"question": ', "[1]", "{}", json.dumps(CARD | {"treshold": 0.5}), json.dumps(CARD | {"threshold": "high"})],
+    ids=["cut off", "a list", "empty", "misspelt key", "threshold in words"],
+)
+def test_judge_card_that_cannot_be_used_names_its_file(content, tmp_path):
     folder = damage(tmp_path / "model", "config.json", lambda data: data)
-    (folder / "judge.json").write_text('{"question": ')
-    with pytest.raises(ModelLoadError, match=r"judge\.json"):
+    (folder / "judge.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=r"judge\.json is not a judge card.*Expected JSON with question"):
         load(folder)
-    (folder / "judge.json").write_text(json.dumps({"question": "Right?"}))
-    assert load(folder).judge_question == "Right?"
+
+
+def test_judge_card_is_read(tmp_path):
+    folder = damage(tmp_path / "model", "judge.json", lambda data: json.dumps(CARD).encode())
+    card = load(folder).judge_card
+    assert (card.question, list(card.labels)) == ("Right?", ["yes", "no"])
+    assert (card.threshold, card.full_threshold) == (0.8, 0.7)
+    assert load(ZOO).judge_card is None
 
 
 @WITHOUT_CUDA

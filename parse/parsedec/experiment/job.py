@@ -22,13 +22,15 @@ log = logging.getLogger(__name__)
 SAVE_EVERY_S = 5.0
 
 
-def run_job(cfg: DictConfig, make_arms: Callable[[], Sequence[Arm]], baseline: str | None = None) -> dict[str, Any]:
-    """Run (or finish) a configuration; the record is on disk every few seconds and whatever happens at the end.
+def run_job(
+    cfg: DictConfig, folder: Path, make_arms: Callable[[], Sequence[Arm]], baseline: str | None = None
+) -> dict[str, Any]:
+    """Run (or finish) a configuration in `folder`; the record is on disk every few seconds, whatever happens.
 
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
-    config, folder = plain(cfg), Path(cfg.output)
+    config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
     task = instantiate(cfg.task)
     arms = make_arms()

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -104,6 +105,13 @@ def earlier_record(path: Path, config: dict[str, Any], resume: bool) -> dict[str
             "resumed with this one. Use the same overrides, or another folder (output=DIR)."
         )
     return record
+
+
+def _command() -> str:
+    """The command as it was typed, the script by its name."""
+    script = Path(sys.argv[0]).name
+    at = next((i for i, word in enumerate(sys.orig_argv) if Path(word).name == script), len(sys.orig_argv))
+    return shlex.join([script, *sys.orig_argv[at + 1 :]])
 
 
 def _git(*arguments: str) -> str | None:

@@ -23,7 +23,7 @@ def _share(summary: dict[str, Any], _: dict[str, Any] | None) -> str:
 
 
 def _speedup(_: dict[str, Any], row: dict[str, Any] | None) -> str:
-    return "1" if row is None else f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    return "-" if row is None else f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
 COLUMNS: tuple[Column, ...] = (
