@@ -42,8 +42,6 @@ class Session:
         # Recurrent models go back by restoring: committed length -> (cache, logits after it). First and latest feed.
         self._marks: dict[int, tuple[DynamicCache, Tensor | None]] = {}
 
-    # What is there
-
     @property
     def length(self) -> int:
         """Committed tokens, pending ones included."""
@@ -72,8 +70,6 @@ class Session:
             self._tap_rows = [torch.cat(self._tap_rows)]
         rows = self._tap_rows[0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
         return Seen(rows[start:])
-
-    # Verbs
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
@@ -113,16 +109,17 @@ class Session:
             logits, taps = self._forward(list(tree.tokens), keep=tree.size)
         else:
             logits, taps = self._read_branching(tree)
-        self._staged = Staged(list(tree.tokens), 1, dict(enumerate(logits)), taps)
+        taps = self._commit_read(1, logits, taps)
+        self._staged = Staged(list(tree.tokens[1:]), dict(enumerate(logits[1:])), taps)
         if base is not None:
-            self._staged.snapshots[0] = base
+            self._staged.before = (base, [tree.tokens[0]])
         return logits
 
     def keep(self, path: Sequence[int]) -> None:
         """Commit the accepted path of the staged tree: node indices from the root on."""
-        if self._staged is None or self._staged.committed != 1 or not path or path[0] != 0:
+        if self._staged is None or self._staged.logprobs is not None or not path or path[0] != 0:
             raise ValueError(f"keep({list(path)}) needs a staged tree and a path that starts at its root, node 0")
-        self._keep_rows(list(path))
+        self._keep_rows([node - 1 for node in path[1:]])
 
     def judge(
         self,
@@ -146,7 +143,8 @@ class Session:
         check_cuts(len(draft), cuts, probes, suffix)
         self._check_room(len(draft) + len(suffix))
         before = self.rows
-        reuse = self._staged is not None and self._staged.tokens[self._staged.committed :] == list(draft)
+        staged = self._staged
+        reuse = staged is not None and staged.logprobs is not None and staged.tokens == list(draft)
         if not reuse:
             self._drop_staged()
         if path is JudgePath.PACKED:
@@ -163,10 +161,9 @@ class Session:
         """Commit the first `cut` tokens of the judged draft: 0 or one of the cuts the pass was told of."""
         if self._staged is None or self._staged.logprobs is None:
             raise ValueError(f"keep_draft({cut}) needs a judged draft; call judge() first")
-        rows = self._staged.committed + cut
-        if rows and rows - 1 not in self._staged.known:
+        if cut and cut - 1 not in self._staged.known:
             raise ValueError(f"keep_draft({cut}): the logits there are not known; expected 0 or one of the cuts")
-        self._keep_rows(list(range(rows)))
+        self._keep_rows(list(range(cut)))
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` committed tokens."""
@@ -184,8 +181,6 @@ class Session:
         twin.tokens, twin.cached, twin._logits = list(self.tokens), self.cached, self._logits
         twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
         return twin
-
-    # Passes
 
     @torch.inference_mode()
     def _forward(
@@ -256,16 +251,16 @@ class Session:
             mask=self._mask(masks.probe_mask(self.cached, n, ends, s), positions),
         )
         kv.cut_tail(self._cache, s * len(probes))
-        self._stage(tokens, lead, cuts, logits[:n], None if taps is None else taps[:n])
+        taps = self._commit_read(lead, logits, None if taps is None else taps[:n])
+        self._stage_draft(draft, cuts, logits[lead:n], taps)
         return logits[n:]
 
     def _probe(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
         """Probes of a draft that is staged already: K*S rows."""
         assert self._staged is not None
         n, s = len(self._staged.tokens), len(suffix)
-        ends = [self._staged.committed + cut for cut in probes]
-        positions = masks.probe_positions(self.cached, n, ends, s)
-        mask = self._mask(masks.probe_mask(self.cached, n, ends, s)[n:], positions)
+        positions = masks.probe_positions(self.cached, n, probes, s)
+        mask = self._mask(masks.probe_mask(self.cached, n, probes, s)[n:], positions)
         last_rows = torch.arange(1, len(probes) + 1) * s - 1
         logits, _ = self._forward(list(suffix) * len(probes), keep=last_rows, positions=positions[n:], mask=mask)
         kv.cut_tail(self._cache, s * len(probes))
@@ -273,21 +268,19 @@ class Session:
 
     def _read_in_segments(self, draft: Sequence[int], cuts: Sequence[int]) -> None:
         """Stage the draft causally; for recurrent models in segments, with the cache remembered at every cut."""
-        lead = len(self.pending)
-        tokens = [*self.pending, *draft]
-        stops = (
-            sorted({lead, *(lead + cut for cut in cuts), len(tokens)} - {0}) if self.model.recurrent else [len(tokens)]
-        )
-        snapshots = {0: kv.snapshot(self._cache)} if self.model.recurrent else {}
+        self.feed([])  # the snapshots start behind the committed tokens
+        recurrent = self.model.recurrent
+        stops = sorted({*cuts, len(draft)}) if recurrent else [len(draft)]
+        snapshots = {0: kv.snapshot(self._cache)} if recurrent else {}
         parts, taps, start = [], [], 0
         for stop in stops:
-            logits, tap = self._forward(tokens[start:stop], keep=stop - start)
+            logits, tap = self._forward(list(draft[start:stop]), keep=stop - start)
             parts.append(logits)
             taps += [] if tap is None else [tap]
-            if self.model.recurrent:
+            if recurrent:
                 snapshots[stop] = kv.snapshot(self._cache)
             start = stop
-        self._stage(tokens, lead, cuts, torch.cat(parts), torch.cat(taps) if taps else None)
+        self._stage_draft(draft, cuts, torch.cat(parts), torch.cat(taps) if taps else None)
         assert self._staged is not None
         self._staged.snapshots = snapshots
 
@@ -297,12 +290,11 @@ class Session:
         assert self._staged is not None
         staged, device = self._staged, self.model.device
         n, s, k = len(staged.tokens), len(suffix), len(probes)
-        ends = [staged.committed + cut for cut in probes]
-        branches = [staged.snapshots[end] for end in ends] if self.model.recurrent else []
-        wide = kv.widen(self._cache, branches, [n - end for end in ends])
+        branches = [staged.snapshots[cut] for cut in probes] if self.model.recurrent else []
+        wide = kv.widen(self._cache, branches, [n - cut for cut in probes])
         columns = torch.arange(self.cached + n + s)
-        visible = (columns[None] >= n - torch.tensor(ends)[:, None]).long()  # [K, T + N + S], left-padded
-        positions = torch.tensor(ends)[:, None] + self.cached + torch.arange(s)  # [K, S]
+        visible = (columns[None] >= n - torch.tensor(probes)[:, None]).long()  # [K, T + N + S], left-padded
+        positions = torch.tensor(probes)[:, None] + self.cached + torch.arange(s)  # [K, S]
         out = self.model.hf(
             input_ids=torch.tensor([list(suffix)] * k, device=device),
             position_ids=positions.to(device),
@@ -327,48 +319,56 @@ class Session:
             device=self.model.device,
         )
 
-    # Bookkeeping
+    def _commit_read(self, rows: int, logits: Tensor, taps: Tensor | None) -> Tensor | None:
+        """The first `rows` rows of a pass were pending tokens, which are read now. Returns the taps of the others."""
+        if rows:
+            self.cached += rows
+            self._logits = logits[rows - 1].clone()
+        if taps is None:
+            return None
+        self._tap_rows.append(taps[:rows])
+        return taps[rows:]
 
-    def _stage(self, tokens: list[int], lead: int, cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
+    def _stage_draft(self, draft: Sequence[int], cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
         """Remember a read draft: log-probabilities of its tokens and the logits at every cut. logits [N, V]."""
-        before = logits[lead - 1 : lead] if lead else None if self._logits is None else self._logits[None]
-        if before is None:
+        if self._logits is None:
             raise PromptError("a draft was judged on an empty session; feed the prompt first.")
-        logprobs = token_logprobs(torch.cat([before, logits[lead:-1]]), tokens[lead:])
-        rows = {lead + cut - 1 for cut in cuts} | ({lead - 1} if lead else set())
+        logprobs = token_logprobs(torch.cat([self._logits[None], logits[:-1]]), draft)
         # clones: a view would keep the whole [N, V] matrix alive until the next pass
-        self._staged = Staged(tokens, lead, {row: logits[row].clone() for row in rows}, taps, logprobs)
+        known = {cut - 1: logits[cut - 1].clone() for cut in cuts}
+        self._staged = Staged(list(draft), known, taps, logprobs)
 
     def _keep_rows(self, rows: list[int]) -> None:
         staged = self._staged
         assert staged is not None
         self._staged = None
-        total, contiguous = len(staged.tokens), rows == list(range(len(rows)))
+        total = len(staged.tokens)
         if self.model.recurrent and len(rows) < total:
-            self._restore_staged(staged, rows)
-        elif contiguous:
+            self._restore(staged, rows)
+        elif rows == list(range(len(rows))):
             kv.cut_tail(self._cache, total - len(rows))
         else:
             kv.keep_rows(self._cache, self.cached, rows)
-        self.tokens.extend(staged.tokens[row] for row in rows[staged.committed :])
+        self.tokens.extend(staged.tokens[row] for row in rows)
         self.cached += len(rows)
         if rows:
-            self._logits = staged.known.get(rows[-1])
-        if staged.taps is not None and rows:
-            self._tap_rows.append(staged.taps[rows])
+            self._logits = staged.known[rows[-1]]
+            if staged.taps is not None:
+                self._tap_rows.append(staged.taps[rows])
 
-    def _restore_staged(self, staged: Staged, rows: list[int]) -> None:
-        """Recurrent models: back to the snapshot after len(rows) rows, or to the one before and read the rows again."""
+    def _restore(self, staged: Staged, rows: list[int]) -> None:
+        """Recurrent models: back to the snapshot after len(rows) rows, or to before the pass to read them again."""
         if len(rows) in staged.snapshots:
             self._cache = kv.snapshot(staged.snapshots[len(rows)])
             return
-        self._cache = kv.snapshot(staged.snapshots[0])
-        if rows:
-            self._forward([staged.tokens[row] for row in rows], keep=1)
+        assert staged.before is not None
+        cache, read = staged.before
+        self._cache = kv.snapshot(cache)
+        self._forward(read + [staged.tokens[row] for row in rows], keep=1)
 
     def _drop_staged(self) -> None:
         if self._staged is not None:
-            self._keep_rows(list(range(self._staged.committed)))
+            self._keep_rows([])
 
     def _mark(self) -> None:
         """Remember the state after a feed; the first one (the prompt) and the latest are enough for our rewinds."""

@@ -33,14 +33,22 @@ class JudgeRows:
 
 @dataclass(slots=True)
 class Staged:
-    """Rows in the cache behind the committed ones. Row i holds tokens[i]; `known[i]` are the logits after it."""
+    """Rows in the cache behind the committed ones: the guesses of a tree, or a judged draft.
+
+    tokens     N ids, row i holding tokens[i]
+    known      row -> logits after it, where they may be needed
+    taps       [N, L, H]
+    logprobs   [N] of a judged draft
+    snapshots  recurrent models: rows kept -> cache after them
+    before     recurrent models: the cache before the pass and the committed tokens it read first, to start again from
+    """
 
     tokens: list[int]
-    committed: int  # leading rows that were pending before the pass: committed, whatever `keep` says
     known: dict[int, Tensor]
-    taps: Tensor | None  # [N, L, H]
+    taps: Tensor | None
     logprobs: Tensor | None = None
-    snapshots: dict[int, DynamicCache] = field(default_factory=dict)  # recurrent models: cache after so many rows
+    snapshots: dict[int, DynamicCache] = field(default_factory=dict)
+    before: tuple[DynamicCache, list[int]] | None = None
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> Tensor:

@@ -5,7 +5,6 @@ One command for each way through the program; the messages themselves are tests/
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "experiments" / "run.py")]
@@ -81,11 +79,10 @@ def test_a_folder_with_a_record_is_refused_and_left_alone(folder):
 
 
 def test_resuming_answers_only_what_is_missing(folder):
-    """A record of three requests, made here, loses two of them; the command brings them back."""
-    overrides = [*SMALL, "task.n=3", f"output={folder}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=overrides)
-    whole = runpy.run_path(COMMAND[1])["run"](cfg)
+    """A record of three requests loses two of them; the command brings them back."""
+    first = run(folder, "task.n=3")
+    assert first.returncode == 0, first.stderr
+    whole = recorded(folder)
     part = json.loads(json.dumps(whole)) | {"status": "interrupted"}
     del part["arms"][0]["requests"][1:]
     (folder / "record.json").write_text(json.dumps(part))
@@ -114,6 +111,7 @@ def test_ctrl_c_saves_what_is_finished(folder):
         deadline = time.monotonic() + 60
         while not (folder / "record.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert process.poll() is None, process.communicate()[1]
         running = recorded(folder)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)

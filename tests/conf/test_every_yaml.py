@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object, instantiate
@@ -29,6 +30,7 @@ NEEDS = {  # settings without a default
     "task/humaneval": ["task.path={problems}", "task.n=1"],
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
+PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train"}  # groups of another command than run.py
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
     "LabelJudge": {"suffix", "label_ids", "chosen", "reason"},
@@ -56,8 +58,9 @@ def chosen(member, problems, *more):
     """The configuration with one member of a group chosen and given what it has no default for."""
     group, name = member.split("/")
     needs = [setting.format(problems=problems) for setting in NEEDS.get(member, [])]
-    config = "compare" if group == "arms" else "config"
-    return composed("runtime.device=cpu", f"{group}={name}", *needs, *more, config=config)
+    config = PRIMARY.get(group, "config")
+    device = [] if config == "train" else ["runtime.device=cpu"]
+    return composed(*device, f"{group}={name}", *needs, *more, config=config)
 
 
 def is_model(cfg):
@@ -113,11 +116,24 @@ def is_arm(arm):
     return isinstance(build(composed("runtime.device=cpu", *arm.overrides)), Parse)
 
 
+def is_recipe(cfg):
+    recipe = instantiate(cfg.recipe)
+    assert recipe.lengths == sorted(recipe.lengths)
+    return recipe.task.split == "train" and recipe.evaluation.task.split == "test" and recipe.optimisation.steps >= 1
+
+
+def is_preset(cfg):
+    threads, device = cfg.preset.threads, cfg.preset.device
+    return torch.device(device).type in ("cpu", "cuda") and (threads is None or threads >= 1)
+
+
 BUILDS = {
     "arms": are_arms,
     "target": lambda cfg: is_model(cfg.target),
     "draft": is_draft,
     "inner": is_inner,
+    "recipe": is_recipe,
+    "preset": is_preset,
     "judge": is_judge,
     "outer": is_outer,
     "segmenter": is_segmenter,

@@ -112,10 +112,9 @@ def test_wrong_value_in_a_yaml_is_explained_in_the_class_own_words(group, overri
 def test_wrong_run_setting_is_refused_and_leaves_the_folder_free(override, words, tmp_path):
     """A record of nothing would stand in the way of the corrected command."""
     cfg = composed("task.n=1", "warmup=0", "max_new_tokens=4", override)
-    cfg.output = str(tmp_path / "out")
     with pytest.raises(ConfigError, match=words):
-        run_job(cfg, lambda: [Arm("run", Parse(TARGET))])
-    assert not (tmp_path / "out" / "record.json").exists()
+        run_job(cfg, tmp_path, lambda: [Arm("run", Parse(TARGET))])
+    assert not (tmp_path / "record.json").exists()
 
 
 def test_errors_of_ours_are_passed_on_as_they_are():
