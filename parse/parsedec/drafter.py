@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from parsedec.answer import Answer
 from parsedec.inner import Decoder, InnerSpeculator
+from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.text import Draft, common_prefix
-from parsedec.types import Author, Counters, Limits, StopReason
+from parsedec.types import Author, Limits, StopReason
 
 
 class Drafter:
@@ -33,8 +34,7 @@ class Drafter:
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        self.counters = Counters()
-        self.decoder = Decoder(model, inner, sampler, self.counters)
+        self.decoder = Decoder(model, inner, sampler, Tally())
 
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""

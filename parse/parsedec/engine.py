@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from parsedec.errors import ConfigError, IncompatibleStack, PromptError
 from parsedec.gate import GateHistory
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, LabelJudge
-from parsedec.meter import Meter
+from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import Outer, PrefixVerification, TargetOnly, Work
 from parsedec.sampling import Sampler
 from parsedec.text import StopText, TextStream
-from parsedec.types import Author, Counters, Delta, Limits, Message, Result, Sampling
+from parsedec.types import Author, Delta, Limits, Message, Result, Sampling
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -107,8 +106,8 @@ class Parse:
         limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop))
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self._target_ids(prompt)
-        answer, counters, meter = Answer(self.target, limits), Counters(), Meter(self.target.device)
-        target = Decoder(self.target, self.inner, sampler, counters)
+        answer, meter = Answer(self.target, limits), Meter(self.target.device)
+        target = Decoder(self.target, self.inner, sampler, Tally())
         drafter = self._drafter(prompt, ids, sampler, limits)
         with meter.span("prefill"):
             target.session.feed(ids)
@@ -123,12 +122,13 @@ class Parse:
 
     def _result(self, ids: list[int], work: Work) -> Result:
         times = work.meter.times()
-        counters = replace(
-            work.target.counters, target_calls=work.target.session.calls, target_rows=work.target.session.rows
+        drafting = work.drafter.decoder.session if work.drafter else None
+        counters = work.target.tally.counters(
+            target_calls=work.target.session.calls,
+            target_rows=work.target.session.rows,
+            draft_calls=drafting.calls if drafting else 0,
+            draft_rows=drafting.rows if drafting else 0,
         )
-        if work.drafter is not None:
-            session = work.drafter.decoder.session
-            counters = replace(counters, draft_calls=session.calls, draft_rows=session.rows)
         assert work.answer.stop is not None
         paths = [r.judge_path for r in work.rounds if r.judge_path]
         reason = getattr(getattr(self.outer, "judge", None), "reason", None)

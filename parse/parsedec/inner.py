@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Protocol, Self
 
 from parsedec.accept import accept
 from parsedec.answer import Answer
+from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.session import Session
-from parsedec.types import Author, Counters, Needs, Outcome, Seen, StopReason, Tree
+from parsedec.types import Author, Needs, Outcome, Seen, StopReason, Tree
 
 
 class InnerSpeculator(Protocol):
@@ -73,11 +74,11 @@ class NoSpeculation:
 class Decoder:
     """A session with its speculator: the two are kept in step here, whatever an outer loop does between."""
 
-    def __init__(self, model: LanguageModel, inner: InnerSpeculator, sampler: Sampler, counters: Counters) -> None:
+    def __init__(self, model: LanguageModel, inner: InnerSpeculator, sampler: Sampler, tally: Tally) -> None:
         self.session = Session(model, inner.needs.hidden_layers)
         self.inner = inner
         self.sampler = sampler
-        self.counters = counters
+        self.tally = tally
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of
 
@@ -92,7 +93,7 @@ class Decoder:
         path, bonus = accept(tree, self.session.tree(tree), self.sampler)
         self.session.keep(path)
         self.session.append(bonus)
-        self.counters.count_tree(max(tree.depths()), len(path) - 1)
+        self.tally.count_tree(max(tree.depths()), len(path) - 1)
         return [*(tree.tokens[node] for node in path[1:]), bonus]
 
     def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:

@@ -1,4 +1,7 @@
-"""Wall-clock by phase. On CUDA every boundary synchronises, so a phase holds the work it started."""
+"""What one request takes: wall-clock by phase, and the counts its levels add to.
+
+On CUDA every boundary of a phase synchronises, so a phase holds the work it started.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,50 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from parsedec.types import PhaseTimes
+from parsedec.types import Counters, PhaseTimes
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one request while it runs; `Counters` is what is left of it."""
+
+    judge_passes: int = 0
+    judge_rows: int = 0
+    draft_tokens: int = 0
+    kept_draft_tokens: int = 0
+    inner_steps: int = 0
+    offered_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+
+    def count_tree(self, depth: int, accepted: int) -> None:
+        """A tree of `depth` levels below the root, `accepted` of which were right."""
+        self.inner_steps += 1
+        missing = depth - len(self.offered_by_depth)
+        self.offered_by_depth.extend([0] * missing)
+        self.accepted_by_depth.extend([0] * missing)
+        for level in range(depth):
+            self.offered_by_depth[level] += 1
+            self.accepted_by_depth[level] += level < accepted
+
+    def counters(self, **totals: int) -> Counters:
+        """The finished counts, with the totals only the sessions know."""
+        return Counters(
+            judge_passes=self.judge_passes,
+            judge_rows=self.judge_rows,
+            draft_tokens=self.draft_tokens,
+            kept_draft_tokens=self.kept_draft_tokens,
+            inner_steps=self.inner_steps,
+            offered_by_depth=tuple(self.offered_by_depth),
+            accepted_by_depth=tuple(self.accepted_by_depth),
+            **totals,
+        )
 
 
 class Meter:

@@ -156,9 +156,8 @@ class PrefixVerification:
                 "judge_s": work.meter.seconds("judge") - before,
             }
         drafted = len(draft.tokens) + draft.ended
-        counters = work.target.counters
-        counters.draft_tokens += drafted
-        counters.kept_draft_tokens += len(kept)
+        work.target.tally.draft_tokens += drafted
+        work.target.tally.kept_draft_tokens += len(kept)
         work.history.drafts.append(DraftRecord(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, len(kept)))
         if kept:
             yield Author.DRAFT, kept
@@ -181,7 +180,7 @@ class PrefixVerification:
 
     def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
         """A score per cut (None where two_pass did not need to ask), and the passes made."""
-        session, counters = work.target.session, work.target.counters
+        session, tally = work.target.session, work.target.tally
         first = self.judge.score(session, draft, cuts, cuts if self.passes == "fused" else cuts[-1:])
         passes = [first]
         scores: list[float | None] = list(first.values)
@@ -190,8 +189,8 @@ class PrefixVerification:
             if not self.boundary.whole(first.values[-1]):
                 passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
                 scores[:-1] = passes[-1].values
-        counters.judge_passes += len(passes)
-        counters.judge_rows += sum(p.rows for p in passes)
+        tally.judge_passes += len(passes)
+        tally.judge_rows += sum(p.rows for p in passes)
         return scores, passes
 
     def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:

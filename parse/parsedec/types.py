@@ -7,7 +7,7 @@ Shapes in this file:  N nodes of a tree, V vocabulary, T committed tokens, A acc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import Tensor
@@ -207,7 +207,7 @@ class Span:
     text: str
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
     """Work done for one request. Rows are token positions computed; a call is one forward of the model."""
 
@@ -220,20 +220,18 @@ class Counters:
     draft_tokens: int = 0  # tokens of all drafts in the target's vocabulary, a drafted end token included
     kept_draft_tokens: int = 0  # those of them that are part of the answer
     inner_steps: int = 0  # trees verified by the target
-    offered_by_depth: list[int] = field(default_factory=list)  # [d] trees that reached depth d + 1
-    accepted_by_depth: list[int] = field(default_factory=list)  # [d] trees accepted to depth d + 1 or more
+    offered_by_depth: tuple[int, ...] = ()  # [d] trees that reached depth d + 1
+    accepted_by_depth: tuple[int, ...] = ()  # [d] trees accepted to depth d + 1 or more
 
-    def count_tree(self, depth: int, accepted: int) -> None:
-        """Record a tree of `depth` levels below the root of which `accepted` levels were right."""
-        if accepted > depth:
-            raise ValueError(f"accepted {accepted} levels of a tree {depth} deep")
-        self.inner_steps += 1
-        missing = depth - len(self.offered_by_depth)
-        self.offered_by_depth.extend([0] * missing)
-        self.accepted_by_depth.extend([0] * missing)
-        for level in range(depth):
-            self.offered_by_depth[level] += 1
-            self.accepted_by_depth[level] += level < accepted
+    def __post_init__(self) -> None:
+        beyond = [
+            d for d, (a, o) in enumerate(zip(self.accepted_by_depth, self.offered_by_depth, strict=True)) if a > o
+        ]
+        if beyond or self.kept_draft_tokens > self.draft_tokens:
+            raise ValueError(
+                f"Counters keep {self.kept_draft_tokens} of {self.draft_tokens} drafted tokens and accept "
+                f"{self.accepted_by_depth} of {self.offered_by_depth} guesses; nothing can exceed what was offered"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What is learnt: labels agree with the checker, batches are a function of the step, drafts are written as by generate."""
+"""Labels agree with the checker, batches are a function of the step, drafts are written as `generate` would."""
 
 import random
 

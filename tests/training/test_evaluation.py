@@ -14,7 +14,9 @@ from parsedec.training.packing import Answer
 def judged(right, scores):
     n = len(right)
     taught = n + 1 if all(right) else 0
-    return Judged(Answer(tuple(range(n)), tuple(range(1, n + 1)), tuple(right), taught), True, all(right), tuple(scores))
+    return Judged(
+        Answer(tuple(range(n)), tuple(range(1, n + 1)), tuple(right), taught), True, all(right), tuple(scores)
+    )
 
 
 def test_auc_counts_pairs():
@@ -46,7 +48,9 @@ def test_evaluation_decides_as_the_engine_does(pair):
     for entry in report["thresholds"]:
         rule = FirstFailure(threshold=entry["threshold"], full_threshold=entry["threshold"])
         engine = Parse(*pair, outer=PrefixVerification(boundary=rule))
-        results = [engine.generate([{"role": "user", "content": p.prompt}], max_new_tokens=160) for p in task.problems()]
+        results = [
+            engine.generate([{"role": "user", "content": p.prompt}], max_new_tokens=160) for p in task.problems()
+        ]
         rounds = [r.rounds[0] for r in results]
         right = [task.score(p, r.text).correct for p, r in zip(task.problems(), results, strict=True)]
         assert entry["accuracy"]["right"] == sum(right)

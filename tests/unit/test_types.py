@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parsedec.errors import ConfigError
+from parsedec.meter import Tally
 from parsedec.types import Counters, Limits, PhaseTimes, Result, Round, Sampling, StopReason, Tree
 
 # --- trees ---
@@ -104,19 +105,21 @@ def test_round_refuses_to_keep_more_than_was_drafted():
 
 
 def test_trees_are_counted_by_depth():
-    counters = Counters()
+    tally = Tally()
     for depth, accepted in [(3, 1), (0, 0), (2, 2), (4, 0)]:
-        counters.count_tree(depth, accepted)
-    assert counters.inner_steps == 4
-    assert counters.offered_by_depth == [3, 3, 2, 1]
-    assert counters.accepted_by_depth == [2, 1, 0, 0]
+        tally.count_tree(depth, accepted)
+    counters = tally.counters(target_calls=7)
+    assert (counters.inner_steps, counters.target_calls) == (4, 7)
+    assert counters.offered_by_depth == (3, 3, 2, 1)
+    assert counters.accepted_by_depth == (2, 1, 0, 0)
 
 
-def test_more_levels_accepted_than_offered_are_refused():
-    counters = Counters()
-    with pytest.raises(ValueError, match="accepted 3 levels of a tree 2 deep"):
-        counters.count_tree(2, 3)
-    assert counters == Counters()
+@pytest.mark.parametrize(
+    "wrong", [{"offered_by_depth": (3, 1), "accepted_by_depth": (2, 2)}, {"draft_tokens": 4, "kept_draft_tokens": 5}]
+)
+def test_more_than_was_offered_is_refused(wrong):
+    with pytest.raises(ValueError, match="nothing can exceed what was offered"):
+        Counters(**wrong)
 
 
 def test_ratios_of_a_result():

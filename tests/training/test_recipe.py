@@ -1,0 +1,80 @@
+"""Recipes: each composes, trains a few steps, exports what `load` reads, and finishes an interrupted run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from parsedec.errors import OutputExistsError
+from parsedec.model import load
+from parsedec.training import run_recipe
+from parsedec.training.loop import Trainer
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+TINY = [
+    "preset.compile=false", "preset.positions=1280", "preset.report_steps=2", "preset.generation_batch=8",
+    "recipe.init=null", "recipe.shape.layers=1", "recipe.shape.hidden_size=64", "recipe.shape.heads=2",
+    "recipe.shape.intermediate_size=64", "recipe.lengths=[640]", "recipe.task.n=12", "recipe.evaluation.task.n=2",
+    "recipe.max_new_tokens=24", "recipe.optimisation.steps=4", "recipe.optimisation.rate=5e-3",
+    "recipe.optimisation.warmup=0",
+]  # fmt: skip
+SETTINGS = {"zoo_target": ["recipe.drafts.problems=3", "recipe.evaluation.thresholds=[0.5]"], "zoo_draft": []}
+
+
+def composed(recipe, output, *more):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("train", [f"recipe={recipe}", *TINY, *SETTINGS[recipe], f"output={output}", *more])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("preset", ["cpu", "cuda"])
+def test_every_recipe_composes_with_every_preset(recipe, preset):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("train", [f"recipe={recipe}", f"preset={preset}", "output=x"])
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert resolved["recipe"]["optimisation"]["steps"] == resolved["recipe"]["steps_for"][preset]
+    assert resolved["recipe"]["task"]["n"] == resolved["recipe"]["problems_for"][preset]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
+    record = run_recipe(composed(recipe, tmp_path))
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] == "finished"
+    assert record["history"][-1]["solve_loss"] < record["history"][0]["solve_loss"]
+    assert record["evaluation"]["problems"] == 2
+    model = load(tmp_path / "model")
+    assert model.dtype is torch.bfloat16
+    assert model.judge_card == load(composed(recipe, tmp_path).recipe.shape.tokenizer).judge_card
+    assert model.tokenizer.chat_template
+    with pytest.raises(OutputExistsError, match="resume"):
+        run_recipe(composed(recipe, tmp_path))
+
+
+def test_an_interrupted_recipe_ends_like_an_unbroken_one(tmp_path, monkeypatch):
+    unbroken = composed("zoo_target", tmp_path / "unbroken")
+    broken = composed("zoo_target", tmp_path / "broken")
+    run_recipe(unbroken)
+
+    step = Trainer.train_step
+
+    def interrupted(self, batch):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(broken)
+    assert json.loads((tmp_path / "broken" / "record.json").read_text())["status"] == "interrupted"
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(OutputExistsError, match="recipe"):
+        run_recipe(composed("zoo_target", tmp_path / "broken", "resume=true", "recipe.optimisation.rate=1"))
+    record = run_recipe(composed("zoo_target", tmp_path / "broken", "resume=true"))
+    assert record["resumed_from"] is not None
+    for name in ("model/model.safetensors", "drafts.json"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
