@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from parsedec.model import LanguageModel
-from parsedec.text import token_ends
+from parsedec.text import TextStream, token_ends
 from parsedec.types import Author, Limits, Span, StopReason
 
 
@@ -19,6 +19,7 @@ class Answer:
         self.stop: StopReason | None = None
         self._authors: list[Author] = []
         self._rounds: list[int] = []  # token positions at which a round began
+        self._stream, self._text = TextStream(model), ""  # followed only where there are stop strings
 
     @property
     def remaining(self) -> int:
@@ -39,7 +40,7 @@ class Answer:
             taken.append(token)
             if token in self.model.end_ids:
                 self.stop = StopReason.END_TOKEN
-            elif self._ends_in_stop_string():
+            elif self._reads_stop_string(token):
                 self.stop = StopReason.STOP_STRING
             elif not self.remaining:
                 self.stop = StopReason.TOKEN_LIMIT
@@ -49,6 +50,9 @@ class Answer:
         """Take back the tokens behind the first `length`, and the stop they may have brought."""
         del self.tokens[length:], self._authors[length:]
         self.stop = None
+        self._stream, self._text = TextStream(self.model), ""
+        for token in self.tokens:
+            self._reads_stop_string(token)
 
     @property
     def text(self) -> str:
@@ -72,9 +76,10 @@ class Answer:
                 start = i
         return tuple(spans)
 
-    def _ends_in_stop_string(self) -> bool:
+    def _reads_stop_string(self, token: int) -> bool:
+        """Whether the text holds a stop string once `token` is read."""
         if not self.limits.stop:
             return False
-        # a stop string of n characters spans at most n tokens of at least one character, and one more for a split one
-        tail = self.model.decode(self.tokens[-(max(map(len, self.limits.stop)) + 4) :])
-        return any(stop in tail for stop in self.limits.stop)
+        known = len(self._text)
+        self._text += self._stream.push(token)
+        return any(self._text.find(stop, max(0, known - len(stop) + 1)) >= 0 for stop in self.limits.stop)

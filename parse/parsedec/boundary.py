@@ -86,7 +86,7 @@ class Smoothed(BoundaryRule):
         floor = log_odds(self.floor)
         for k in range(len(odds)):
             recent = odds[max(0, k + 1 - self.window) : k + 1]
-            if sum(recent) / len(recent) < floor:
+            if sum(recent) / len(recent) < floor - 1e-9:  # a mean of equal numbers may round below them
                 return k
         return len(odds)
 

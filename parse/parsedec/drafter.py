@@ -27,7 +27,7 @@ class Drafter:
         inner: InnerSpeculator,
         sampler: Sampler,
         prompt: Sequence[int],
-        stop: tuple[str, ...],
+        stop: Sequence[str],
     ) -> None:
         self.model = model
         self.target = target

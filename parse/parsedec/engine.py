@@ -103,7 +103,7 @@ class Parse:
         generator: torch.Generator | None = None,
     ) -> Iterator[Delta]:
         """As `generate`, piece by piece: every piece is sure to stand. The last one carries the result."""
-        limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop))
+        limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self._target_ids(prompt)
         answer, meter = Answer(self.target, limits), Meter(self.target.device)

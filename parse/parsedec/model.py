@@ -42,6 +42,14 @@ class JudgeCard:
     threshold: float
     full_threshold: float
 
+    def __post_init__(self) -> None:
+        texts = [self.question, *self.labels]
+        scores = [self.threshold, self.full_threshold]
+        if len(self.labels) != 2 or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"question={self.question!r}, labels={self.labels!r} are not a text and two words")
+        if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
+            raise ValueError(f"thresholds {scores} are not numbers from 0 to 1")
+
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
@@ -208,7 +216,7 @@ def load(
 
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
-    where = _device(device)
+    where, precision = _device(device), _dtype(dtype)
     location, gguf = _resolve(str(source))
     arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     try:
@@ -217,7 +225,7 @@ def load(
             arguments["device_map"] = device_map
         if attention != "auto":
             arguments["attn_implementation"] = attention
-        hf = AutoModelForCausalLM.from_pretrained(location, dtype=_dtype(dtype), **arguments)
+        hf = AutoModelForCausalLM.from_pretrained(location, dtype=precision, **arguments)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
         raise ModelLoadError(
             f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "

@@ -24,7 +24,11 @@ class Segmenter(ABC):
     max_cuts: int = 32
 
     def __post_init__(self) -> None:
-        if self.min_tokens < 1 or self.max_cuts < 1 or (self.max_tokens or self.min_tokens) < self.min_tokens:
+        if (
+            self.min_tokens < 1
+            or self.max_cuts < 1
+            or (self.max_tokens is not None and self.max_tokens < self.min_tokens)
+        ):
             raise ConfigError(
                 f"segmenter has min_tokens={self.min_tokens}, max_tokens={self.max_tokens}, max_cuts="
                 f"{self.max_cuts}; expected 1 <= min_tokens <= max_tokens and max_cuts >= 1."
@@ -110,10 +114,10 @@ class Paragraphs(PatternSegmenter):
 class Sentences(PatternSegmenter):
     """A segment is a sentence: up to . ! ? (and closing quotes or brackets) before white space, or a line break.
 
-    A full stop behind a single letter or between digits ends nothing ("e.g.", "3.5"); ideographic stops count.
+    A full stop behind a single letter or between digits ends nothing ("e. g.", "3.5"); ideographic stops count.
     """
 
-    pattern: str = r"(?:(?<!\b\w)[.!?][\"')\]]*(?=\s)|[。！？]|(?<=\S)(?=[ \t]*\n))()"
+    pattern: str = r"(?:(?:(?<!\b[^\W\d_])\.|[!?])[\"')\]]*(?=\s)|[。！？]|(?<=\S)(?=[ \t]*\n))()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,37 +130,35 @@ class CodeStatements(Segmenter):
 
 
 def statement_ends(text: str) -> list[int]:
-    """Offsets of line ends at which a statement is complete: brackets closed, no open string, no backslash.
+    """Offsets of line ends at which a statement is complete: brackets closed, no open string, no continuation.
 
-    Blank lines and lines that only open a block or a comment end nothing of their own.
+    Comments, blank lines and code fences are no statements; lines that open a block, and decorators, belong to what
+    follows them. Written for Python, and close enough for languages with the same brackets and quotes.
     """
-    ends, depth, quote, i, line_start = [], 0, "", 0, 0
+    ends: list[int] = []
+    depth, quote = 0, ""
+    first = last = ""  # first and last significant characters of the statement being read
+    i = 0
     while i < len(text):
-        three, char = text[i : i + 3], text[i]
+        char = text[i]
         if quote:
             if char == "\\":
                 i += 1
-            elif text.startswith(quote, i):
-                i += len(quote) - 1
+            elif text.startswith(quote, i) or (char == "\n" and len(quote) == 1):  # a line end closes an apostrophe
+                i += len(quote) - 1 if char != "\n" else -1
                 quote = ""
-            elif char == "\n" and len(quote) == 1:
-                quote = ""  # an apostrophe in prose, not a string
-        elif three in ('"""', "'''"):
-            quote, i = three, i + 2
-        elif char in "\"'":
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth = max(0, depth - 1)
-        elif char == "#":
-            i = text.find("\n", i) - 1 if "\n" in text[i:] else len(text)
+        elif char == "#" or (not first and text.startswith(("//", "```"), i)):
+            i = (text.find("\n", i) if "\n" in text[i:] else len(text)) - 1
         elif char == "\n":
-            line = text[line_start:i].strip()
-            if depth == 0 and line and not line.startswith(("#", "//", "```", "@")) and line[-1] not in "\\:,":
+            if first and depth == 0 and first != "@" and last not in "\\:,":
                 ends.append(i)
-            line_start = i + 1
-        if char == "\n" and quote:
-            line_start = i + 1
+            if depth == 0 and last != "\\":
+                first = last = ""
+        elif not char.isspace():
+            first, last = first or char, char
+            depth = max(0, depth + (char in "([{") - (char in ")]}"))
+            if char in "\"'":
+                quote = char * 3 if text.startswith(char * 3, i) else char
+                i += len(quote) - 1
         i += 1
     return ends

@@ -6,6 +6,7 @@ Shapes in this file:  N nodes of a tree, V vocabulary, T committed tokens, A acc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -132,7 +133,7 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"sampling is temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}; "
                 "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy."
@@ -148,11 +149,16 @@ class Limits:
     """When a request ends besides the model's end token. `max_new_tokens` counts ids, end token included."""
 
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}; expected at least 1. Raise it.")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens!r}; expected at least 1, a whole number.")
+        if isinstance(self.stop, str):
+            raise ConfigError(
+                f"stop={self.stop!r} is one string, which would stop at each of its letters. Give a list: stop=[…]."
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))
         if any(not s for s in self.stop):
             raise ConfigError(
                 f"stop={list(self.stop)} holds an empty string, which would end every answer at once. Remove it."

@@ -67,11 +67,14 @@ def alone(target: str) -> tuple[Round, str]:
 def result(*rounds: tuple[Round, str], merge: bool = True, notes: tuple[str, ...] = ()) -> dict[str, Any]:
     """The JSON form of a result. `merge`: neighbouring spans of one author are one, across rounds too."""
     spans: list[Span] = []
-    counters = Counters(target_calls=5, target_rows=50)
+    counters = Counters(
+        target_calls=5,
+        target_rows=50,
+        draft_tokens=sum(entry.judged_tokens + entry.draft_ended for entry, _ in rounds),
+        kept_draft_tokens=sum(entry.kept_tokens for entry, _ in rounds),
+    )
     for entry, target in rounds:
         draft = "".join(s.text for s in entry.segments if s.kept)
-        counters.draft_tokens += entry.judged_tokens + entry.draft_ended
-        counters.kept_draft_tokens += entry.kept_tokens
         for author, text, size in (
             (Author.DRAFT, draft, entry.kept_tokens),
             (Author.TARGET, target, entry.target_tokens),

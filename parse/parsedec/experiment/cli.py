@@ -55,7 +55,8 @@ def expand_shorthand(argument: str, conf: Path) -> list[str]:
     """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model."""
     key, _, value = argument.partition("=")
     if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file() and _is_location(value):
-        quoted = "'" + value.replace("'", r"\'") + "'"
+        # Hydra reads \' as a quote and needs the backslashes before a quote doubled, the closing one included
+        quoted = "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", r"\'"), value) + "'"
         return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={quoted}"]
     if key == "draft.inner":
         return [f"inner@draft.inner={value}"]

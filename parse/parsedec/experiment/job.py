@@ -17,6 +17,7 @@ from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenanc
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.trace import write_trace
+from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_S = 5.0
@@ -32,6 +33,7 @@ def run_job(
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    settings = _settings(cfg)
     task = instantiate(cfg.task)
     arms = make_arms()
     if earlier:
@@ -63,7 +65,7 @@ def run_job(
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save("running")
 
-            run_arms(arms, task, _settings(cfg), after_each)
+            run_arms(arms, task, settings, after_each)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -81,13 +83,8 @@ def run_job(
 
 
 def _settings(cfg: DictConfig) -> Settings:
-    return Settings(
-        max_new_tokens=cfg.max_new_tokens,
-        stop=tuple(cfg.stop),
-        sampling=build_sampling(cfg),
-        seed=cfg.seed,
-        warmup=cfg.warmup,
-    )
+    limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
+    return Settings(limits=limits, sampling=build_sampling(cfg), seed=cfg.seed, warmup=cfg.warmup)
 
 
 def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:

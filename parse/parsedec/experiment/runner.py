@@ -15,7 +15,7 @@ from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.record import to_json
 from parsedec.gate import GateHistory
 from parsedec.tasks.base import Problem, Task
-from parsedec.types import Sampling
+from parsedec.types import Limits, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,13 @@ class Arm:
 class Settings:
     """What all arms share: the same limits, sampling and seeds."""
 
-    max_new_tokens: int
-    stop: tuple[str, ...]
+    limits: Limits
     sampling: Sampling
     seed: int
     warmup: int  # requests answered before counting, not recorded
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "seed", "warmup"):
+        for name in ("seed", "warmup"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}; expected a whole number, 0 or more.")
@@ -74,8 +73,8 @@ def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: i
     try:
         result = arm.engine.generate(
             problem.prompt,
-            max_new_tokens=settings.max_new_tokens,
-            stop=settings.stop,
+            max_new_tokens=settings.limits.max_new_tokens,
+            stop=settings.limits.stop,
             sampling=settings.sampling,
             generator=generator,
         )
