@@ -39,6 +39,17 @@ def suffix_text(model: LanguageModel, question: str) -> str:
     return after
 
 
+def closing_token(model: LanguageModel) -> int:
+    """The id with which the model's template closes an assistant turn; another of its end tokens if that is none."""
+    if not model.end_ids:
+        raise ChatTemplateError(
+            f"{model.name} names no end token, so an answer that is a whole draft could not be closed. Set "
+            "eos_token_id in its generation config, or use outer=none."
+        )
+    first = model.encode(suffix_text(model, "?"))[:1]
+    return first[0] if first and first[0] in model.end_ids else model.end_ids[0]
+
+
 def label_tokens(model: LanguageModel, suffix: str, labels: Sequence[str]) -> list[int]:
     """The first token of each label as the model would write it after `suffix`.
 

@@ -38,7 +38,8 @@ class Drafter:
 
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""
-        self._follow(answer)
+        if not self._follow(answer):
+            return Draft((), "", (), ended=False)
         own = Answer(self.model, Limits(max_new_tokens=limit, stop=self.stop))
         for _ in self.decoder.write(own, Author.DRAFT):
             pass
@@ -48,12 +49,18 @@ class Drafter:
             tokens = self.target.encode(self.model.decode(tokens))
         return Draft.of(self.target, tokens[:limit], ended and len(tokens) <= limit)
 
-    def _follow(self, answer: Answer) -> None:
-        """Bring the draft model to the answer as it stands: keep the tokens it shares, read the others."""
+    def _follow(self, answer: Answer) -> bool:
+        """Bring the draft model to the answer as it stands: keep the tokens it shares, read the others.
+
+        False if prompt and answer fill its context, which may be shorter than the target's: it then drafts no more.
+        """
         tokens = answer.tokens if self.same_vocabulary else self.model.encode(answer.text)
         wanted = [*self.prompt, *tokens]
+        if len(wanted) >= self.model.context_limit:
+            return False
         session = self.decoder.session
         shared = common_prefix(session.tokens, wanted)
         if shared < session.length:
             self.decoder.rewind(shared)
         session.feed(wanted[shared:])
+        return True

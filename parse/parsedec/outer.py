@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
+from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.gate import Always, DraftRecord, Gate, GateHistory
@@ -108,13 +109,19 @@ class PrefixVerification:
     loop: Once | Rounds = field(default_factory=Once)
     passes: str = "fused"
     max_draft_tokens: int | None = None
+    end_token: int = -1  # closes an answer that is a whole draft; filled in by bind
 
     def __post_init__(self) -> None:
         if self.passes not in ("fused", "two_pass"):
             raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
 
     def bind(self, target: LanguageModel) -> PrefixVerification:
-        return replace(self, judge=self.judge.bind(target), boundary=self.boundary.bind(target))
+        return replace(
+            self,
+            judge=self.judge.bind(target),
+            boundary=self.boundary.bind(target),
+            end_token=closing_token(target),
+        )
 
     def run(self, work: Work) -> Iterator[Written]:
         for i in range(self.loop.rounds):
@@ -148,7 +155,7 @@ class PrefixVerification:
                 segments, whole = self._decide(scores, draft)
                 cut = cuts[segments - 1] if segments else 0
                 work.target.session.keep_draft(cut)
-            kept = work.answer.extend([*draft.tokens[:cut], *([self._end_token(work)] if whole else [])], Author.DRAFT)
+            kept = work.answer.extend([*draft.tokens[:cut], *([self.end_token] if whole else [])], Author.DRAFT)
             facts |= self._facts(draft, cuts, scores, passes, segments)
             facts |= {
                 "accepted_whole": whole,
@@ -216,9 +223,3 @@ class PrefixVerification:
             "judge_rows": sum(p.rows for p in passes),
             "mean_draft_logprob": sum(logprobs) / len(logprobs),
         }
-
-    def _end_token(self, work: Work) -> int:
-        """The id that closes the target's answer: the one its template puts there, if the suffix begins with it."""
-        ends = work.answer.model.end_ids
-        first = getattr(self.judge, "suffix", ())[:1]
-        return first[0] if first and first[0] in ends else ends[0]

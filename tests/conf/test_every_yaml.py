@@ -35,6 +35,7 @@ OURS = {  # parameters that are not for users: filled in by bind, or what makes 
     "load": {"name"},
     "LabelJudge": {"suffix", "label_ids", "chosen", "reason"},
     "DraftModel": {"vocab"},
+    "PrefixVerification": {"end_token"},
     "Lines": {"pattern"},
     "Paragraphs": {"pattern"},
     "Sentences": {"pattern"},

@@ -196,6 +196,15 @@ def test_context_too_short_for_a_probe_still_answers(tiny_draft):
         assert_target_wrote_its_own(target, prompt, result)
 
 
+def test_a_draft_model_with_a_shorter_context_stops_drafting(tiny_target):
+    prompt, _ = tiny.plain_answer(tiny_target)
+    draft = tiny.model("llama", seed=5, layers=2, context_limit=len(prompt) + 10)
+    result = Parse(tiny_target, draft, outer=outer(loop=Rounds(rounds=6))).generate(prompt, max_new_tokens=NEW)
+    assert result.new_tokens == NEW
+    assert result.rounds[-1].judged_tokens == 0
+    assert_target_wrote_its_own(tiny_target, prompt, result)
+
+
 def test_outer_none_is_the_inner_level(tiny_target):
     prompt, tokens = tiny.plain_answer(tiny_target)
     result = Parse(tiny_target, outer=TargetOnly()).generate(prompt, max_new_tokens=len(tokens))

@@ -2,12 +2,13 @@
 
 import pytest
 
+import tiny
 from parsedec.boundary import FirstFailure
 from parsedec.engine import Parse
 from parsedec.model import load
 from parsedec.outer import PrefixVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
-from parsedec.training.evaluation import Judged, auc, evaluate, localisation
+from parsedec.training.evaluation import Judged, auc, calibrate, evaluate, localisation
 from parsedec.training.packing import Answer
 
 
@@ -35,6 +36,17 @@ def test_localisation_compares_first_failures():
         judged([True, True], [0.1, 0.1]),  # not wrong: does not count
     ]
     assert localisation(drafts, 0.5) == {"threshold": 0.5, "wrong_drafts": 3, "exact": 1, "never_later": 2}
+
+
+def test_calibration_takes_the_lowest_threshold_that_costs_little():
+    def report(*shares):
+        rows = [{"threshold": t, "accuracy": {"share": s}} for t, s in zip((0.5, 0.9, 0.99), shares, strict=True)]
+        return {"target_accuracy": {"share": 0.98}, "thresholds": rows}
+
+    model = tiny.model("llama")
+    assert calibrate(model, report(0.90, 0.975, 0.98), 0.01).threshold == 0.9
+    assert calibrate(model, report(0.90, 0.91, 0.92), 0.01).threshold == 0.99
+    assert calibrate(model, report(0.98, 0.91, 0.92), 0.01).full_threshold == 0.5
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Recipes: each composes, trains a few steps, exports what `load` reads, and finishes an interrupted run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,14 @@ TINY = [
     "recipe.max_new_tokens=24", "recipe.optimisation.steps=4", "recipe.optimisation.rate=5e-3",
     "recipe.optimisation.warmup=0",
 ]  # fmt: skip
-SETTINGS = {"zoo_target": ["recipe.drafts.problems=3", "recipe.evaluation.thresholds=[0.5]"], "zoo_draft": []}
+SETTINGS = {
+    "zoo_target": [
+        "recipe.drafts.problems=3",
+        "recipe.evaluation.thresholds=[0.5]",
+        "recipe.evaluation.calibration.n=2",
+    ],
+    "zoo_draft": [],
+}
 
 
 def composed(recipe, output, *more):
@@ -49,7 +57,9 @@ def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
     assert record["evaluation"]["problems"] == 2
     model = load(tmp_path / "model")
     assert model.dtype is torch.bfloat16
-    assert model.judge_card == load(composed(recipe, tmp_path).recipe.shape.tokenizer).judge_card
+    taken_over = load(composed(recipe, tmp_path).recipe.shape.tokenizer).judge_card
+    calibrated = {"threshold": 0.5, "full_threshold": 0.5}  # the only threshold tried
+    assert model.judge_card == (replace(taken_over, **calibrated) if taken_over else None)
     assert model.tokenizer.chat_template
     with pytest.raises(OutputExistsError, match="resume"):
         run_recipe(composed(recipe, tmp_path))
