@@ -1,0 +1,67 @@
+"""Labelled answers: solutions, solutions with an injected error, and what drafts really wrote.
+
+The checker of the task decides: line ends before the first wrong line are Correct, those from it on are Incorrect.
+Only text that is right is learnt as text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+from parsedec.model import LanguageModel
+from parsedec.segmenters import Lines, Segmenter
+from parsedec.tasks.base import Problem, Task
+from parsedec.text import Draft
+from parsedec.training.packing import Answer
+
+
+class Solution(Protocol):
+    """Writes the lines of a solution; with `error_at`, that line is wrong (`zoo_arithmetic.solution`)."""
+
+    def __call__(self, problem: Problem, rng: random.Random, error_at: int | None = None) -> list[str]: ...
+
+
+SEGMENTER: Segmenter = Lines()
+
+
+def mark(
+    model: LanguageModel,
+    task: Task,
+    problem: Problem,
+    tokens: Sequence[int],
+    ended: bool,
+    *,
+    teach_until_error: bool = False,
+) -> Answer:
+    """An answer with the verdict at each of its line ends.
+
+    teach_until_error  learn the lines before the first wrong one as text. Right for solutions with an injected error,
+                       whose beginning is drawn as any solution's; not for drafts, whose habits are not to be learnt.
+    """
+    draft = Draft.of(model, tokens, ended)
+    cuts = SEGMENTER.cuts(draft)
+    score = task.score(problem, draft.text)
+    wrong = score.first_wrong_line
+    texts = [draft.text[: draft.ends[cut - 1]] for cut in cuts]
+    right = [wrong is None or text.rstrip().count("\n") < wrong for text in texts]
+    if score.correct:
+        taught = len(draft.tokens) + ended
+    else:
+        kept = next((k for k, good in enumerate(right) if not good), len(right))
+        # + 1: the line break behind the last right line is still right
+        taught = cuts[kept - 1] + 1 if teach_until_error and kept else 0
+    return Answer(draft.tokens, tuple(cuts), tuple(right), taught)
+
+
+def clean(model: LanguageModel, task: Task, problem: Problem, solution: Solution, rng: random.Random) -> Answer:
+    """A right solution in random wordings."""
+    return mark(model, task, problem, model.encode("\n".join(solution(problem, rng))), True)
+
+
+def injected(model: LanguageModel, task: Task, problem: Problem, solution: Solution, rng: random.Random) -> Answer:
+    """A solution with an error in a random line."""
+    lines = len(solution(problem, rng))
+    text = "\n".join(solution(problem, rng, error_at=rng.randrange(lines)))
+    return mark(model, task, problem, model.encode(text), True, teach_until_error=True)

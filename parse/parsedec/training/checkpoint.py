@@ -1,0 +1,55 @@
+"""A training run on disk: weights, optimiser, random generators and step, written beside the old one and renamed."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from parsedec.errors import ParsedecError
+
+FORMAT = 1
+
+
+def save_checkpoint(
+    path: Path, *, step: int, model: PreTrainedModel, optimiser: torch.optim.Optimizer, facts: dict[str, Any]
+) -> None:
+    """`step` is also the position in the data: batch number `step` is the next one to read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python_rng": random.getstate(),
+        "facts": facts,
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(
+    path: Path, *, model: PreTrainedModel, optimiser: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Put the checkpoint's state into `model` and `optimiser`; returns (step, facts)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in a dozen ways; each is chained and shown
+        raise ParsedecError(f"cannot read the checkpoint {path}: {error}. Delete it to start again.") from error
+    if state.get("format") != FORMAT:
+        raise ParsedecError(f"{path} has checkpoint format {state.get('format')!r}; expected {FORMAT}.")
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    torch.set_rng_state(state["torch_rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    version, internal, gauss = state["python_rng"]
+    random.setstate((version, tuple(internal), gauss))
+    return int(state["step"]), dict(state["facts"])

@@ -1,0 +1,117 @@
+"""Answers of many problems at once: a batched decoding loop with its own random generator.
+
+The engine decodes one request at a time, which is what it is for; training and evaluation need thousands of plain
+answers, so here rows are left-padded into batches and leave the batch when they have ended.
+
+Shapes in this file:  B rows of a batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from parsedec.chat import prompt_ids
+from parsedec.errors import IncompatibleStack
+from parsedec.model import LanguageModel
+from parsedec.tasks.base import Problem
+
+Written = tuple[tuple[int, ...], bool]  # (tokens without the end token, whether the model ended by itself)
+
+
+def prompts(model: LanguageModel, problems: Sequence[Problem]) -> list[list[int]]:
+    """The problems as the model's prompts, up to the assistant opening."""
+    return [prompt_ids(model, [{"role": "user", "content": problem.prompt}]) for problem in problems]
+
+
+def write_answers(
+    model: LanguageModel,
+    contexts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch: int = 256,
+    generator: torch.Generator | None = None,
+) -> list[Written]:
+    """An answer to every context, in order; temperature 0 is greedy and needs no generator."""
+    if model.recurrent:
+        raise IncompatibleStack(
+            f"{model.name} has recurrent layers, which padded batches would disturb; sample from an attention model"
+        )
+    answers: list[Written] = [((), False)] * len(contexts)
+    by_length = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # little padding in a batch
+    for start in range(0, len(by_length), batch):
+        chosen = by_length[start : start + batch]
+        written = _write_batch(model, [contexts[i] for i in chosen], max_new_tokens, temperature, generator)
+        for i, answer in zip(chosen, written, strict=True):
+            answers[i] = answer
+    return answers
+
+
+def noised(model: LanguageModel, share: float, generator: torch.Generator) -> LanguageModel:
+    """A weaker copy: every weight matrix gets noise of `share` of its own standard deviation."""
+    hf = copy.deepcopy(model.hf)
+    with torch.no_grad():
+        for weight in hf.parameters():
+            if weight.dim() > 1:
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.add_(noise, alpha=share * float(weight.float().std()))
+    return dataclasses.replace(model, hf=hf, name=f"{model.name} with noise {share:g}")
+
+
+@torch.inference_mode()
+def _write_batch(
+    model: LanguageModel,
+    contexts: Sequence[Sequence[int]],
+    limit: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> list[Written]:
+    device, longest = model.device, max(map(len, contexts))
+    pad = model.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(c)) + list(c) for c in contexts], device=device)  # [B, T]
+    seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
+    at = (seen.cumsum(-1) - 1).clamp(min=0)
+    cache, ends = DynamicCache(config=model.hf.config), set(model.end_ids)
+    alive = list(range(len(contexts)))
+    tokens: list[list[int]] = [[] for _ in contexts]
+    ended = [False] * len(contexts)
+    for _ in range(limit):
+        out = model.hf(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=at,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen = _choose(out.logits[:, -1].float(), temperature, generator)  # [B]
+        staying = []
+        for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
+            if token in ends:
+                ended[row] = True
+            else:
+                tokens[row].append(token)
+                staying.append(place)
+        if not staying:
+            break
+        if len(staying) < len(alive):
+            index = torch.tensor(staying, device=device)
+            cache.batch_select_indices(index)
+            chosen, seen, at, alive = chosen[index], seen[index], at[index], [alive[place] for place in staying]
+        ids, at = chosen[:, None], at[:, -1:] + 1
+        seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
+    return [(tuple(row), done) for row, done in zip(tokens, ended, strict=True)]
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    # drawn on the host: the same generator then gives the same answers on every device
+    weights = (logits / temperature).softmax(-1).cpu()
+    return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logits.device)

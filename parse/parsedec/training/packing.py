@@ -1,0 +1,199 @@
+"""Packed training rows: one problem, several answers to it, and every line end of each answer judged, in one sequence.
+
+    prompt | answer 1, its probes | answer 2, its probes | …
+
+An answer and its probes see the prompt and themselves through `masks.probe_mask`, the very mask of a judge pass, and
+nothing of the other answers; their position ids are those of a judge pass. The prompt is thus read once for all.
+
+Shapes in this file:  B rows of a batch, R positions of a row, P prompt, N answer, K probes, S suffix rows a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parsedec import masks
+from parsedec.chat import label_tokens, suffix_text
+from parsedec.errors import IncompatibleStack
+from parsedec.judge import LABELS, QUESTION
+from parsedec.model import LanguageModel
+
+IGNORED = -100  # the label cross_entropy skips
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with what is to be learnt from it.
+
+    tokens  N ids, end token left out
+    cuts    K ascending positions in 1..N at which it is judged
+    right   K verdicts: whether tokens[:cut] is free of errors
+    taught  how many leading tokens are learnt as text; N + 1: all of them and the end token
+    """
+
+    tokens: tuple[int, ...]
+    cuts: tuple[int, ...]
+    right: tuple[bool, ...]
+    taught: int
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        sorted_cuts = sorted(set(self.cuts))
+        if list(self.cuts) != sorted_cuts or (sorted_cuts and not 1 <= sorted_cuts[0] <= sorted_cuts[-1] <= n):
+            raise ValueError(f"Answer.cuts={self.cuts} for {n} tokens; expected strictly ascending, each from 1 to {n}")
+        if len(self.right) != len(self.cuts) or not 0 <= self.taught <= n + 1:
+            raise ValueError(
+                f"Answer has {len(self.cuts)} cuts, {len(self.right)} verdicts and taught={self.taught} of {n} tokens; "
+                f"expected one verdict a cut and taught from 0 to {n + 1}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A prompt and the answers that share it."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[Answer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.answers:
+            raise ValueError(f"Row has {len(self.prompt)} prompt tokens and {len(self.answers)} answers; expected both")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step reads.
+
+    attention_mask  additive [B, 1, R, R], or one per layer kind
+    labels          [B, R] the token each position has to predict; IGNORED: none
+    verdicts        [B, R] whether that token is a verdict
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | dict[str, Tensor]
+    labels: Tensor
+    verdicts: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            {kind: m.to(device) for kind, m in mask.items()} if isinstance(mask, dict) else mask.to(device),
+            self.labels.to(device, non_blocking=True),
+            self.verdicts.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """Turns rows into batches for one model.
+
+    suffix      S ids of the verification suffix
+    label_ids   (right, wrong)
+    end_id      the token that closes an answer
+    dtype       of the additive mask: the one attention computes in
+    """
+
+    suffix: tuple[int, ...]
+    label_ids: tuple[int, int]
+    end_id: int
+    pad_id: int
+    windows: tuple[tuple[str, int | None], ...]
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, model: LanguageModel, dtype: torch.dtype = torch.float32) -> Packer:
+        if obstacle := model.mask_obstacle:
+            raise IncompatibleStack(
+                f"{model.name} has {obstacle}, so its judge cannot be trained in packed rows. Load it with "
+                "attention=sdpa or eager, or choose a model with full or sliding attention."
+            )
+        card = model.judge_card
+        text = suffix_text(model, card.question if card else QUESTION)
+        right, wrong = label_tokens(model, text, card.labels if card else LABELS)
+        return cls(
+            suffix=tuple(model.encode(text)),
+            label_ids=(right, wrong),
+            end_id=model.end_ids[0],
+            pad_id=model.tokenizer.pad_token_id or 0,
+            windows=tuple(model.windows.items()),
+            dtype=dtype,
+        )
+
+    def width(self, answer: Answer) -> int:
+        """Positions an answer takes, its probes included."""
+        return len(answer.tokens) + len(answer.cuts) * len(self.suffix)
+
+    def length(self, row: Row) -> int:
+        return len(row.prompt) + sum(map(self.width, row.answers))
+
+    def fit(self, row: Row, length: int) -> Row | None:
+        """The row without the answers that do not fit into `length` positions; None if none does."""
+        room, kept = length - len(row.prompt), []
+        for answer in row.answers:
+            if self.width(answer) <= room:
+                kept.append(answer)
+                room -= self.width(answer)
+        return Row(row.prompt, tuple(kept)) if kept else None
+
+    def pack(self, rows: Sequence[Row], length: int | None = None) -> Batch:
+        """A batch of rows, padded to `length` positions (default: the longest row)."""
+        length = length or max(map(self.length, rows))
+        parts = [self._pack_one(row, length) for row in rows]
+        additive: list[Any] = [part[2] for part in parts]
+        mask = (
+            {kind: torch.cat([m[kind] for m in additive]) for kind in additive[0]}
+            if isinstance(additive[0], dict)
+            else torch.cat(additive)
+        )
+        ids, positions, labels, verdicts = (torch.stack([part[i] for part in parts]) for i in (0, 1, 3, 4))
+        return Batch(ids, positions, mask, labels, verdicts)
+
+    def verdict_positions(self, row: Row) -> list[list[int]]:
+        """Where in the packed row each answer's verdicts are read, one list per answer."""
+        found, start = [], len(row.prompt)
+        for answer in row.answers:
+            first = start + len(answer.tokens) + len(self.suffix) - 1
+            found.append([first + k * len(self.suffix) for k in range(len(answer.cuts))])
+            start += self.width(answer)
+        return found
+
+    def _pack_one(self, row: Row, length: int) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
+        total, p = self.length(row), len(row.prompt)
+        if total > length:
+            raise ValueError(f"a row of {total} positions does not fit into {length}; call fit() first")
+        ids = list(row.prompt)
+        positions = torch.zeros(length, dtype=torch.long)
+        positions[:p] = torch.arange(p)
+        # a padded position sees itself: a row of the mask that allows nothing would be no distribution
+        allowed = torch.eye(length, dtype=torch.bool)
+        allowed[:p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
+        labels = torch.full((length,), IGNORED)
+        verdicts = torch.zeros(length, dtype=torch.bool)
+        for answer, judged in zip(row.answers, self.verdict_positions(row), strict=True):
+            at, n = len(ids), len(answer.tokens)
+            branch = slice(at, at + self.width(answer))
+            block = masks.probe_mask(p, n, answer.cuts, len(self.suffix))  # [N + K*S, P + N + K*S]
+            allowed[branch, :p], allowed[branch, branch] = block[:, :p], block[:, p:]
+            positions[branch] = masks.probe_positions(p, n, answer.cuts, len(self.suffix))
+            ids += [*answer.tokens, *(self.suffix * len(answer.cuts))]
+            if answer.taught:
+                # the first token is predicted by the last prompt position, which all answers share: the last one wins
+                text = torch.tensor([*answer.tokens, self.end_id][: answer.taught])
+                labels[p - 1] = text[0]
+                labels[at : at + answer.taught - 1] = text[1:]
+            if judged:
+                labels[judged] = torch.tensor([self.label_ids[0 if right else 1] for right in answer.right])
+                verdicts[judged] = True
+        ids += [self.pad_id] * (length - total)
+        mask = masks.for_model(
+            allowed, positions, positions, windows=dict(self.windows), dtype=self.dtype, device=torch.device("cpu")
+        )
+        return torch.tensor(ids), positions, mask, labels, verdicts
