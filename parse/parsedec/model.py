@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import output_capturing
 
 from parsedec import kv
 from parsedec.errors import ConfigError, ModelLoadError
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 # Attention functions that take a 4-D additive mask. Flash kernels ignore or reject one, and flex attention with a
 # 4-D tensor aborts the process (torch 2.13, CPU).
 MASKABLE = {"eager", "sdpa"}
+# transformers before 5.23 capture all hidden states or none
+SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -175,6 +179,39 @@ class LanguageModel:
         if attention not in MASKABLE:
             return f"attention implementation '{attention}', which takes no 4-D mask (sdpa and eager do)"
         return None
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        ids: list[list[int]],
+        cache: DynamicCache,
+        *,
+        keep: int | Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward behind `cache`, which grows by it.
+
+        ids        B rows of n ids; B is 1 for everything but forked probes
+        keep       how many of the last rows, or which rows, logits are wanted for
+        positions  [B, n]; None: plainly onwards
+        mask       as the model takes it; None: causal
+
+        Returns logits [B, kept, V] and the hidden states `taps` [B, n, L, H], None where none were asked for.
+        """
+        # capturing all layers where only some are read would keep them all alive through a long prefill
+        wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
+        out = self.hf(
+            input_ids=torch.tensor(ids, device=self.device),
+            position_ids=None if positions is None else positions.to(self.device),
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=keep if isinstance(keep, int) else keep.to(self.device),
+            output_hidden_states=wanted,
+            **{self.cache_argument: cache},
+        )
+        return out.logits, torch.stack([out.hidden_states[i] for i in taps], dim=2) if taps else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens around it."""

@@ -1,6 +1,6 @@
 """One request in one model: the tokens committed so far and the cache behind them.
 
-This is the only place that runs a forward or touches a cache. A session's tokens are in three parts:
+This is the only place that touches a cache. A session's tokens are in three parts:
 
     cached    committed and in the cache                        tokens[:cached]
     pending   committed, not yet read by the model              tokens[cached:]
@@ -74,9 +74,9 @@ class Session:
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
         self._drop_staged()
+        self._check_room(len(tokens))
         self.tokens.extend(tokens)
         if self.pending:
-            self._check_room(0)
             self._read_pending(self.length)
             if self.model.recurrent:
                 self._mark()
@@ -182,7 +182,6 @@ class Session:
         twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
         return twin
 
-    @torch.inference_mode()
     def _forward(
         self,
         ids: list[int],
@@ -192,20 +191,11 @@ class Session:
         mask: Tensor | dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
-        device = self.model.device
-        out = self.model.hf(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=None if positions is None else positions[None].to(device),
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=keep if isinstance(keep, int) else keep.to(device),
-            output_hidden_states=list(self.taps) or None,
-            **{self.model.cache_argument: self._cache},
-        )
         self.calls += 1
         self.rows += len(ids)
-        taps = torch.stack([out.hidden_states[i][0] for i in self.taps], dim=1) if self.taps else None
-        return out.logits[0], taps
+        where = None if positions is None else positions[None]
+        logits, taps = self.model.forward([ids], self._cache, keep=keep, positions=where, mask=mask, taps=self.taps)
+        return logits[0], None if taps is None else taps[0]
 
     def _read_pending(self, end: int) -> None:
         """Read the pending tokens before position `end`."""
@@ -284,29 +274,20 @@ class Session:
         assert self._staged is not None
         self._staged.snapshots = snapshots
 
-    @torch.inference_mode()
     def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
         """One batch of K suffixes, row k on a copy of the cache that ends at cut k: logits [K, V]."""
         assert self._staged is not None
-        staged, device = self._staged, self.model.device
-        n, s, k = len(staged.tokens), len(suffix), len(probes)
-        branches = [staged.snapshots[cut] for cut in probes] if self.model.recurrent else []
+        n, s, k = len(self._staged.tokens), len(suffix), len(probes)
+        branches = [self._staged.snapshots[cut] for cut in probes] if self.model.recurrent else []
         wide = kv.widen(self._cache, branches, [n - cut for cut in probes])
         columns = torch.arange(self.cached + n + s)
         visible = (columns[None] >= n - torch.tensor(probes)[:, None]).long()  # [K, T + N + S], left-padded
-        positions = torch.tensor(probes)[:, None] + self.cached + torch.arange(s)  # [K, S]
-        out = self.model.hf(
-            input_ids=torch.tensor([list(suffix)] * k, device=device),
-            position_ids=positions.to(device),
-            attention_mask=visible.to(device) if self.model.has_attention else None,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.model.cache_argument: wide},
-        )
         self.calls += 1
         self.rows += s * k
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        positions = torch.tensor(probes)[:, None] + self.cached + torch.arange(s)  # [K, S]
+        mask = visible.to(self.model.device) if self.model.has_attention else None
+        logits, _ = self.model.forward([list(suffix)] * k, wide, keep=1, positions=positions, mask=mask)
+        return logits[:, -1]
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
         columns_at = torch.cat([torch.arange(self.cached), positions])

@@ -97,7 +97,7 @@ def test_rate_rises_and_falls():
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="steps"):
-        Optimisation(steps=0, rate=1e-3)
+        Optimisation(steps=-1, rate=1e-3)
     with pytest.raises(ConfigError, match="weighs nothing"):
         Optimisation(steps=1, rate=1e-3, solve_weight=0, verdict_weight=0)
     capped = fresh()

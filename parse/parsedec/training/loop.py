@@ -47,8 +47,8 @@ class Optimisation:
     verdict_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rate <= 0 or self.warmup < 0 or self.clip <= 0:
-            raise ConfigError(f"{self} is unusable; expected steps >= 1, warmup >= 0, rate and clip > 0.")
+        if self.steps < 0 or self.rate <= 0 or self.warmup < 0 or self.clip <= 0:
+            raise ConfigError(f"{self} is unusable; expected steps >= 0, warmup >= 0, rate and clip > 0.")
         if not 0 <= self.hold < 1 or not 0 <= self.final <= 1:
             raise ConfigError(f"{self} is unusable; expected hold from 0 to below 1 and final from 0 to 1.")
         if min(self.solve_weight, self.verdict_weight) < 0 or self.solve_weight + self.verdict_weight == 0:
