@@ -54,7 +54,8 @@ def main(cfg: DictConfig) -> None:
     try:
         record = run(cfg, folder, list(HydraConfig.get().overrides.task))
     except KeyboardInterrupt:
-        print(folder / "record.json")  # what was finished is there
+        if (folder / "record.json").exists():
+            print(folder / "record.json")  # what was finished is there
         raise
     write_text(markdown(record), folder / "table.md")
     stderr.print(terminal(record))

@@ -35,6 +35,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from parsedec.errors import ParsedecError
     from parsedec.experiment.cli import stderr
     from parsedec.experiment.table import terminal
 
@@ -43,11 +44,14 @@ def main(cfg: DictConfig) -> None:
     try:
         record = run(cfg, folder)
     except KeyboardInterrupt:
-        print(record_path)  # what was finished is there
+        if record_path.exists():
+            print(record_path)  # what was finished is there
         raise
     stderr.print(terminal(record))
     stderr.print(f"trace: {record_path.with_name('trace.html')}", soft_wrap=True)
     print(record_path)
+    if record["summary"]["errors"] == record["summary"]["requests"]:
+        raise ParsedecError("no request could be answered; the record says why, request by request.")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import LanguageModel
+from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.text import common_prefix
 from parsedec.types import Needs, Outcome, Seen, Tree
+
+
+@cache
+def load_once(source: str, dtype: str, device: str) -> LanguageModel:
+    """A speculator is bound once per arm; the arms of a process share its model."""
+    return load(source, dtype=dtype, device=device)
 
 
 @dataclass(slots=True)
@@ -36,13 +43,17 @@ class DraftState:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftModel:
-    """A chain of up to `length` guesses by `model` (None: the stack's own draft model)."""
+    """A chain of up to `length` guesses by `model`.
+
+    model  a loaded model, what `parsedec.load` takes (then in the target's dtype, on its device), or None: the stack's
+           own draft model
+    """
 
     lossless: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs()
 
     length: int = 4
-    model: LanguageModel | None = None
+    model: LanguageModel | str | None = None
     vocab: int = 0  # the target's, filled in by bind
 
     def __post_init__(self) -> None:
@@ -51,6 +62,8 @@ class DraftModel:
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> DraftModel:
         model = self.model or draft
+        if isinstance(model, str):
+            model = load_once(model, str(target.dtype).removeprefix("torch."), str(target.device))
         if model is None:
             raise IncompatibleStack("inner=draft_model has no model to draft with; set inner.model or draft.")
         if not target.same_vocabulary(model):
@@ -62,7 +75,7 @@ class DraftModel:
         return replace(self, model=model, vocab=target.vocab_size)
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> DraftState:
-        if self.model is None:
+        if not isinstance(self.model, LanguageModel):
             raise IncompatibleStack("inner=draft_model was not bound to a target; call bind(target, draft) first.")
         return DraftState(_extended(Session(self.model), tokens), sampler)
 

@@ -40,7 +40,7 @@ def accept_sampled(tree: Tree, logits: Tensor, sampler: Sampler) -> tuple[list[i
     for node in range(1, tree.size):  # siblings stand in the order they were drawn, children behind their parents
         if tree.parents[node] != path[-1]:
             continue
-        q = None if tree.logq is None else tree.logq[node].exp()  # [V]
+        q = None if tree.logq is None else tree.logq[node].exp().to(p.device)  # [V]
         if sampler.uniform() < accept_probability(p, q, tree.tokens[node]):
             path.append(node)
             p = sampler.log_distribution(logits[node]).exp()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from parsedec.errors import ConfigError
-from parsedec.model import LanguageModel
+from parsedec.model import JudgeCard
 
 DEFAULT_THRESHOLD = 0.9
 
@@ -20,7 +20,7 @@ class BoundaryRule:
     threshold       least score with which a prefix passes
     full_threshold  least score with which the complete draft is the answer (the holistic check)
 
-    None: what the target's judge card says, else 0.9.
+    None: what the target's judge card says, if the judge asks as the card does; else 0.9.
     """
 
     threshold: float | None = None
@@ -33,9 +33,8 @@ class BoundaryRule:
                 "probabilities from 0 to 1."
             )
 
-    def bind(self, target: LanguageModel) -> Self:
-        """A copy with the target's own thresholds where none were set."""
-        card = target.judge_card
+    def bind(self, card: JudgeCard | None) -> Self:
+        """A copy with the thresholds of the judge card where none were set."""
         return replace(
             self,
             threshold=_first(self.threshold, card.threshold if card else None),
@@ -60,7 +59,7 @@ class FirstFailure(BoundaryRule):
     """Keep up to the first prefix that fails: every earlier one must pass. The safe rule, and the default."""
 
     def keep(self, scores: Sequence[float]) -> int:
-        return next((k for k, score in enumerate(scores) if score < self.floor), len(scores))
+        return next((k for k, score in enumerate(scores) if not score >= self.floor), len(scores))
 
 
 class LongestValid(BoundaryRule):
@@ -86,7 +85,7 @@ class Smoothed(BoundaryRule):
         floor = log_odds(self.floor)
         for k in range(len(odds)):
             recent = odds[max(0, k + 1 - self.window) : k + 1]
-            if sum(recent) / len(recent) < floor - 1e-9:  # a mean of equal numbers may round below them
+            if not sum(recent) / len(recent) >= floor - 1e-9:  # a mean of equal numbers may round below them
                 return k
         return len(odds)
 

@@ -9,7 +9,7 @@ from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
-from parsedec.text import Draft, common_prefix
+from parsedec.text import Draft, carried, common_prefix
 from parsedec.types import Author, Limits, StopReason
 
 
@@ -40,13 +40,14 @@ class Drafter:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""
         if not self._follow(answer):
             return Draft((), "", (), ended=False)
+        before = self.decoder.session.tokens[len(self.prompt) :]
         own = Answer(self.model, Limits(max_new_tokens=limit, stop=self.stop))
         for _ in self.decoder.write(own, Author.DRAFT):
             pass
         ended = own.stop is StopReason.END_TOKEN
         tokens = own.tokens[:-1] if ended else own.tokens
         if not self.same_vocabulary:
-            tokens = self.target.encode(self.model.decode(tokens))
+            tokens = carried(self.model, before, tokens, self.target, answer.tokens)
         return Draft.of(self.target, tokens[:limit], ended and len(tokens) <= limit)
 
     def _follow(self, answer: Answer) -> bool:
@@ -54,7 +55,7 @@ class Drafter:
 
         False if prompt and answer fill its context, which may be shorter than the target's: it then drafts no more.
         """
-        tokens = answer.tokens if self.same_vocabulary else self.model.encode(answer.text)
+        tokens = answer.tokens if self.same_vocabulary else self.model.encode(answer.text, plain=True)
         wanted = [*self.prompt, *tokens]
         if len(wanted) >= self.model.context_limit:
             return False

@@ -10,7 +10,7 @@ import torch
 from parsedec.answer import Answer
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ConfigError, IncompatibleStack, PromptError
+from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, PromptError
 from parsedec.gate import GateHistory
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, LabelJudge
@@ -18,6 +18,7 @@ from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import Outer, PrefixVerification, TargetOnly, Work
 from parsedec.sampling import Sampler
+from parsedec.selftest import check_decoding
 from parsedec.text import StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Message, Result, Sampling
 
@@ -57,6 +58,14 @@ class Parse:
             raise IncompatibleStack(
                 f"{type(chosen).__name__} needs a draft model and none is given; set draft, or use outer=none."
             )
+        if chosen.needs_draft and draft is not None and not draft.has_template and not target.same_vocabulary(draft):
+            raise ChatTemplateError(
+                f"the draft model {draft.name} has no chat template, and its vocabulary is not the target's, so it "
+                "could read neither a prompt of its own nor the target's. Set draft.model.chat_template to Jinja text "
+                "or a file."
+            )
+        for model in (target, draft) if chosen.needs_draft and draft is not None else (target,):
+            check_decoding(model)
         self.target = target
         self.draft = draft
         self.outer: Outer = chosen.bind(target)
@@ -102,13 +111,18 @@ class Parse:
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Delta]:
-        """As `generate`, piece by piece: every piece is sure to stand. The last one carries the result."""
+        """As `generate`, piece by piece: every piece is sure to stand. The last one carries the result.
+
+        What is wrong with the request is raised here; the work begins with the first piece that is asked for.
+        """
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self._target_ids(prompt)
+        return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits)
+
+    def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device)
         target = Decoder(self.target, self.inner, sampler, Tally())
-        drafter = self._drafter(prompt, ids, sampler, limits)
         with meter.span("prefill"):
             target.session.feed(ids)
         work = Work(len(ids), target, drafter, answer, meter, self.history)
@@ -116,8 +130,10 @@ class Parse:
         author = Author.TARGET
         for author, tokens in self.outer.run(work):
             meter.saw_token()
-            yield Delta(text="".join(map(text.push, tokens)), tokens=tuple(tokens), author=author)
-        self.history.answer_tokens += len(answer.tokens)
+            piece = Delta(text="".join(map(text.push, tokens)), tokens=tuple(tokens), author=author)
+            with meter.away():
+                yield piece
+        self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))
 
     def _result(self, ids: list[int], work: Work) -> Result:
@@ -131,7 +147,6 @@ class Parse:
         )
         assert work.answer.stop is not None
         paths = [r.judge_path for r in work.rounds if r.judge_path]
-        reason = getattr(getattr(self.outer, "judge", None), "reason", None)
         return Result(
             text=work.answer.text,
             tokens=tuple(work.answer.tokens),
@@ -142,19 +157,22 @@ class Parse:
             counters=counters,
             times=times,
             judge_path=paths[0] if paths else None,
-            notes=(reason,) if reason and paths else (),
+            notes=tuple(sorted(work.notes)),
         )
 
     def _drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
         if not self.outer.needs_draft or self.draft is None or self.draft_inner is None:
             return None
+        shared = self.target.same_vocabulary(self.draft)
         if _ids(prompt):
-            if not self.target.same_vocabulary(self.draft):
+            if not shared:
                 raise PromptError(
                     f"the prompt is given as token ids of {self.target.name}, but {self.draft.name} has "
                     "another vocabulary. Give text or messages, or use outer=none."
                 )
             own = ids
+        elif shared and not self.draft.has_template:
+            own = ids  # a base model as draft: it can read the target's own prompt
         else:
             own = prompt_ids(self.draft, _messages(prompt))
         _check_length(self.draft, own)
@@ -193,17 +211,19 @@ def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageMod
 
 def _ids(prompt: Prompt) -> list[int]:
     """The prompt's token ids, if that is what it is; else nothing."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
         return []
     ids = [int(i) for i in prompt if isinstance(i, int)]
     return ids if len(ids) == len(prompt) else []
 
 
 def _messages(prompt: Prompt) -> list[Message]:
-    messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages: Sequence[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence):
+        raise PromptError(f"the prompt is {prompt!r}; expected a user message, a list of messages, or token ids.")
     malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
     if malformed:
         raise PromptError(f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}.")
     if not messages or not str(messages[-1]["content"]).strip():
         raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
-    return messages
+    return list(messages)

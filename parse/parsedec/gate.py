@@ -6,7 +6,8 @@ decode a token. A draft of cost c of which k tokens are kept has a balance of c 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 from parsedec.errors import ConfigError
@@ -21,25 +22,35 @@ class DraftRecord:
     kept: int
 
 
-@dataclass(slots=True)
 class GateHistory:
-    """What an engine has seen so far, over all its requests."""
+    """What an engine has seen so far, over all its requests; the last few thousand events are enough.
 
-    drafts: list[DraftRecord] = field(default_factory=list)
-    answer_tokens: int = 0
-    decoded_tokens: int = 0  # by the target, in `decode_s`
-    decode_s: float = 0.0
+    events  finished drafts, and the tokens of finished answers, in order
+    """
+
+    def __init__(self) -> None:
+        self.events: deque[DraftRecord | int] = deque(maxlen=4096)
+        self.decoded_tokens = 0  # by calls of the target, which took `decode_s`
+        self.decode_s = 0.0
+
+    def add_draft(self, seconds: float, drafted: int, kept: int) -> None:
+        self.events.append(DraftRecord(seconds, drafted, kept))
+
+    def add_answer(self, tokens: int) -> None:
+        self.events.append(tokens)
+
+    def add_decoding(self, tokens: int, seconds: float) -> None:
+        self.decoded_tokens += tokens
+        self.decode_s += seconds
+
+    @property
+    def drafts(self) -> list[DraftRecord]:
+        return [event for event in self.events if isinstance(event, DraftRecord)]
 
     @property
     def token_s(self) -> float | None:
         """Seconds the target needs for a token, or None before it has decoded any."""
         return self.decode_s / self.decoded_tokens if self.decoded_tokens else None
-
-    def kept_share(self, window: int) -> float | None:
-        """Share of the drafted tokens kept over the last `window` drafts."""
-        recent = self.drafts[-window:]
-        drafted = sum(record.drafted for record in recent)
-        return sum(record.kept for record in recent) / drafted if drafted else None
 
 
 class Gate(Protocol):
@@ -66,19 +77,19 @@ class Never:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptive:
-    """Draft while the running kept share pays for the drafting, and never risk more than `bound` of the work.
+    """Draft while what is kept pays for the drafting, and never risk more than `bound` of the work.
 
-    bound           largest share of the target's own work that drafts may waste. If every draft is refused from some
-                    point on, the run takes at most (1 + bound) times the target alone, plus `reserve` tokens' worth
-                    of time and one draft.
-    reserve         most tokens of past gain that may be risked again after the drafts turned bad
-    window          drafts the running kept share and the expected cost look back on
+    bound           largest share of the target's own work that refused drafts may waste. From any request on, if every
+                    draft is refused, drafting takes at most `bound` times the target's time for the answers since,
+                    plus `reserve` tokens' worth of time (or one draft's, if that is more), plus one draft
+    reserve         most tokens of earlier gain and unused bound that may be risked
+    window          drafts whose mean is the expected cost of the next
     cost_per_token  cost of a drafted token, judging included, in target tokens; None: measured, in which case
                     decisions, and with them answers, can depend on the machine's timing
 
-    The balance of cost minus kept tokens is summed over all drafts and never falls below -reserve. A draft is made if
-    the balance and its expected cost fit into `bound` times the tokens answered so far; where the recent kept share is
-    below break-even, into half of that, so that exploring leaves room for a better stretch.
+    An account is kept in target tokens: a draft is charged its cost and credited its kept tokens, every answer credits
+    `bound` times its length, and the credit never exceeds the reserve. A draft is made if the account covers its
+    expected cost. So the running kept share decides: above break-even the account stays full.
     """
 
     bound: float = 0.05
@@ -95,20 +106,23 @@ class Adaptive:
             )
 
     def allows(self, history: GateHistory) -> bool:
-        if not history.drafts or (self.cost_per_token is None and history.token_s is None):
+        drafts = history.drafts
+        if not drafts or (self.cost_per_token is None and history.token_s is None):
             return True
-        recent = history.drafts[-self.window :]
+        recent = drafts[-self.window :]
         cost = sum(self._cost(record, history) for record in recent) / len(recent)
-        gain = sum(record.kept for record in recent) / len(recent)
-        budget = self.bound * history.answer_tokens * (1.0 if gain > cost else 0.5)
-        return self.balance(history) + cost <= budget
+        return self.account(history, max(self.reserve, cost)) >= cost
 
-    def balance(self, history: GateHistory) -> float:
-        """Tokens' worth of time wasted so far, net of what kept drafts saved, but no lower than -reserve."""
-        total = 0.0
-        for record in history.drafts:
-            total = max(-self.reserve, total + self._cost(record, history) - record.kept)
-        return total
+    def account(self, history: GateHistory, most: float) -> float:
+        """Target tokens' worth of time that may be risked now; never more than `most`."""
+        credit = 0.0
+        for event in history.events:
+            if isinstance(event, DraftRecord):
+                credit += event.kept - self._cost(event, history)
+            else:
+                credit += self.bound * event
+            credit = min(credit, most)
+        return credit
 
     def _cost(self, record: DraftRecord, history: GateHistory) -> float:
         if self.cost_per_token is not None:

@@ -13,13 +13,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
-from weakref import WeakKeyDictionary
 
 import torch
 
 from parsedec.chat import label_tokens, suffix_text
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
-from parsedec.model import LanguageModel
+from parsedec.model import JudgeCard, LanguageModel
+from parsedec.selftest import probe_error
 from parsedec.session import Session
 from parsedec.text import Draft
 from parsedec.types import JudgePath
@@ -30,9 +30,6 @@ QUESTION = (
     "Is every statement of your answer so far correct? It may be unfinished. Reply with one word, Correct or Incorrect."
 )
 LABELS = ("Correct", "Incorrect")
-
-# Results of the self-test, so that the engines of one model make it once: model -> suffix -> what was wrong
-_tested: WeakKeyDictionary[LanguageModel, dict[tuple[int, ...], str | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +44,7 @@ class Scores:
     draft_logprobs: tuple[float, ...]
     rows: int
     path: JudgePath
+    note: str | None = None  # e.g. why the packed path was not taken
 
 
 class Judge(Protocol):
@@ -61,6 +59,10 @@ class Judge(Protocol):
     @property
     def suffix_rows(self) -> int:
         """Rows a probe costs."""
+
+    @property
+    def card(self) -> JudgeCard | None:
+        """The target's judge card, if this judge asks as the card says, so that its thresholds hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class LabelJudge:
     label_ids: tuple[int, int] | None = None
     chosen: JudgePath | None = None
     reason: str | None = None
+    card: JudgeCard | None = None
 
     def __post_init__(self) -> None:
         if self.path not in ("auto", "packed", "forked"):
@@ -110,6 +113,7 @@ class LabelJudge:
             label_ids=(first[0], first[1]),
             chosen=chosen,
             reason=reason,
+            card=card if card and (question, labels) == (card.question, tuple(card.labels)) else None,
         )
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
@@ -119,51 +123,23 @@ class LabelJudge:
         right, wrong = self.label_ids
         # p(right) / (p(right) + p(wrong)) is the logistic function of the difference of their logits
         values = torch.sigmoid(rows.probe_logits[:, right] - rows.probe_logits[:, wrong])  # [K]
-        return Scores(tuple(values.tolist()), tuple(rows.draft_logprobs.tolist()), rows.rows, rows.path)
+        if not bool(values.isfinite().all()):
+            raise JudgeError(
+                f"the scores of a draft of {len(draft.tokens)} tokens are not all numbers, so the target's logits "
+                "overflow in their dtype. Use dtype=bfloat16 or float32 for the target."
+            )
+        logprobs = tuple(rows.draft_logprobs.tolist())
+        return Scores(tuple(values.tolist()), logprobs, rows.rows, rows.path, self.reason)
 
     def _choose(self, target: LanguageModel, suffix: tuple[int, ...]) -> tuple[JudgePath, str | None]:
         """The path, and why it is not the packed one."""
-        obstacle = target.mask_obstacle
-        if self.path == "packed" and obstacle:
-            raise IncompatibleStack(f"judge.path=packed, but {target.name} has {obstacle}. Use judge.path=auto.")
-        if self.path == "forked" or obstacle:
-            return JudgePath.FORKED, obstacle
-        known = _tested.setdefault(target, {})
-        if suffix not in known:
-            known[suffix] = packed_error(target, suffix)
-        error = known[suffix]
-        if error is None:
+        problem = target.mask_obstacle or probe_error(target, suffix, JudgePath.PACKED)
+        if self.path == "packed" and problem:
+            raise IncompatibleStack(f"judge.path=packed, but {target.name} has {problem}. Use judge.path=auto.")
+        if self.path != "forked" and not problem:
             return JudgePath.PACKED, None
-        if self.path == "packed":
-            raise IncompatibleStack(f"judge.path=packed, but on {target.name} {error}. Use judge.path=auto.")
-        return JudgePath.FORKED, error
-
-
-def packed_error(target: LanguageModel, suffix: Sequence[int]) -> str | None:
-    """Self-test: do packed probes equal plain forwards of the same sequences on this model? None if they do.
-
-    A model may accept a mask and quietly not honour it. The test compares the packed pass with plain forwards, and
-    allows a few times the difference that two equally plain ways of computing them have in this dtype.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(target.vocab_size, (36,), generator=generator).tolist()
-    prompt, draft, cuts = ids[:12], ids[12:], [7, 16, 24]
-    # a context limit set lower than the test's few tokens says nothing about the model
-    target = replace(target, context_limit=max(target.context_limit, len(ids) + len(suffix)))
-    plain, stepped = [], []
-    for cut in cuts:
-        whole, steps = Session(target), Session(target)
-        plain.append(whole.feed([*prompt, *draft[:cut], *suffix]))
-        steps.feed(prompt)
-        steps.feed(draft[:cut])
-        stepped.append(steps.feed(suffix))
-    packed = Session(target)
-    packed.feed(prompt)
-    rows = packed.judge(draft, cuts, suffix).probe_logits
-    reference = torch.stack(plain).float()
-    noise = float((torch.stack(stepped).float() - reference).abs().max())
-    error = float((rows - reference).abs().max())
-    allowed = 4 * noise + 1e-4 * float(reference.std())
-    if error <= allowed:
-        return None
-    return f"the packed pass differs from plain forwards by {error:.2g} in the logits, where {allowed:.2g} is rounding"
+        if failure := probe_error(target, suffix, JudgePath.FORKED):
+            raise IncompatibleStack(
+                f"the judge cannot run on {target.name}: packed, {problem}; forked, {failure}. Use outer=none."
+            )
+        return JudgePath.FORKED, problem

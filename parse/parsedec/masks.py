@@ -90,10 +90,13 @@ def for_model(
 
     Returns [1, 1, R, C + R] additive in `dtype`, or one such mask per layer kind where there are several.
     """
-    distance = rows_at[:, None] - columns_at[None, :]  # [R, C + R]
+    allowed = allowed.to(device)
     masks = {}
     for kind, window in windows.items():
-        visible = allowed if window is None else allowed & (distance < window)
-        additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        masks[kind] = additive[None, None].to(device)
+        visible = allowed
+        if window is not None:
+            distance = rows_at.to(device)[:, None] - columns_at.to(device)[None, :]  # [R, C + R]
+            visible = allowed & (distance < window)
+        additive = torch.zeros(visible.shape, dtype=dtype, device=device)
+        masks[kind] = additive.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))

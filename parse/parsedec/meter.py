@@ -66,7 +66,8 @@ class Meter:
 
     def now(self) -> float:
         if self._cuda:
-            torch.cuda.synchronize()
+            for device in range(torch.cuda.device_count()):  # target and draft may be on different ones
+                torch.cuda.synchronize(device)
         return time.perf_counter()
 
     @contextmanager
@@ -85,6 +86,15 @@ class Meter:
             if step is None:
                 return
             yield step
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Time that is not the request's, such as what the reader of a stream does between pieces."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            self._start += self.now() - start
 
     def saw_token(self) -> None:
         """A token is sure to stand: the first one ends the time to first token."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import output_capturing
+from transformers.utils import cached_file, output_capturing
 
 from parsedec import kv
 from parsedec.errors import ConfigError, ModelLoadError
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 # Attention functions that take a 4-D additive mask. Flash kernels ignore or reject one, and flex attention with a
 # 4-D tensor aborts the process (torch 2.13, CPU).
 MASKABLE = {"eager", "sdpa"}
+NO_THINKING = {"enable_thinking": False}  # what Qwen3-type chat templates read; others ignore it
 # transformers before 5.23 capture all hidden states or none
 SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -73,7 +76,7 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     context_limit: int
     chat_template: str | None = None
-    template_args: dict[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    template_args: dict[str, Any] = field(default_factory=lambda: dict(NO_THINKING))
     judge_card: JudgeCard | None = None
 
     @classmethod
@@ -85,9 +88,10 @@ class LanguageModel:
         name: str | None = None,
         context_limit: int | None = None,
         chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
         judge_card: JudgeCard | None = None,
     ) -> LanguageModel:
-        """Use a model that is already in memory."""
+        """Use a model that is already in memory. The other arguments are those of `load`."""
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if context_limit is not None:
             if not 1 < context_limit <= limit:
@@ -97,11 +101,12 @@ class LanguageModel:
                 )
             limit = context_limit
         return cls(
-            name or hf.config.name_or_path or type(hf).__name__,
-            hf.eval(),
-            tokenizer,
-            limit,
-            chat_template,
+            name=name or hf.config.name_or_path or type(hf).__name__,
+            hf=hf.eval(),
+            tokenizer=tokenizer,
+            context_limit=limit,
+            chat_template=chat_template,
+            template_args=dict(NO_THINKING if template_args is None else template_args),
             judge_card=judge_card,
         )
 
@@ -113,6 +118,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.hf.dtype
         return dtype
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be rendered as a prompt."""
+        return bool(self.chat_template or self.tokenizer.chat_template)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -213,21 +223,25 @@ class LanguageModel:
         )
         return out.logits, torch.stack([out.hidden_states[i] for i in taps], dim=2) if taps else None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text, without special tokens around it."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """Token ids of a piece of text, nothing put around it. `plain`: control tokens spelt in it are only text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain))
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """Text of answer tokens; special tokens are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def same_vocabulary(self, other: LanguageModel) -> bool:
-        """Whether ids mean the same tokens in both models."""
-        return self is other or self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        """Whether ids mean the same tokens in both models. Compared once per pair: vocabularies are large."""
+        if self is other:
+            return True
+        known = _same_vocabulary.setdefault(self, WeakKeyDictionary())
+        if other not in known:
+            known[other] = self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        return known[other]
 
-    def with_template(self, chat_template: str) -> LanguageModel:
-        """The same model with another chat template."""
-        return replace(self, chat_template=chat_template)
+
+_same_vocabulary: WeakKeyDictionary[LanguageModel, WeakKeyDictionary[LanguageModel, bool]] = WeakKeyDictionary()
 
 
 def load(
@@ -238,6 +252,7 @@ def load(
     attention: str = "auto",
     context_limit: int | None = None,
     chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     device_map: str | None = None,
     name: str | None = None,
 ) -> LanguageModel:
@@ -249,6 +264,8 @@ def load(
     attention      "auto" (transformers' choice) or a Hugging Face attention implementation; the packed judge pass
                    needs "sdpa" or "eager"
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
+    template_args  variables for the template; None: {"enable_thinking": False}, which switches thinking off where a
+                   template knows it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
 
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
@@ -277,6 +294,7 @@ def load(
         name=name or str(source),
         context_limit=context_limit,
         chat_template=_read_template(chat_template),
+        template_args=template_args,
         judge_card=_read_judge_card(location),
     )
 
@@ -347,9 +365,13 @@ def _read_template(chat_template: str | None) -> str | None:
 
 
 def _read_judge_card(location: str) -> JudgeCard | None:
-    path = Path(location) / "judge.json"
-    if not path.is_file():
+    """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
+    found = cached_file(
+        location, "judge.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
+    if found is None:
         return None
+    path = Path(found)
     try:
         return JudgeCard(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -16,7 +16,7 @@ from parsedec.boundary import BoundaryRule, FirstFailure
 from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.gate import Always, DraftRecord, Gate, GateHistory
+from parsedec.gate import Always, Gate, GateHistory
 from parsedec.inner import Decoder
 from parsedec.judge import Judge, LabelJudge, Scores
 from parsedec.loop import Once, Rounds
@@ -40,6 +40,7 @@ class Work:
     meter: Meter
     history: GateHistory
     rounds: list[Round] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)  # what a reader of the trace should know
 
     def target_writes(self, until: Segmenter | None = None) -> Iterator[Written]:
         """The target decodes to the end of the answer, or until it has completed a segment.
@@ -48,6 +49,7 @@ class Work:
         serves the target must not change what is written.
         """
         before, start = self.meter.seconds("decode"), len(self.answer.tokens)
+        free = self.target.session.next_logits is not None  # the first token then costs no call
         own = GrowingDraft(self.answer.model)
         for tokens in self.meter.timed(self.target.write(self.answer, Author.TARGET), "decode"):
             complete = until is not None and any(until.first_end(own.push(token)) is not None for token in tokens)
@@ -59,8 +61,8 @@ class Work:
             yield Author.TARGET, tokens[:taken]
             if complete:
                 break
-        self.history.decode_s += self.meter.seconds("decode") - before
-        self.history.decoded_tokens += len(self.answer.tokens) - start
+        decoded = len(self.answer.tokens) - start - free
+        self.history.add_decoding(max(0, decoded), self.meter.seconds("decode") - before)
 
 
 class Outer(Protocol):
@@ -114,22 +116,28 @@ class PrefixVerification:
     def __post_init__(self) -> None:
         if self.passes not in ("fused", "two_pass"):
             raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
+        if self.max_draft_tokens is not None and self.max_draft_tokens < 1:
+            raise ConfigError(
+                f"outer.max_draft_tokens={self.max_draft_tokens}; expected at least 1, or null for no limit."
+            )
 
     def bind(self, target: LanguageModel) -> PrefixVerification:
+        judge = self.judge.bind(target)
         return replace(
             self,
-            judge=self.judge.bind(target),
-            boundary=self.boundary.bind(target),
+            judge=judge,
+            boundary=self.boundary.bind(judge.card),
             end_token=closing_token(target),
         )
 
     def run(self, work: Work) -> Iterator[Written]:
         for i in range(self.loop.rounds):
             work.answer.begin_round()
-            drafting = self.gate.allows(work.history)
+            limit = self._draft_limit(work)
+            drafting = limit > 0 and self.gate.allows(work.history)
             facts: dict[str, Any] = {"drafted": drafting}
             if drafting:
-                yield from self._draft_and_judge(work, facts)
+                yield from self._draft_and_judge(work, limit, facts)
             before, start = work.meter.seconds("decode"), len(work.answer.tokens)
             last = i == self.loop.rounds - 1 or not drafting
             yield from work.target_writes(until=None if last else self.segmenter)
@@ -143,9 +151,9 @@ class PrefixVerification:
             if work.answer.stop is not None:
                 return
 
-    def _draft_and_judge(self, work: Work, facts: dict[str, Any]) -> Iterator[Written]:
+    def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
         """One draft; yields its kept part and fills in the round's facts."""
-        draft = self._write_draft(work, facts)
+        draft = self._write_draft(work, limit, facts)
         cuts = self.segmenter.cuts(draft)
         kept: list[int] = []
         if cuts:
@@ -156,7 +164,7 @@ class PrefixVerification:
                 cut = cuts[segments - 1] if segments else 0
                 work.target.session.keep_draft(cut)
             kept = work.answer.extend([*draft.tokens[:cut], *([self.end_token] if whole else [])], Author.DRAFT)
-            facts |= self._facts(draft, cuts, scores, passes, segments)
+            facts |= self._facts(draft, cuts, scores, passes, len(kept))
             facts |= {
                 "accepted_whole": whole,
                 "kept_tokens": len(kept),
@@ -165,19 +173,21 @@ class PrefixVerification:
         drafted = len(draft.tokens) + draft.ended
         work.target.tally.draft_tokens += drafted
         work.target.tally.kept_draft_tokens += len(kept)
-        work.history.drafts.append(DraftRecord(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, len(kept)))
+        work.history.add_draft(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, len(kept))
         if kept:
             yield Author.DRAFT, kept
 
-    def _write_draft(self, work: Work, facts: dict[str, Any]) -> Draft:
+    def _draft_limit(self, work: Work) -> int:
+        """Most tokens a draft may have now: the answer's limit, and room for the probes in the target's context."""
+        room = work.target.session.room - self.judge.suffix_rows
+        return min(work.answer.remaining, room, self.max_draft_tokens or room)
+
+    def _write_draft(self, work: Work, limit: int, facts: dict[str, Any]) -> Draft:
         if work.drafter is None:
             raise IncompatibleStack("outer=parse needs a draft model; set draft, or use outer=none.")
-        # the probes stand behind the draft in the target's context
-        room = work.target.session.room - self.judge.suffix_rows
-        limit = min(work.answer.remaining, room, self.max_draft_tokens or room)
         before = work.meter.seconds("draft")
         with work.meter.span("draft"):
-            draft = work.drafter.write(work.answer, limit) if limit > 0 else Draft((), "", (), False)
+            draft = work.drafter.write(work.answer, limit)
         facts |= {
             "judged_tokens": len(draft.tokens),
             "draft_ended": draft.ended,
@@ -196,6 +206,7 @@ class PrefixVerification:
             if not self.boundary.whole(first.values[-1]):
                 passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
                 scores[:-1] = passes[-1].values
+        work.notes |= {p.note for p in passes if p.note}
         tally.judge_passes += len(passes)
         tally.judge_rows += sum(p.rows for p in passes)
         return scores, passes
@@ -212,8 +223,8 @@ class PrefixVerification:
     ) -> dict[str, Any]:
         starts = [0, *cuts[:-1]]
         segments = tuple(
-            Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=k < kept)
-            for k, (start, stop, score) in enumerate(zip(starts, cuts, scores, strict=True))
+            Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=start < kept)
+            for start, stop, score in zip(starts, cuts, scores, strict=True)
         )
         logprobs = passes[0].draft_logprobs
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parsedec.errors import ConfigError
 from parsedec.types import Sampling
 
 
@@ -16,7 +17,7 @@ class Sampler:
 
     def __init__(self, settings: Sampling, generator: torch.Generator | None = None) -> None:
         if generator is None and not settings.greedy:
-            raise ValueError(f"temperature={settings.temperature} needs a torch.Generator; pass one with a seed")
+            raise ConfigError(f"temperature={settings.temperature} needs a torch.Generator; pass one with a seed")
         self.settings = settings
         self.generator = generator
 

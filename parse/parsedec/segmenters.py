@@ -1,7 +1,8 @@
 """Where a draft may be cut. A segmenter proposes ends of segments; the rules below make them usable cuts.
 
 `min_tokens` and `max_tokens` bound a segment's length, `max_cuts` the number of probes: where there are more ends,
-they are thinned evenly, since where the first error falls is not known. The last cut is always the whole draft.
+they are thinned evenly, since where the first error falls is not known. The last cut is always the whole draft. Where
+the three cannot all hold, `max_cuts` wins over `max_tokens`, and `max_tokens` over `min_tokens`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Segmenter(ABC):
 
     def first_end(self, draft: Draft) -> int | None:
         """Position at which the first segment of a text still being written is complete, or None."""
-        return next((end for end in self.ends(draft) if self.min_tokens <= end), None)
+        end = next((end for end in self.ends(draft) if self.min_tokens <= end), None)
+        if end is None and self.max_tokens is not None and len(draft.tokens) >= self.max_tokens:
+            return self.max_tokens
+        return end
 
     def _split_long(self, cuts: list[int]) -> list[int]:
         if self.max_tokens is None:

@@ -26,6 +26,9 @@ from parsedec.model import LanguageModel
 from parsedec.staged import JudgeRows, Staged, check_cuts, token_logprobs
 from parsedec.types import JudgePath, Seen, Tree
 
+# Forked probes copy the cache once each; a batch holds at most so many cached positions in all
+FORKED_COLUMNS = 1 << 16
+
 
 class Session:
     """Eager backend: any Hugging Face causal LM, CPU or CUDA, batch 1."""
@@ -139,6 +142,8 @@ class Session:
 
         Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes.
         """
+        if not self.tokens:
+            raise PromptError("a draft was judged on an empty session; feed the prompt first.")
         probes = list(cuts if probes is None else probes)
         check_cuts(len(draft), cuts, probes, suffix)
         self._check_room(len(draft) + len(suffix))
@@ -275,7 +280,12 @@ class Session:
         self._staged.snapshots = snapshots
 
     def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
-        """One batch of K suffixes, row k on a copy of the cache that ends at cut k: logits [K, V]."""
+        """Batches of suffixes, each on a copy of the cache that ends at its cut: logits [K, V]."""
+        assert self._staged is not None
+        at_once = max(1, FORKED_COLUMNS // (self.cached + len(self._staged.tokens) + len(suffix)))
+        return torch.cat([self._probe_batch(suffix, probes[i : i + at_once]) for i in range(0, len(probes), at_once)])
+
+    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
         assert self._staged is not None
         n, s, k = len(self._staged.tokens), len(suffix), len(probes)
         branches = [self._staged.snapshots[cut] for cut in probes] if self.model.recurrent else []
@@ -312,8 +322,7 @@ class Session:
 
     def _stage_draft(self, draft: Sequence[int], cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
         """Remember a read draft: log-probabilities of its tokens and the logits at every cut. logits [N, V]."""
-        if self._logits is None:
-            raise PromptError("a draft was judged on an empty session; feed the prompt first.")
+        assert self._logits is not None
         logprobs = token_logprobs(torch.cat([self._logits[None], logits[:-1]]), draft)
         # clones: a view would keep the whole [N, V] matrix alive until the next pass
         known = {cut - 1: logits[cut - 1].clone() for cut in cuts}

@@ -89,6 +89,23 @@ def token_ends(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, list[i
     return text, ends
 
 
+def carried(
+    source: LanguageModel, before: Sequence[int], tokens: Sequence[int], into: LanguageModel, after: Sequence[int]
+) -> list[int]:
+    """`tokens` of one model, written behind `before`, as tokens of another that will stand behind `after`.
+
+    Many decoders drop the leading space of what they decode, and many encoders put one in front; so both sides see
+    some of the text before. A character cut in half at the end is left out, and text that looks like a control token
+    stays text.
+    """
+    head = source.decode(list(before))
+    text = source.decode([*before, *tokens])[len(head) :].rstrip(INCOMPLETE)
+    anchor = into.decode(list(after[-8:]))
+    known = into.encode(anchor, plain=True)
+    joined = into.encode(anchor + text, plain=True)
+    return joined[len(known) :] if joined[: len(known)] == known else into.encode(text, plain=True)
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):

@@ -262,7 +262,7 @@ def page_view(record: Json) -> dict[str, Any]:
     ]
     return {
         "title": record["title"],
-        "command": record.get("command"),
+        "command": (record.get("provenance") or {}).get("command"),
         "status": record["status"],
         "facts": list(filter(None, facts)),
         "compared": bool(record.get("comparison")),

@@ -133,10 +133,12 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
+        # below 1e-4 logits overflow, and greedy decoding is what is meant
+        warm = self.temperature == 0 or 1e-4 <= self.temperature < math.inf
+        if not warm or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"sampling is temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}; "
-                "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy."
+                "expected temperature 0 or at least 1e-4, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy."
             )
 
     @property
@@ -154,6 +156,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens!r}; expected at least 1, a whole number.")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(s, str) for s in self.stop):
+            raise ConfigError(f"stop={self.stop!r}; expected a list of strings.")
         if isinstance(self.stop, str):
             raise ConfigError(
                 f"stop={self.stop!r} is one string, which would stop at each of its letters. Give a list: stop=[…]."

@@ -33,7 +33,7 @@ CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{
 PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train"}  # groups of another command than run.py
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
-    "LabelJudge": {"suffix", "label_ids", "chosen", "reason"},
+    "LabelJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
     "DraftModel": {"vocab"},
     "PrefixVerification": {"end_token"},
     "Lines": {"pattern"},

@@ -171,9 +171,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schema_version": 1,
             "status": "finished",
             "title": "A run",
-            "command": "run",
             "config": {"seed": 1},
-            "provenance": {"device": "one CPU"},
+            "provenance": {"device": "one CPU", "command": "run.py"},
             "arms": [
                 {"name": "parse", "description": "", "summary": summary, "requests": [request(*kind) for kind in kinds]}
             ],

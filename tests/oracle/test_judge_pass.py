@@ -12,7 +12,8 @@ import torch
 import tiny
 from parsedec import masks
 from parsedec.errors import IncompatibleStack, JudgeError
-from parsedec.judge import LabelJudge, packed_error
+from parsedec.judge import LabelJudge
+from parsedec.selftest import probe_error
 from parsedec.session import Session
 from parsedec.types import JudgePath
 
@@ -167,10 +168,11 @@ class Traps:
 )  # fmt: skip
 def test_known_traps_are_wrong_and_the_self_test_sees_them(monkeypatch, trap, family, attention):
     model = dataclasses.replace(tiny.model(family, attention=attention))  # a copy: results are remembered by model
-    assert packed_error(model, SUFFIX) is None
+    assert probe_error(model, SUFFIX, JudgePath.PACKED) is None
+    model = dataclasses.replace(model)
     monkeypatch.setattr(masks, "for_model", getattr(Traps, trap))
     assert max_error(judged(model, JudgePath.PACKED)[1].probe_logits, separate(model)) > 0.1
-    assert "differs from plain forwards" in packed_error(model, SUFFIX)
+    assert "packed logits differ from plain forwards" in probe_error(model, SUFFIX, JudgePath.PACKED)
     bound = LabelJudge(question="?").bind(model)
     assert bound.chosen is JudgePath.FORKED
     assert "plain forwards" in bound.reason

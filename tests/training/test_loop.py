@@ -12,7 +12,7 @@ from parsedec.training.loop import Optimisation, Trainer
 from parsedec.training.packing import Answer, Packer, Row
 
 STEPS = 8
-OPTIMISATION = Optimisation(steps=STEPS, rate=2e-3, warmup=1)
+OPTIMISATION = Optimisation(steps=STEPS, rate=2e-3, warmup=1, hint_weight=1.0, hints=[1])
 
 
 def batch(model, seed=0):
@@ -47,6 +47,7 @@ def test_loss_of_solving_and_of_judging_falls():
     first, last = trainer.history[0], trainer.history[-1]
     assert last["solve_loss"] < 0.5 * first["solve_loss"]
     assert last["verdict_loss"] < 0.5 * first["verdict_loss"]
+    assert last["hint_loss"] < 0.5 * first["hint_loss"]
     assert not model.hf.training
 
 
@@ -104,6 +105,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     capped.hf.config.final_logit_softcapping = 30.0
     with pytest.raises(IncompatibleStack, match="softcapping"):
         Trainer(capped, OPTIMISATION)
+    with pytest.raises(ConfigError, match="hints"):
+        Trainer(fresh(), dataclasses.replace(OPTIMISATION, hints=[2]))  # of two layers, the last
     (tmp_path / "half.pt").write_bytes(b"half a checkpoint")
     with pytest.raises(ParsedecError, match="checkpoint"):
         Trainer(fresh(), OPTIMISATION).restore(tmp_path / "half.pt")

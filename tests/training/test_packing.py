@@ -9,7 +9,7 @@ import torch
 import tiny
 from parsedec.errors import IncompatibleStack
 from parsedec.session import Session
-from parsedec.training.packing import IGNORED, Answer, Packer, Row
+from parsedec.training.packing import IGNORED, RIGHT, WRONG, Answer, Packer, Row
 
 ANSWERS = (
     Answer(tuple(range(10, 21)), (3, 7, 11), (True, True, False), 7),
@@ -70,6 +70,8 @@ def test_labels_are_the_next_tokens_and_the_verdicts(tiny_target):
     right, wrong = packer.label_ids
     assert [labels[i] for i in packer.verdict_positions(row)[0]] == [right, right, wrong]
     assert batch.verdicts.sum() == 3
+    ends = {p + cut - 1: WRONG if cut == 11 else RIGHT for cut in ANSWERS[0].cuts}
+    assert batch.lines[0].tolist() == [ends.get(i, IGNORED) for i in range(len(labels))]
     whole = packer.pack([Row(ROW.prompt, ANSWERS[1:2])])
     assert whole.labels[0, p + 5] == packer.end_id  # a right answer is also taught to end
 

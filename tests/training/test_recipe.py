@@ -18,7 +18,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 TINY = [
     "preset.compile=false", "preset.positions=1280", "preset.report_steps=2", "preset.generation_batch=8",
-    "recipe.init=null", "recipe.shape.layers=1", "recipe.shape.hidden_size=64", "recipe.shape.heads=2",
+    "recipe.init=null", "recipe.shape.layers=2", "recipe.shape.hidden_size=64", "recipe.shape.heads=2",
     "recipe.shape.intermediate_size=64", "recipe.lengths=[640]", "recipe.task.n=12", "recipe.evaluation.task.n=2",
     "recipe.max_new_tokens=24", "recipe.optimisation.steps=4", "recipe.optimisation.rate=5e-3",
     "recipe.optimisation.warmup=0",
@@ -26,6 +26,7 @@ TINY = [
 SETTINGS = {
     "zoo_target": [
         "recipe.drafts.problems=3",
+        "recipe.optimisation.hints=[1]",
         "recipe.evaluation.thresholds=[0.5]",
         "recipe.evaluation.calibration.n=2",
     ],

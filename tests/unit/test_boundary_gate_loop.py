@@ -2,7 +2,6 @@
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from parsedec.boundary import FirstFailure, LongestValid, Smoothed, log_odds
 from parsedec.errors import ConfigError
-from parsedec.gate import Adaptive, Always, DraftRecord, GateHistory, Never
+from parsedec.gate import Adaptive, Always, GateHistory, Never
 from parsedec.loop import Once, Rounds
 from parsedec.model import JudgeCard
 
@@ -94,11 +93,17 @@ def test_certainty_is_kept_and_impossibility_is_not(rule):
 def test_thresholds_left_open_come_from_the_judge_card(settings, card, thresholds):
     if card:
         card = JudgeCard(question="?", labels=("yes", "no"), threshold=card[0], full_threshold=card[1])
-    rule = FirstFailure(**settings).bind(SimpleNamespace(judge_card=card))
+    rule = FirstFailure(**settings).bind(card)
     prefix, full = thresholds
     assert rule.keep([prefix, prefix - 0.01]) == 1
     assert rule.whole(full)
     assert not rule.whole(full - 0.01)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_score_that_is_no_number_never_passes(rule):
+    assert rule(threshold=0.5).keep([math.nan, math.nan]) == 0
+    assert not rule(full_threshold=0.5).whole(math.nan)
 
 
 def test_log_odds():
@@ -133,6 +138,7 @@ class Bench:
         self.gate, self.random = gate, random.Random(seed)
         self.history = GateHistory()
         self.waste = self.largest = 0.0
+        self.answered = 0
         self.drafted = []
 
     def request(self, cost, kept):
@@ -144,12 +150,12 @@ class Bench:
             per_token = self.gate.cost_per_token
             tokens = ANSWER if per_token is None else round(cost / per_token)
             cost = cost if per_token is None else per_token * tokens
-            self.history.drafts.append(DraftRecord(cost * TOKEN_S, tokens, kept))
+            self.history.add_draft(cost * TOKEN_S, tokens, kept)
             self.waste += cost - kept
             self.largest = max(self.largest, cost)
-        self.history.decoded_tokens += ANSWER - kept
-        self.history.decode_s += TOKEN_S * (ANSWER - kept)
-        self.history.answer_tokens += ANSWER
+        self.history.add_decoding(ANSWER - kept, TOKEN_S * (ANSWER - kept))
+        self.history.add_answer(ANSWER)
+        self.answered += ANSWER
 
     def refused(self, requests):
         for _ in range(requests):
@@ -170,7 +176,7 @@ def test_waste_is_bounded_when_every_draft_is_refused(cost_per_token, bound, see
     bench = Bench(Adaptive(bound=bound, cost_per_token=cost_per_token), seed)
     for _ in range(500):
         bench.refused(1)
-        assert bench.waste <= bound * bench.history.answer_tokens + bench.gate.reserve + bench.largest
+        assert bench.waste <= bound * bench.answered + max(bench.gate.reserve, bench.largest) + bench.largest
     assert sum(bench.drafted) > 1  # it went on looking
     assert not all(bench.drafted)
 
@@ -180,12 +186,12 @@ def test_waste_is_bounded_when_every_draft_is_refused(cost_per_token, bound, see
 def test_past_gain_can_be_lost_again_only_up_to_the_reserve(cost_per_token, reserve):
     bench = Bench(Adaptive(reserve=reserve, cost_per_token=cost_per_token), 3)
     bench.accepted(200)
-    gained = bench.waste
+    gained, answered = bench.waste, bench.answered
     assert gained < -20 * max(1.0, reserve)
     for _ in range(500):
         bench.refused(1)
-        allowed = bench.gate.bound * bench.history.answer_tokens + reserve + bench.largest
-        assert bench.waste - gained <= allowed
+        since = bench.gate.bound * (bench.answered - answered)
+        assert bench.waste - gained <= since + max(reserve, bench.largest) + bench.largest
 
 
 @MEASURED_AND_FIXED
@@ -205,48 +211,60 @@ def test_it_recovers_after_a_bad_stretch(cost_per_token):
     assert sum(bench.drafted[-200:]) > 190
 
 
+def history_of(*events):
+    """Drafts as (drafted, kept), answers as their number of tokens."""
+    history = GateHistory()
+    for event in events:
+        if isinstance(event, tuple):
+            history.add_draft(0.0, *event)
+        else:
+            history.add_answer(event)
+    return history
+
+
 def test_drafts_are_made_until_the_target_has_been_timed():
     """Costs are measured in target tokens, so without one there is nothing to measure by."""
-    history = GateHistory(drafts=[DraftRecord(100.0, 40, 0)])
+    history = GateHistory()
+    history.add_draft(100.0, 40, 0)
     assert Adaptive().allows(history)
-    history.decoded_tokens, history.decode_s, history.answer_tokens = 40, 40 * TOKEN_S, 40
+    history.add_decoding(40, 40 * TOKEN_S)
+    history.add_answer(40)
     assert not Adaptive().allows(history)
 
 
-@pytest.mark.parametrize(
-    ("drafts", "tokens_needed"),
-    [
-        # balance 10 and an expected cost of 10 are 20, and 0.05 / 2 of 800 tokens is 20
-        ([DraftRecord(0.0, 20, 0)], 800),
-        # the same balance and cost after a draft that was worth it: all of the bound
-        ([DraftRecord(0.0, 40, 0), DraftRecord(0.0, 20, 20)], 400),
-    ],
-    ids=["below break-even", "above break-even"],
-)
-def test_a_draft_must_fit_into_the_bound_and_an_unlikely_one_into_half_of_it(drafts, tokens_needed):
-    gate = Adaptive(bound=0.05, window=1, cost_per_token=0.5)
-    assert not gate.allows(GateHistory(drafts=drafts, answer_tokens=tokens_needed - 1))
-    assert gate.allows(GateHistory(drafts=drafts, answer_tokens=tokens_needed))
+def test_a_draft_must_be_covered_by_the_account():
+    # a refused draft of 20 tokens costs 10; it and the next need 20, which is 0.05 of 400 tokens
+    gate = Adaptive(bound=0.05, cost_per_token=0.5)
+    assert not gate.allows(history_of((20, 0), 399))
+    assert gate.allows(history_of((20, 0), 400))
 
 
-def test_balance_is_cost_minus_kept_and_forgets_old_gains():
-    history = GateHistory(drafts=[DraftRecord(0.0, 100, 90), DraftRecord(0.0, 20, 0), DraftRecord(0.0, 10, 4)])
-    assert Adaptive(cost_per_token=0.5, reserve=1000).balance(history) == (50 - 90) + 10 + (5 - 4)
-    assert Adaptive(cost_per_token=0.5, reserve=8).balance(history) == -8 + 10 + (5 - 4)
+def test_account_is_credited_what_is_kept_and_never_holds_more_than_the_reserve():
+    gate = Adaptive(bound=0.1, cost_per_token=0.5)
+    history = history_of((100, 90), 50, (20, 0), (10, 4))
+    assert gate.account(history, 1000) == (90 - 50) + 5 - 10 + (4 - 5)
+    assert gate.account(history, 8) == 8 - 10 + (4 - 5)
 
 
-def test_kept_share_looks_back_on_a_window():
-    history = GateHistory()
-    assert history.kept_share(4) is None
-    history.drafts = [DraftRecord(1.0, 100, 100), DraftRecord(1.0, 30, 15), DraftRecord(1.0, 10, 5)]
-    assert history.kept_share(2) == pytest.approx(0.5)
-    assert history.kept_share(50) == pytest.approx(120 / 140)
-    assert GateHistory(drafts=[DraftRecord(1.0, 0, 0)]).kept_share(4) is None
+def test_a_long_good_time_does_not_pay_for_a_long_bad_one():
+    """What was answered before the drafts turned bad buys no more than the reserve."""
+    bench = Bench(Adaptive(bound=0.05, reserve=64.0, cost_per_token=0.25))
+    for _ in range(2000):
+        bench.request(10, ANSWER)
+    before = len(bench.drafted)
+    for _ in range(100):
+        bench.request(10, 0)
+    assert sum(bench.drafted[before:]) <= 64 / 10 + 0.05 * 100 * ANSWER / 10 + 1
+
+
+def test_history_is_bounded():
+    history = history_of(*([(20, 0), 40] * 5000))
+    assert len(history.events) == 4096
+    assert len(history.drafts) == 2048
 
 
 def test_never_and_always():
-    lost = GateHistory(drafts=[DraftRecord(9.0, 100, 0)] * 9, answer_tokens=9, decoded_tokens=9, decode_s=0.1)
-    for history in (GateHistory(), lost):
+    for history in (GateHistory(), history_of(*[(100, 0), 10] * 9)):
         assert Always().allows(history)
         assert not Never().allows(history)
 

@@ -46,6 +46,10 @@ LAST_TURN_ONLY = "{{ '<|user|>' + messages[-1]['content'] }}{% if add_generation
 FIRST_TURNS_ONLY = "{% for m in messages[:2] %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}<|assistant|>"
 
 
+def with_template(model, template):
+    return dataclasses.replace(model, chat_template=template)
+
+
 def rendered(model, *contents):
     """The prompt's text, special tokens included, for turns that alternate from a user's."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
@@ -70,17 +74,17 @@ def rendered(model, *contents):
     ids=["chatml", "llama3", "mistral", "zoo"],
 )
 def test_prompt_ends_with_the_assistant_opening(template, text):
-    model = ZOO.with_template(template) if template else ZOO
+    model = with_template(ZOO, template) if template else ZOO
     assert rendered(model, "How many?") == text
 
 
 def test_earlier_turns_are_part_of_the_prompt():
-    text = rendered(ZOO.with_template(MISTRAL), "One?", "Yes.", "Two?")
+    text = rendered(with_template(ZOO, MISTRAL), "One?", "Yes.", "Two?")
     assert text == "<s>[INST] One? [/INST] Yes.</s>[INST] Two? [/INST]"
 
 
 def test_thinking_can_be_switched_back_on():
-    model = dataclasses.replace(ZOO.with_template(CHATML), template_args={"enable_thinking": True})
+    model = dataclasses.replace(with_template(ZOO, CHATML), template_args={"enable_thinking": True})
     assert rendered(model, "Hi").endswith("<|im_start|>assistant\n")
 
 
@@ -94,7 +98,7 @@ def test_special_tokens_of_the_template_are_single_ids():
 def test_roles_a_template_refuses_are_named(messages):
     roles = [{"role": role, "content": content} for role, content in messages]
     with pytest.raises(ChatTemplateError, match=rf"{roles[0]['role']}.*must alternate.*chat_template"):
-        prompt_ids(ZOO.with_template(MISTRAL), roles)
+        prompt_ids(with_template(ZOO, MISTRAL), roles)
 
 
 # --- the verification suffix ---
@@ -118,14 +122,14 @@ def test_roles_a_template_refuses_are_named(messages):
     ids=["chatml", "llama3", "mistral", "zoo"],
 )
 def test_suffix_is_what_stands_between_a_draft_and_the_verdict(template, suffix):
-    model = ZOO.with_template(template) if template else ZOO
+    model = with_template(ZOO, template) if template else ZOO
     assert suffix_text(model, QUESTION) == suffix
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, None], ids=["chatml", "llama3", "mistral", "zoo"])
 def test_prompt_draft_and_suffix_are_the_dialogue_with_the_question(template):
     """Judging a draft is the same as asking in a second user turn. Thinking is off for the first answer as well."""
-    model = ZOO.with_template(template) if template else ZOO
+    model = with_template(ZOO, template) if template else ZOO
     draft = "3 + 4 = 7.\nThe answer is 7."
     judged = rendered(model, "How many?") + draft + suffix_text(model, QUESTION)
     opening = "<think>\n\n</think>\n\n"
@@ -136,7 +140,7 @@ def test_prompt_draft_and_suffix_are_the_dialogue_with_the_question(template):
 @pytest.mark.parametrize("template", [LAST_TURN_ONLY, FIRST_TURNS_ONLY], ids=["last turn only", "first turns only"])
 def test_template_that_drops_turns_cannot_judge(template):
     with pytest.raises(ChatTemplateError, match=rf"{ZOO.name}.*turn.*chat_template"):
-        suffix_text(ZOO.with_template(template), QUESTION)
+        suffix_text(with_template(ZOO, template), QUESTION)
 
 
 def test_a_model_without_a_template_is_told_what_to_set():
@@ -147,7 +151,7 @@ def test_a_model_without_a_template_is_told_what_to_set():
         prompt_ids(model, [{"role": "user", "content": "w1"}])
     with pytest.raises(ChatTemplateError, match=model.name):
         suffix_text(model, QUESTION)
-    assert prompt_ids(model.with_template(tiny.CHAT), [{"role": "user", "content": "w1"}])
+    assert prompt_ids(with_template(model, tiny.CHAT), [{"role": "user", "content": "w1"}])
 
 
 def test_the_zoo_target_is_asked_what_it_was_trained_with():
@@ -179,7 +183,7 @@ def test_labels_of_one_token():
 
 @pytest.mark.parametrize("template", [None, CHATML, MISTRAL], ids=["zoo", "chatml", "mistral"])
 def test_labels_of_several_tokens_are_told_apart_by_the_first(template):
-    model = ZOO.with_template(template) if template else ZOO
+    model = with_template(ZOO, template) if template else ZOO
     suffix = suffix_text(model, QUESTION)
     head = len(model.encode(suffix))
     labels = ["wonderful", "mistaken", " yes"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from parsedec.errors import ConfigError
 from parsedec.sampling import Sampler
 from parsedec.types import Sampling
 
@@ -133,5 +134,5 @@ def test_greedy_takes_the_best_token_and_needs_no_generator():
 
 
 def test_sampling_needs_a_generator():
-    with pytest.raises(ValueError, match="Generator"):
+    with pytest.raises(ConfigError, match="Generator"):
         Sampler(Sampling(temperature=1.0))

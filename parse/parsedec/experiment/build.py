@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from parsedec.engine import Parse
+from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel
 from parsedec.outer import TargetOnly
 from parsedec.types import Sampling
@@ -45,6 +46,8 @@ def build_engine(cfg: DictConfig) -> Parse:
 
 def build_draft_alone(cfg: DictConfig) -> Parse:
     """The draft model as if it were the target: the lower end of every comparison."""
+    if cfg.draft.model is None:
+        raise ConfigError("draft=none, but an arm runs the draft model alone. Choose a draft, or other arms (arms=…).")
     return Parse(build_model(cfg.draft.model), inner=instantiate(cfg.draft.inner), outer=TargetOnly())
 
 

@@ -38,7 +38,8 @@ def run_job(
     arms = make_arms()
     if earlier:
         for arm in arms:
-            arm.requests = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
+            before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
+            arm.requests = [request for request in before if not request["error"]]  # the others are tried again
     head = {
         "schema_version": SCHEMA_VERSION,
         "title": cfg.title or _title(cfg),

@@ -54,7 +54,7 @@ def provenance() -> dict[str, Any]:
 
 def write_record(record: dict[str, Any], path: Path) -> Path:
     """Write beside the target and rename: a reader, or a kill, never meets half a record."""
-    return write_text(json.dumps(record, ensure_ascii=False, indent=1), path)
+    return write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")), path)
 
 
 def write_text(text: str, path: Path) -> Path:

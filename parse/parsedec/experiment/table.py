@@ -22,8 +22,11 @@ def _share(summary: dict[str, Any], _: dict[str, Any] | None) -> str:
     return "-" if summary["kept_share"] is None else f"{100 * summary['kept_share']:.1f} %"
 
 
-def _speedup(_: dict[str, Any], row: dict[str, Any] | None) -> str:
-    return "-" if row is None else f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+def _ratio(name: str) -> Callable[[dict[str, Any], dict[str, Any] | None], str]:
+    def cell(_: dict[str, Any], row: dict[str, Any] | None) -> str:
+        return "-" if row is None else f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+
+    return cell
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -33,8 +36,10 @@ COLUMNS: tuple[Column, ...] = (
     ("kept share", _share),
     ("drafts kept whole", lambda s, _: str(s["accepted_whole"])),
     ("rounds", lambda s, _: str(s["rounds"])),
+    ("errors", lambda s, _: str(s["errors"])),
     ("tok/s", lambda s, _: "-" if s["tokens_per_s"] is None else f"{s['tokens_per_s']:.1f}"),
-    ("speed-up", _speedup),
+    ("speed-up in tok/s", _ratio("speedup")),
+    ("in time", _ratio("time_ratio")),
 )
 
 
@@ -55,7 +60,8 @@ def caption(record: dict[str, Any]) -> str:
     n = record["arms"][0]["summary"]["requests"]
     return (
         f"Tier: {tier(record)}. n = {n}, seed {config['seed']}, at most {config['max_new_tokens']} new tokens; "
-        f"95 % intervals (Wilson; paired bootstrap for speed-ups). {made['device']}, {versions}, commit {sha}."
+        "95 % intervals (Wilson; paired bootstrap for speed-ups). In time: the baseline's seconds over the arm's for "
+        f"the same requests. {made['device']}, {versions}, commit {sha}."
     )
 
 

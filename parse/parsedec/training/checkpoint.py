@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from parsedec.errors import ParsedecError
 
@@ -16,14 +17,14 @@ FORMAT = 1
 
 
 def save_checkpoint(
-    path: Path, *, step: int, model: PreTrainedModel, optimiser: torch.optim.Optimizer, facts: dict[str, Any]
+    path: Path, *, step: int, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> None:
     """`step` is also the position in the data: batch number `step` is the next one to read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "format": FORMAT,
         "step": step,
-        "model": model.state_dict(),
+        "modules": {name: module.state_dict() for name, module in modules.items()},
         "optimiser": optimiser.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -36,16 +37,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: PreTrainedModel, optimiser: torch.optim.Optimizer
+    path: Path, *, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer
 ) -> tuple[int, dict[str, Any]]:
-    """Put the checkpoint's state into `model` and `optimiser`; returns (step, facts)."""
+    """Put the checkpoint's state into `modules` and `optimiser`; returns (step, facts)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in a dozen ways; each is chained and shown
         raise ParsedecError(f"cannot read the checkpoint {path}: {error}. Delete it to start again.") from error
     if state.get("format") != FORMAT:
         raise ParsedecError(f"{path} has checkpoint format {state.get('format')!r}; expected {FORMAT}.")
-    model.load_state_dict(state["model"])
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
     optimiser.load_state_dict(state["optimiser"])
     torch.set_rng_state(state["torch_rng"])
     if torch.cuda.is_available() and state["cuda_rng"]:

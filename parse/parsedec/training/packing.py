@@ -24,6 +24,7 @@ from parsedec.judge import LABELS, QUESTION
 from parsedec.model import LanguageModel
 
 IGNORED = -100  # the label cross_entropy skips
+RIGHT, WRONG = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Batch:
     attention_mask  additive [B, 1, R, R], or one per layer kind
     labels          [B, R] the token each position has to predict; IGNORED: none
     verdicts        [B, R] whether that token is a verdict
+    lines           [B, R] at the last token of a line: RIGHT, or WRONG for the first wrong one; IGNORED elsewhere
     """
 
     input_ids: Tensor
@@ -79,6 +81,7 @@ class Batch:
     attention_mask: Tensor | dict[str, Tensor]
     labels: Tensor
     verdicts: Tensor
+    lines: Tensor
 
     def to(self, device: torch.device) -> Batch:
         mask = self.attention_mask
@@ -88,6 +91,7 @@ class Batch:
             {kind: m.to(device) for kind, m in mask.items()} if isinstance(mask, dict) else mask.to(device),
             self.labels.to(device, non_blocking=True),
             self.verdicts.to(device, non_blocking=True),
+            self.lines.to(device, non_blocking=True),
         )
 
 
@@ -153,8 +157,8 @@ class Packer:
             if isinstance(additive[0], dict)
             else torch.cat(additive)
         )
-        ids, positions, labels, verdicts = (torch.stack([part[i] for part in parts]) for i in (0, 1, 3, 4))
-        return Batch(ids, positions, mask, labels, verdicts)
+        ids, positions, labels, verdicts, lines = (torch.stack([part[i] for part in parts]) for i in (0, 1, 3, 4, 5))
+        return Batch(ids, positions, mask, labels, verdicts, lines)
 
     def verdict_positions(self, row: Row) -> list[list[int]]:
         """Where in the packed row each answer's verdicts are read, one list per answer."""
@@ -165,7 +169,7 @@ class Packer:
             start += self.width(answer)
         return found
 
-    def _pack_one(self, row: Row, length: int) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
+    def _pack_one(self, row: Row, length: int) -> tuple[Tensor, Tensor, Any, Tensor, Tensor, Tensor]:
         total, p = self.length(row), len(row.prompt)
         if total > length:
             raise ValueError(f"a row of {total} positions does not fit into {length}; call fit() first")
@@ -176,6 +180,7 @@ class Packer:
         allowed = torch.eye(length, dtype=torch.bool)
         allowed[:p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
         labels = torch.full((length,), IGNORED)
+        lines = torch.full((length,), IGNORED)
         verdicts = torch.zeros(length, dtype=torch.bool)
         for answer, judged in zip(row.answers, self.verdict_positions(row), strict=True):
             at, n = len(ids), len(answer.tokens)
@@ -192,8 +197,11 @@ class Packer:
             if judged:
                 labels[judged] = torch.tensor([self.label_ids[0 if right else 1] for right in answer.right])
                 verdicts[judged] = True
+                first = (*answer.right, False).index(False) + 1  # lines after the first wrong one are neither
+                ends = [at + cut - 1 for cut in answer.cuts[:first]]
+                lines[ends] = torch.tensor([RIGHT if right else WRONG for right in answer.right[:first]])
         ids += [self.pad_id] * (length - total)
         mask = masks.for_model(
             allowed, positions, positions, windows=dict(self.windows), dtype=self.dtype, device=torch.device("cpu")
         )
-        return torch.tensor(ids), positions, mask, labels, verdicts
+        return torch.tensor(ids), positions, mask, labels, verdicts, lines

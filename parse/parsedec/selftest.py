@@ -1,0 +1,95 @@
+"""Does a model do what the engine relies on? Found out on the model itself, when a stack is built.
+
+A model may take a cache, position ids or a mask, and quietly not honour them: results are then wrong without an error.
+Each test compares with plain forwards of the same tokens; what two equally plain ways of computing them may differ by
+is bounded by the dtype. Results are remembered, so the engines of one model make each test once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from parsedec.errors import IncompatibleStack
+from parsedec.model import LanguageModel
+from parsedec.session import Session
+from parsedec.types import JudgePath
+
+# Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32;
+# deep models in bfloat16 reach a tenth. A mask or cache that is not honoured is off by about one.
+ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.3}
+LONGEST_WINDOW = 512  # sliding windows beyond this are not crossed by the test: it would take too long on a CPU
+
+_results: WeakKeyDictionary[LanguageModel, dict[tuple[object, ...], str | None]] = WeakKeyDictionary()
+
+
+def check_decoding(model: LanguageModel) -> None:
+    """Raise IncompatibleStack unless decoding behind a cache equals plain forwards, for two requests in turn."""
+    problem = _remembered(model, ("decoding",), lambda: _decoding_error(model))
+    if problem:
+        raise IncompatibleStack(
+            f"{model.name} cannot be decoded behind a cache of its own: {problem}. The engine needs a causal LM that "
+            "keeps all its state in the cache it is given; models that hold state themselves do not."
+        )
+
+
+def probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
+    """Why judge passes on `path` are not right on this model, or None if they are."""
+    return _remembered(model, (path, *suffix), lambda: _probe_error(model, suffix, path))
+
+
+def _remembered(model: LanguageModel, key: tuple[object, ...], test: Callable[[], str | None]) -> str | None:
+    known = _results.setdefault(model, {})
+    if key not in known:
+        try:
+            known[key] = test()
+        except Exception as error:  # noqa: BLE001 - whatever a model raises here means that it cannot serve this way
+            known[key] = f"it raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return known[key]
+
+
+def _decoding_error(model: LanguageModel) -> str | None:
+    """Two requests in turn, in steps of several tokens and of one."""
+    texts = [_tokens(model, 20, seed) for seed in (0, 1)]
+    sessions = [Session(_roomy(model)) for _ in texts]
+    for start, stop in ((0, 12), (12, 15), (15, 16), (16, 19)):
+        for session, ids in zip(sessions, texts, strict=True):
+            session.feed(ids[start:stop])
+    stepwise = torch.stack([session.feed(ids[19:]) for session, ids in zip(sessions, texts, strict=True)])
+    return _difference(model, stepwise, torch.stack([_plain(model, ids) for ids in texts]), "stepwise")
+
+
+def _probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
+    windows = [window for window in model.windows.values() if window and window <= LONGEST_WINDOW]
+    prompt, draft, cuts = _tokens(model, 12 + max(windows, default=0), 0), _tokens(model, 24, 1), [7, 16, 24]
+    session = Session(_roomy(model))
+    session.feed(prompt)
+    probes = session.judge(draft, cuts, suffix, path=path).probe_logits
+    plain = torch.stack([_plain(model, [*prompt, *draft[:cut], *suffix]) for cut in cuts])
+    return _difference(model, probes, plain, f"{path}")
+
+
+def _difference(model: LanguageModel, ours: Tensor, plain: Tensor, what: str) -> str | None:
+    ours, plain = ours.float(), plain.float()
+    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, 0.3) * float(plain.std())
+    return None if error <= allowed else f"{what} logits differ from plain forwards by {error:.2g}"
+
+
+def _plain(model: LanguageModel, ids: Sequence[int]) -> Tensor:
+    """Logits after the last token, of one forward without a cache [V]."""
+    with torch.inference_mode():
+        logits: Tensor = model.hf(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
+    return logits[0, -1]
+
+
+def _tokens(model: LanguageModel, n: int, seed: int) -> list[int]:
+    return torch.randint(model.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _roomy(model: LanguageModel) -> LanguageModel:
+    """A context limit set lower than the test's few tokens says nothing about the model."""
+    return replace(model, context_limit=1 << 20)
