@@ -16,6 +16,8 @@ def export(model: LanguageModel, folder: Path, *, dtype: torch.dtype = torch.bfl
     """Write `model` to `folder` in `dtype`; the model itself keeps its precision."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model.hf).to(dtype).save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # they are written through a private temporary file
     # the template inside tokenizer_config.json: one file fewer, and every version of transformers finds it there
     model.tokenizer.save_pretrained(folder, save_jinja_files=False)
     if model.judge_card is not None:
