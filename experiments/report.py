@@ -11,7 +11,7 @@ from pathlib import Path
 from parsedec.errors import ParsedecError
 from parsedec.experiment.record import read_record, write_text
 from parsedec.experiment.table import markdown
-from parsedec.trace import write_trace
+from parsedec.experiment.trace import write_trace
 
 
 def main(paths: list[str]) -> int:

@@ -3,8 +3,8 @@
 from parsedec import Parse, StopReason, load
 from parsedec.experiment.record import to_json
 from parsedec.experiment.summary import summarise
+from parsedec.experiment.trace import render_trace
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
-from parsedec.trace import render_trace
 from parsedec_adapters.draft_model import DraftModel
 
 

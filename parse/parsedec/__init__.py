@@ -2,10 +2,10 @@
 
 from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
+from parsedec.experiment.trace import write_trace
 from parsedec.judge import LabelJudge
 from parsedec.model import LanguageModel, load
 from parsedec.outer import PrefixVerification, TargetOnly
-from parsedec.trace import write_trace
 from parsedec.types import Delta, Limits, Result, Sampling, StopReason
 
 __all__ = [

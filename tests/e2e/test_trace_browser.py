@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from parsedec.trace import render_trace
+from parsedec.experiment.trace import render_trace
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell", "headless_shell")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from parsedec import trace
 from parsedec.errors import ParsedecError
+from parsedec.experiment import trace
 from parsedec.types import (
     Author,
     Counters,
@@ -390,7 +390,7 @@ def test_comparison_shows_the_arms_of_a_request_one_below_another():
     ]
     assert page.by_class("missing").count("not run") == 2, "in the card's summary and at the arm"
     gains = [text.strip() for text in page.by_class("gain")]
-    assert gains == ["Speed-up, with interval", "baseline", "1.87×", "1.61 to 2.09"]
+    assert gains == ["Speed-up in tok/s, with interval", "baseline", "1.87×", "1.61 to 2.09"]
 
 
 def test_speed_up_axis_holds_one_and_both_ends():

@@ -16,7 +16,7 @@ from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
-from parsedec.trace import write_trace
+from parsedec.experiment.trace import write_trace
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -104,5 +104,6 @@ def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:
 
 
 def _title(cfg: DictConfig) -> str:
-    draft = cfg.draft.model.source if cfg.draft.model else "no draft model"
-    return f"{cfg.target.source} with {draft} on {str(cfg.task._target_).rsplit('.', 1)[-1]}"
+    names = [str(cfg.target.source), str(cfg.draft.model.source) if cfg.draft.model else "no draft model"]
+    target, draft = (name.rsplit("/", 1)[-1].removesuffix(".gguf") for name in names)
+    return f"{target} with {draft} on {str(cfg.task._target_).rsplit('.', 1)[-1]}"

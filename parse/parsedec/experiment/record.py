@@ -61,7 +61,8 @@ def write_text(text: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as sink:
+        # "replace": a broken token can leave half of a surrogate pair, which UTF-8 cannot hold
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as sink:
             sink.write(text)
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)

@@ -21,10 +21,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from parsedec.errors import ParsedecError
+from parsedec.experiment.record import SCHEMA_VERSION, write_text
 
 Json = Mapping[str, Any]
 
-SCHEMA_VERSION = 1
 OPEN_CARDS = 3  # requests that are unfolded when the page is opened
 PACKAGES_SHOWN = ("parsedec", "torch", "transformers")  # in the header; all of them are in the provenance
 PHASES = ("prefill", "draft", "judge", "decode")
@@ -324,14 +324,5 @@ def render_trace(record: Mapping[str, Any]) -> str:
 
 
 def write_trace(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the page beside its final name and move it there, so that a reader never sees half of it."""
-    goal = Path(path)
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    part = goal.with_name(f".{goal.name}.{os.getpid()}")
-    try:
-        # "replace": a broken token can leave half of a surrogate pair, which UTF-8 cannot hold
-        part.write_bytes(render_trace(record).encode("utf-8", errors="replace"))
-        os.replace(part, goal)
-    finally:
-        part.unlink(missing_ok=True)
-    return goal
+    """Write the page of a record, atomically."""
+    return write_text(render_trace(record), Path(path))
