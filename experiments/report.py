@@ -21,6 +21,8 @@ def main(paths: list[str]) -> int:
     for path in map(Path, paths):
         try:
             record = read_record(path)
+            if "arms" not in record:
+                raise ParsedecError(f"{path} is no record of run.py or compare.py; there is no table to make of it.")
         except ParsedecError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -225,7 +225,7 @@ class Counters:
     target_rows: int = 0
     judge_passes: int = 0
     judge_rows: int = 0
-    draft_calls: int = 0
+    draft_calls: int = 0  # forwards of the outer draft model; those of inner speculators are not counted
     draft_rows: int = 0
     draft_tokens: int = 0  # tokens of all drafts in the target's vocabulary, a drafted end token included
     kept_draft_tokens: int = 0  # those of them that are part of the answer
