@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## the main job on the embedded models: five arms, the table, the trace page
-	$(BIN)/python experiments/compare.py task.n=40
+	$(BIN)/python experiments/compare.py runtime=cpu task.n=40
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .

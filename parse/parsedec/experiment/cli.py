@@ -26,7 +26,7 @@ from parsedec.errors import ParsedecError
 
 USAGE, INTERRUPTED = 2, 130
 # tables need room; a pipe has no width of its own
-stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
+stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
 def run_command(main: Callable[[], Any], conf: Path) -> None:

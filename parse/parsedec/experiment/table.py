@@ -74,7 +74,7 @@ def terminal(record: dict[str, Any]) -> Table:
     table = Table(title=record["title"], caption=caption(record), box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("arm", no_wrap=True)
     for name, _ in COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows(record):
         table.add_row(*row)
     return table
