@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -14,7 +15,7 @@ DEFAULT_THRESHOLD = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundaryRule:
+class BoundaryRule(ABC):
     """Base of all rules.
 
     threshold       least score with which a prefix passes
@@ -50,9 +51,9 @@ class BoundaryRule:
         """Whether a complete draft with this score is the answer."""
         return score >= _first(self.full_threshold)
 
+    @abstractmethod
     def keep(self, scores: Sequence[float]) -> int:
         """How many leading segments of a refused draft stand."""
-        raise NotImplementedError(f"{type(self).__name__} defines no keep()")
 
 
 class FirstFailure(BoundaryRule):
