@@ -43,11 +43,16 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
+def columns(record: dict[str, Any]) -> tuple[Column, ...]:
+    """A run by itself is compared with nothing."""
+    return COLUMNS if record.get("comparison") else COLUMNS[:-2]
+
+
 def rows(record: dict[str, Any]) -> list[list[str]]:
     """One list of cells per arm, its name first."""
     against = {row["arm"]: row for row in record.get("comparison", [])}
     return [
-        [arm["name"], *(render(arm["summary"], against.get(arm["name"])) for _, render in COLUMNS)]
+        [arm["name"], *(render(arm["summary"], against.get(arm["name"])) for _, render in columns(record))]
         for arm in record["arms"]
     ]
 
@@ -73,7 +78,7 @@ def tier(record: dict[str, Any]) -> str:
 def terminal(record: dict[str, Any]) -> Table:
     table = Table(title=record["title"], caption=caption(record), box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("arm", no_wrap=True)
-    for name, _ in COLUMNS:
+    for name, _ in columns(record):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows(record):
         table.add_row(*row)
@@ -82,8 +87,8 @@ def terminal(record: dict[str, Any]) -> Table:
 
 def markdown(record: dict[str, Any]) -> str:
     """The same with the command that made it, to be committed beside the record."""
-    head = ["arm", *(name for name, _ in COLUMNS)]
-    lines = [" | ".join(cells) for cells in (head, ["---", *["---:"] * len(COLUMNS)], *rows(record))]
+    head = ["arm", *(name for name, _ in columns(record))]
+    lines = [" | ".join(cells) for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows(record))]
     body = "\n".join(f"| {line} |" for line in lines)
     return (
         f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n{body}\n\n"

@@ -1,0 +1,48 @@
+"""The committed records and the tables beside them say the same, and the documents' figures are theirs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from parsedec.experiment.record import read_record
+from parsedec.experiment.summary import summarise
+from parsedec.experiment.table import markdown, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = sorted(ROOT.glob("experiments/records/*/record.json"))
+COMPARED = [path for path in RECORDS if path.with_name("table.md").is_file()]
+
+
+def name_of(path):
+    return path.parent.name
+
+
+def test_there_are_records():
+    assert len(RECORDS) >= 6
+    assert len(COMPARED) >= 5
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=name_of)
+def test_a_table_is_what_its_record_says(path):
+    record = read_record(path)
+    assert record["status"] == "finished"
+    assert path.with_name("table.md").read_text() == markdown(record)
+    for arm in record["arms"]:
+        again = summarise(arm["requests"])
+        assert {key: arm["summary"][key] for key in again} == again
+
+
+@pytest.mark.parametrize("path", [path for path in COMPARED if name_of(path) != "zoo_refused"], ids=name_of)
+def test_figures_of_the_readme_are_in_a_record(path):
+    """Every accuracy with its interval, and every count of target calls (the worst case is told in a sentence)."""
+    readme = (ROOT / "README.md").read_text()
+    for row in rows(read_record(path)):
+        accuracy, calls = row[1], row[3]
+        assert re.search(rf"\| {re.escape(accuracy)} \| {calls} \|", readme), f"{row[0]}: {accuracy}, {calls}"
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=name_of)
+def test_records_hold_no_paths_of_a_machine(path):
+    text = path.read_text()
+    assert not re.search(r'"/(home|root|tmp|work|Users)/', text)
