@@ -16,6 +16,7 @@ from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.types import Outcome, Sampling, Seen
 from parsedec_adapters.draft_model import DraftModel
+from parsedec_adapters.ngram import Ngram
 from parsedec_adapters.scripted import Scripted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -23,6 +24,7 @@ TOKENS = torch.randint(5, tiny.VOCAB, (64,), generator=torch.Generator().manual_
 SPECULATORS = {
     "none": NoSpeculation(),
     "draft_model": DraftModel(length=3),
+    "ngram": Ngram(length=3, longest=3, shortest=1),
     "scripted": Scripted(answer=tuple(TOKENS), rate=0.7, depth=3),
 }
 every_speculator = pytest.mark.parametrize("name", SPECULATORS)

@@ -9,7 +9,9 @@ import torch
 
 import tiny
 from parsedec import Parse, Sampling, StopReason, TargetOnly
+from parsedec.types import Seen
 from parsedec_adapters.draft_model import DraftModel
+from parsedec_adapters.ngram import Ngram
 from parsedec_adapters.scripted import Scripted
 
 NEW = 48
@@ -62,6 +64,32 @@ def test_draft_model_never_changes_tokens(family, rate):
     assert steps == len(tokens) - 1 if rate == 0 else steps < len(tokens) - 1
     # recurrent states cannot be cut back: a refusal costs a second call there
     assert 1 + steps <= result.counters.target_calls <= 1 + steps * (2 if model.recurrent else 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_next"])
+def test_prompt_lookup_never_changes_tokens(family):
+    model = tiny.model(family)
+    prompt, tokens = tiny.plain_answer(model)
+    repeated = [*prompt, *tokens, *prompt]  # so that there is something to look up
+    expected, margin = tiny.greedy(model, repeated, NEW)
+    assert margin > 1e-5
+    result = generated(model, repeated, Ngram(length=4, longest=3, shortest=1))
+    assert list(result.tokens) == expected
+    assert sum(result.counters.offered_by_depth) > 0
+
+
+def test_prompt_lookup_finds_the_latest_occurrence():
+    inner = Ngram(length=3, longest=2, shortest=1)
+
+    def guesses(*tokens, budget=9):
+        return inner.propose(inner.start(tokens, Seen(), None), budget).tokens
+
+    assert guesses(1, 2, 9, 1, 2, 7, 8, 5, 1, 2) == (2, 7, 8, 5)  # both tokens, the later place
+    assert guesses(4, 2, 6, 1, 2) == (2, 6, 1, 2)  # the longer end never stood before
+    assert guesses(4, 2, 6, 1, 2, budget=1) == (2, 6)
+    assert guesses(5, 6, 7) == (7,)
+    assert guesses(5) == (5,)
+    assert guesses(5, 5, 5) == (5, 5)  # it may overlap itself
 
 
 def test_end_token_inside_an_accepted_block(tiny_target):
