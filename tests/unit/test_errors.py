@@ -47,7 +47,7 @@ def composed(*overrides):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("inner=draft_modle", "inner=draft_modle does not exist.*'draft_model', 'ngram', 'none'.*Did you mean draft_model?"),
+        ("inner=draft_modle", "inner=draft_modle does not exist.*'draft_model'.*'none'.*Did you mean draft_model?"),
         ("inner@draft.inner=noen", "inner=noen does not exist.*Did you mean none?"),
         ("gate=xyz", r"gate=xyz does not exist; gate is one of \['adaptive', 'always', 'never'\]\.$"),
         ("gte=adaptive", "'gte'.*Did you mean gate"),
