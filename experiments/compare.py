@@ -46,21 +46,16 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from parsedec.experiment.cli import stderr
+    from parsedec.experiment.cli import announced, stderr
     from parsedec.experiment.record import write_text
     from parsedec.experiment.table import markdown, terminal
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with announced(folder / "record.json"):
         record = run(cfg, folder, list(HydraConfig.get().overrides.task))
-    except KeyboardInterrupt:
-        if (folder / "record.json").exists():
-            print(folder / "record.json")  # what was finished is there
-        raise
-    write_text(markdown(record), folder / "table.md")
-    stderr.print(terminal(record))
-    stderr.print(f"table: {folder / 'table.md'}\ntrace: {folder / 'trace.html'}", soft_wrap=True)
-    print(folder / "record.json")
+        write_text(markdown(record), folder / "table.md")
+        stderr.print(terminal(record))
+        stderr.print(f"table: {folder / 'table.md'}\ntrace: {folder / 'trace.html'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -36,20 +36,14 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from parsedec.errors import ParsedecError
-    from parsedec.experiment.cli import stderr
+    from parsedec.experiment.cli import announced, stderr
     from parsedec.experiment.table import terminal
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    record_path = folder / "record.json"
-    try:
+    with announced(folder / "record.json"):
         record = run(cfg, folder)
-    except KeyboardInterrupt:
-        if record_path.exists():
-            print(record_path)  # what was finished is there
-        raise
-    stderr.print(terminal(record))
-    stderr.print(f"trace: {record_path.with_name('trace.html')}", soft_wrap=True)
-    print(record_path)
+        stderr.print(terminal(record))
+        stderr.print(f"trace: {folder / 'trace.html'}", soft_wrap=True)
     if record["summary"]["errors"] == record["summary"]["requests"]:
         raise ParsedecError("no request could be answered; the record says why, request by request.")
 

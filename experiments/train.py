@@ -22,15 +22,11 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
+    from parsedec.experiment.cli import announced
     from parsedec.training import run_recipe
 
-    record_path = Path(cfg.output) / "record.json"
-    try:
+    with announced(Path(cfg.output) / "record.json"):  # after Ctrl-C: what was learnt is in the checkpoint beside it
         run_recipe(cfg)
-    except KeyboardInterrupt:
-        print(record_path)  # what was learnt is in the checkpoint beside it
-        raise
-    print(record_path)
 
 
 if __name__ == "__main__":

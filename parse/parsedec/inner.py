@@ -93,7 +93,7 @@ class Decoder:
         path, bonus = accept(tree, self.session.tree(tree), self.sampler)
         self.session.keep(path)
         self.session.append(bonus)
-        self.tally.count_tree(max(tree.depths()), len(path) - 1)
+        self.tally.count_tree(tree.depth, len(path) - 1)
         return [*(tree.tokens[node] for node in path[1:]), bonus]
 
     def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:
@@ -122,10 +122,9 @@ class Decoder:
             self._state = self.inner.commit(self._state, Outcome(tuple(tokens[self._told :]), seen))
         self._told = len(tokens)
         tree = self.inner.propose(self._state, max(0, budget))
-        depth = max(tree.depths())
-        if depth > max(0, budget) or tree.tokens[0] != tokens[-1]:
+        if tree.depth > max(0, budget) or tree.tokens[0] != tokens[-1]:
             raise ValueError(
-                f"{type(self.inner).__name__} proposed a tree {depth} deep with root {tree.tokens[0]} for a "
+                f"{type(self.inner).__name__} proposed a tree {tree.depth} deep with root {tree.tokens[0]} for a "
                 f"budget of {budget} and root {tokens[-1]}"
             )
         return tree

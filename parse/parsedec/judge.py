@@ -32,6 +32,12 @@ QUESTION = (
 LABELS = ("Correct", "Incorrect")
 
 
+def how_to_ask(target: LanguageModel) -> tuple[str, tuple[str, str]]:
+    """The question and the labels a target is judged with where nobody says otherwise: its card's, else English."""
+    card = target.judge_card
+    return (card.question, card.labels) if card else (QUESTION, LABELS)
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Scores of the probed cuts, in order, and what came out of the same pass.
@@ -97,8 +103,9 @@ class LabelJudge:
 
     def bind(self, target: LanguageModel) -> LabelJudge:
         card = target.judge_card
-        question = self.question or (card.question if card else QUESTION)
-        labels = tuple(self.labels or (card.labels if card and not self.question else LABELS))
+        own_question, own_labels = how_to_ask(target)
+        question = self.question or own_question
+        labels = tuple(self.labels or (LABELS if self.question else own_labels))
         suffix = suffix_text(target, question)
         first = label_tokens(target, suffix, labels)
         ids = tuple(target.encode(suffix))

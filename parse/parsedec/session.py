@@ -69,10 +69,14 @@ class Session:
         """Taps of the cached rows from `start` on."""
         if not self.taps:
             return Seen()
-        if len(self._tap_rows) > 1:
-            self._tap_rows = [torch.cat(self._tap_rows)]
-        rows = self._tap_rows[0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
-        return Seen(rows[start:])
+        none = self._tap_rows[-1][:0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
+        wanted, parts = self.cached - start, []
+        for rows in reversed(self._tap_rows):  # a step asks for the last few; joining all each time would be quadratic
+            if wanted <= 0:
+                break
+            parts.append(rows[-wanted:])
+            wanted -= len(rows)
+        return Seen(torch.cat([none, *reversed(parts)]))
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
@@ -103,7 +107,7 @@ class Session:
         Returns the logits after every node [N, V]; `keep` then commits the accepted path.
         """
         self._drop_staged()
-        self._check_room(max(tree.depths()))
+        self._check_room(tree.depth)
         self.read_ahead()
         if self.pending != [tree.tokens[0]]:
             raise ValueError(f"tree root is {tree.tokens[0]}, the pending tokens {self.pending}; expected the same")

@@ -89,6 +89,11 @@ class Tree:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         return depths
 
+    @property
+    def depth(self) -> int:
+        """Levels below the root."""
+        return self.size - 1 if self.is_chain else max(self.depths())
+
     def path_to(self, node: int) -> list[int]:
         """Node indices from the root to `node`, both included."""
         path = [node]

@@ -104,6 +104,18 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 @contextmanager
+def announced(record_path: Path) -> Iterator[None]:
+    """Ends a command's stdout with the path of its record: when it is done, and after Ctrl-C if one was written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if record_path.exists():
+            print(record_path)  # what was finished is there
+        raise
+    print(record_path)
+
+
+@contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal, nothing elsewhere; call what it yields with a label after each step."""
     columns = (

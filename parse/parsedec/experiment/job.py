@@ -35,6 +35,7 @@ def run_job(
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
     settings = _settings(cfg)
     task = instantiate(cfg.task)
+    problems = task.problems()
     arms = make_arms()
     if earlier:
         for arm in arms:
@@ -52,13 +53,14 @@ def run_job(
 
     def save(status: str) -> None:
         nonlocal record, saved
-        record = head | {"status": status} | _results(arms, baseline)
+        # the bootstrap takes longer than a request on small models: not between the requests that are timed
+        record = head | {"status": status} | _results(arms, None if status == "running" else baseline)
         write_record(record, folder / "record.json")
         saved = time.monotonic()
 
     status = "failed"
     try:
-        left = sum(len(task.problems()) - len(arm.requests) for arm in arms)
+        left = sum(len(problems) - len(arm.requests) for arm in arms)
         with progress(left) as step:
 
             def after_each(name: str) -> None:
@@ -66,7 +68,7 @@ def run_job(
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save("running")
 
-            run_arms(arms, task, settings, after_each)
+            run_arms(arms, task, problems, settings, after_each)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"

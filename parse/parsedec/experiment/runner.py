@@ -46,13 +46,19 @@ class Settings:
                 raise ConfigError(f"{name}={value!r}; expected a whole number, 0 or more.")
 
 
-def run_arms(arms: Sequence[Arm], task: Task, settings: Settings, after_each: Callable[[str], None]) -> None:
+def run_arms(
+    arms: Sequence[Arm],
+    task: Task,
+    problems: Sequence[Problem],
+    settings: Settings,
+    after_each: Callable[[str], None],
+) -> None:
     """Answer every problem with every arm; requests that an earlier, interrupted run has answered are skipped.
 
     after_each  called with the arm's name after every request, e.g. to save and to show progress
     A request that cannot be run (too long, say) is recorded with its error and counts as wrong.
     """
-    problems = task.problems()
+    answered = {(arm.name, request["id"]) for arm in arms for request in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
             _answer(arm, task, problem, settings, 0)
@@ -60,7 +66,7 @@ def run_arms(arms: Sequence[Arm], task: Task, settings: Settings, after_each: Ca
     for index, problem in enumerate(problems):
         for turn in range(len(arms)):
             arm = arms[(index + turn) % len(arms)]  # rotating: no arm always runs on warmer caches
-            if any(request["id"] == problem.id for request in arm.requests):
+            if (arm.name, problem.id) in answered:
                 continue
             arm.requests.append(_answer(arm, task, problem, settings, index))
             after_each(arm.name)

@@ -15,7 +15,7 @@ import torch
 
 from parsedec.boundary import FirstFailure
 from parsedec.experiment.summary import wilson
-from parsedec.judge import LABELS, QUESTION
+from parsedec.judge import how_to_ask
 from parsedec.model import JudgeCard, LanguageModel
 from parsedec.tasks.base import Problem, Task
 from parsedec.text import common_prefix
@@ -195,13 +195,8 @@ def calibrate(model: LanguageModel, report: dict[str, Any], margin: float) -> Ju
     rows = report["thresholds"]
     good = (row["threshold"] for row in rows if row["accuracy"]["share"] >= wanted)
     threshold = min(good, default=max(row["threshold"] for row in rows))
-    before = model.judge_card
-    return JudgeCard(
-        question=before.question if before else QUESTION,
-        labels=before.labels if before else LABELS,
-        threshold=threshold,
-        full_threshold=threshold,
-    )
+    question, labels = how_to_ask(model)
+    return JudgeCard(question=question, labels=labels, threshold=threshold, full_threshold=threshold)
 
 
 def _kept_tokens(one: Judged, threshold: float) -> tuple[int, bool]:

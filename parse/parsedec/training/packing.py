@@ -20,7 +20,7 @@ from torch import Tensor
 from parsedec import masks
 from parsedec.chat import label_tokens, suffix_text
 from parsedec.errors import IncompatibleStack
-from parsedec.judge import LABELS, QUESTION
+from parsedec.judge import how_to_ask
 from parsedec.model import LanguageModel
 
 IGNORED = -100  # the label cross_entropy skips
@@ -119,9 +119,9 @@ class Packer:
                 f"{model.name} has {obstacle}, so its judge cannot be trained in packed rows. Load it with "
                 "attention=sdpa or eager, or choose a model with full or sliding attention."
             )
-        card = model.judge_card
-        text = suffix_text(model, card.question if card else QUESTION)
-        right, wrong = label_tokens(model, text, card.labels if card else LABELS)
+        question, labels = how_to_ask(model)
+        text = suffix_text(model, question)
+        right, wrong = label_tokens(model, text, labels)
         return cls(
             suffix=tuple(model.encode(text)),
             label_ids=(right, wrong),
