@@ -38,17 +38,20 @@ class Score:
 
     first_wrong_line  0-based line of the answer, for tasks that can check every line; None: no line is wrong,
                       or the task cannot tell
+    error_at          offset of the first character from which on no right answer begins like this one; the length of
+                      the text if it ends too early; None: nothing is wrong, or the task cannot tell
     """
 
     correct: bool
     detail: str
     first_wrong_line: int | None = None
+    error_at: int | None = None
 
     def __post_init__(self) -> None:
-        if self.correct and self.first_wrong_line is not None:
+        if self.correct and (self.first_wrong_line, self.error_at) != (None, None):
             raise ValueError(
-                f"Score is correct but names line {self.first_wrong_line} as wrong; expected "
-                "first_wrong_line=None. Set correct=False."
+                f"Score is correct but names line {self.first_wrong_line}, character {self.error_at} as wrong; "
+                "expected first_wrong_line=None and error_at=None. Set correct=False."
             )
 
 

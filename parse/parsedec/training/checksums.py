@@ -1,0 +1,59 @@
+"""Checksums of the models that ship with parsedec, as `sha256sum` writes and checks them.
+
+python -m parsedec.training.checksums            rewrite zoo/CHECKSUMS after a file there has changed
+cd parse/parsedec/zoo && sha256sum -c CHECKSUMS  check them without Python
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+from parsedec.errors import ParsedecError
+from parsedec.experiment.record import write_text
+
+ZOO = Path(str(files("parsedec") / "zoo"))
+NAME = "CHECKSUMS"
+
+
+def shipped(folder: Path = ZOO) -> list[Path]:
+    """Every file below `folder` but documents, hidden files and the list itself, in the order of their names."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md" and path.name != NAME)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def digests(folder: Path = ZOO) -> dict[str, str]:
+    """sha256 of every shipped file, by its path below `folder`."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in shipped(folder)}
+
+
+def write_checksums(folder: Path = ZOO) -> Path:
+    """Write `folder`/CHECKSUMS."""
+    lines = [f"{digest}  {name}\n" for name, digest in digests(folder).items()]
+    return write_text("".join(lines), folder / NAME)
+
+
+def read_checksums(folder: Path = ZOO) -> dict[str, str]:
+    """What `folder`/CHECKSUMS says, by path. ParsedecError for a line that `sha256sum` would not have written."""
+    path = folder / NAME
+    listed: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        digest, gap, name = line[:64], line[64:66], line[66:]
+        if gap != "  " or not name or name in listed or set(digest) - set("0123456789abcdef"):
+            raise ParsedecError(
+                f"{path}, line {number} is {line[:80]!r}; expected a sha256 in 64 small hexadecimal digits, two blanks "
+                "and a path that stands there once. Rewrite it: python -m parsedec.training.checksums"
+            )
+        listed[name] = digest
+    return listed
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in small hexadecimal digits."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    print(write_checksums())
