@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
 from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.meter import Tally
@@ -28,13 +29,14 @@ class Drafter:
         sampler: Sampler,
         prompt: Sequence[int],
         stop: Sequence[str],
+        acceptance: Acceptance | None = None,
     ) -> None:
         self.model = model
         self.target = target
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        self.decoder = Decoder(model, inner, sampler, Tally())
+        self.decoder = Decoder(model, inner, sampler, Tally(), acceptance)
 
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""

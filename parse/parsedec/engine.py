@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
@@ -35,6 +36,7 @@ class Parse:
     draft        the model that writes drafts; without one there is only the inner level
     inner        speculator for the target's decoding (None: plain)
     draft_inner  speculator for the draft model's decoding (None: plain)
+    acceptance   which guesses of the inner speculators stand, for both models (None: Siblings, lossless)
     outer        the outer level; None: PrefixVerification with `judge`, or TargetOnly without a draft model
     judge        shorthand for outer=PrefixVerification(judge=…)
 
@@ -48,6 +50,7 @@ class Parse:
         *,
         inner: InnerSpeculator | None = None,
         draft_inner: InnerSpeculator | None = None,
+        acceptance: Acceptance | None = None,
         outer: Outer | None = None,
         judge: Judge | None = None,
     ) -> None:
@@ -71,12 +74,13 @@ class Parse:
         self.outer: Outer = chosen.bind(target)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
+        self.acceptance: Acceptance = acceptance or Siblings()
         self.history = GateHistory()
 
     @property
     def lossless(self) -> bool:
         """Whether outputs follow the target's own distribution exactly."""
-        return isinstance(self.outer, TargetOnly) and self.inner.lossless
+        return isinstance(self.outer, TargetOnly) and self.inner.lossless and self.acceptance.lossless
 
     def generate(
         self,
@@ -122,9 +126,12 @@ class Parse:
 
     def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device)
-        target = Decoder(self.target, self.inner, sampler, Tally())
-        with meter.span("prefill"):
-            target.session.feed(ids)
+        target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
+        if self.outer.prefill:
+            with meter.span("prefill"):
+                target.session.feed(ids)
+        else:
+            target.session.tokens.extend(ids)
         work = Work(len(ids), target, drafter, answer, meter, self.history)
         text = StopText(TextStream(self.target), limits.stop)
         author = Author.TARGET
@@ -176,7 +183,7 @@ class Parse:
         else:
             own = prompt_ids(self.draft, _messages(prompt))
         _check_length(self.draft, own)
-        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop)
+        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance)
 
     def _target_ids(self, prompt: Prompt) -> list[int]:
         ids = _ids(prompt) or prompt_ids(self.target, _messages(prompt))

@@ -6,9 +6,9 @@ One loop serves the target and the draft model, `inner=none` included: the basel
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-from parsedec.accept import accept
+from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
@@ -49,6 +49,18 @@ class InnerSpeculator(Protocol):
         """The state of the first `length` committed tokens, the last of them being the root."""
 
 
+@runtime_checkable
+class NotesRefused(Protocol):
+    """A speculator that also learns which text an outer level refused. It may resemble what the target writes instead.
+
+    An addition to `InnerSpeculator`, for those that can use it.
+    """
+
+    def note_refused(self, state: Any, at: int, tokens: Sequence[int]) -> Any:
+        """The state after `tokens`, drafted to follow the first `at` committed tokens, were refused. They stay noted
+        when the state is rewound."""
+
+
 class NoSpeculation:
     """inner=none: one token per call, through the same loop as every speculator. Its state is the committed tokens."""
 
@@ -74,23 +86,33 @@ class NoSpeculation:
 class Decoder:
     """A session with its speculator: the two are kept in step here, whatever an outer loop does between."""
 
-    def __init__(self, model: LanguageModel, inner: InnerSpeculator, sampler: Sampler, tally: Tally) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        inner: InnerSpeculator,
+        sampler: Sampler,
+        tally: Tally,
+        acceptance: Acceptance | None = None,
+    ) -> None:
         self.session = Session(model, inner.needs.hidden_layers)
         self.inner = inner
         self.sampler = sampler
         self.tally = tally
+        self.acceptance: Acceptance = acceptance or Siblings()
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of
+        self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
 
     def step(self, budget: int) -> list[int]:
         """Commit at least one and at most `budget` tokens; returns them."""
         logits = self.session.next_logits
         if logits is not None:  # after a prefill or a boundary: the token is there without another pass
-            token = self.sampler.pick(logits)
+            root = Tree.chain(self.session.tokens[-1:])
+            _, token = self.acceptance.accept(root, logits[None], self.sampler)
             self.session.append(token)
             return [token]
         tree = self._propose(budget - 1)
-        path, bonus = accept(tree, self.session.tree(tree), self.sampler)
+        path, bonus = self.acceptance.accept(tree, self.session.tree(tree), self.sampler)
         self.session.keep(path)
         self.session.append(bonus)
         self.tally.count_tree(tree.depth, len(path) - 1)
@@ -111,6 +133,11 @@ class Decoder:
             self._state = self.inner.rewind(self._state, length) if length else None
             self._told = length
 
+    def note_refused(self, tokens: Sequence[int]) -> None:
+        """An outer level refused `tokens`, which were to follow the committed ones."""
+        if tokens and isinstance(self.inner, NotesRefused):
+            self._refused.append((self.session.length, tokens))
+
     def _propose(self, budget: int) -> Tree:
         """A proposal for the tokens as they stand, after telling the speculator what is new."""
         tokens = self.session.tokens
@@ -121,6 +148,10 @@ class Decoder:
             seen = self.session.seen(self._told - 1)
             self._state = self.inner.commit(self._state, Outcome(tuple(tokens[self._told :]), seen))
         self._told = len(tokens)
+        while self._refused:
+            at, refused = self._refused.pop(0)
+            if at <= len(tokens) and isinstance(self.inner, NotesRefused):
+                self._state = self.inner.note_refused(self._state, at, refused)
         tree = self.inner.propose(self._state, max(0, budget))
         if tree.depth > max(0, budget) or tree.tokens[0] != tokens[-1]:
             raise ValueError(

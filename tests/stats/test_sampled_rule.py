@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from parsedec import Parse, Sampling, TargetOnly
-from parsedec.accept import accept_probability, residual
+from parsedec.acceptance import Siblings, Traversal, accept_probability, residual
 from parsedec.sampling import Sampler
 from parsedec_adapters.draft_model import DraftModel
 
@@ -77,14 +77,15 @@ def test_a_wrong_rule_would_be_seen():
     assert float((q - p).abs().max()) > 1e-3
 
 
-def test_sampled_text_follows_the_target(tiny_draft):
+@pytest.mark.parametrize("rule", [Siblings(), Traversal()], ids=["siblings", "traversal"])
+def test_sampled_text_follows_the_target(rule, tiny_draft):
     """Chi-square of the first two sampled tokens through the whole engine, 1,500 draws, top_k=4: 16 outcomes.
 
     A correct sampler fails this once in 10^6 seeds; the seed is fixed.
     """
     target, settings, draws = tiny.model("llama"), Sampling(temperature=1.0, top_k=4), 1500
     prompt = [9, 30, 12]
-    engine = Parse(target, tiny_draft, inner=DraftModel(length=2), outer=TargetOnly())
+    engine = Parse(target, tiny_draft, inner=DraftModel(length=2), acceptance=rule, outer=TargetOnly())
     generator = torch.Generator().manual_seed(5)
     counts: dict[tuple[int, ...], int] = {}
     for _ in range(draws):

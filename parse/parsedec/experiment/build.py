@@ -40,6 +40,7 @@ def build_engine(cfg: DictConfig) -> Parse:
         build_model(draft.model) if draft else None,
         inner=instantiate(cfg.inner),
         draft_inner=instantiate(draft.inner) if draft else None,
+        acceptance=instantiate(cfg.acceptance),
         outer=outer,
     )
 
@@ -48,7 +49,12 @@ def build_draft_alone(cfg: DictConfig) -> Parse:
     """The draft model as if it were the target: the lower end of every comparison."""
     if cfg.draft.model is None:
         raise ConfigError("draft=none, but an arm runs the draft model alone. Choose a draft, or other arms (arms=…).")
-    return Parse(build_model(cfg.draft.model), inner=instantiate(cfg.draft.inner), outer=TargetOnly())
+    return Parse(
+        build_model(cfg.draft.model),
+        inner=instantiate(cfg.draft.inner),
+        acceptance=instantiate(cfg.acceptance),
+        outer=TargetOnly(),
+    )
 
 
 def build_sampling(cfg: DictConfig) -> Sampling:

@@ -1,0 +1,186 @@
+"""Medusa as an inner speculator: a static tree, filled by the heads from one hidden state (arXiv 2401.10774).
+
+The last row of taps belongs to the token before the root. The target's own output matrix has turned it into the root;
+head k turns it into the k-th token after the root (k = 0: the first). No draft model, no cache: a proposal is one
+small matrix product a head, and the state is the rows of the committed tokens.
+
+Shapes in this file:  T + 1 committed tokens, A new ones, H hidden, K heads, R ranks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.model import LanguageModel
+from parsedec.sampling import Sampler
+from parsedec.types import Needs, Outcome, Seen, Tree
+from parsedec_adapters.medusa.checkpoint import load_once
+from parsedec_adapters.medusa.heads import MedusaHeads, output_layer
+from parsedec_adapters.medusa.trees import TreeShape, clip, read_tree
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaState:
+    """Committed tokens and their rows, as a chain of pieces that later and rewound states share.
+
+    before  the state this one was committed to
+    length  committed tokens, the root included
+    tokens  those that this piece added; the last one is the root
+    rows    [A, H] rows of the tokens before each of them ([T, H] in a first piece: its first token has none before it)
+    """
+
+    before: MedusaState | None
+    length: int
+    tokens: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """What `bind` makes ready for one target."""
+
+    heads: MedusaHeads
+    base: nn.Module | None  # the target's output layer, for heads without their own
+    shape: TreeShape
+    index: Tensor  # [N - 1] where in the flattened ranking [K, R] a node's guess stands
+    hidden_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medusa:
+    """A static tree of guesses by the heads in `heads`.
+
+    heads  directory or hub id of heads in any public layout, or heads in memory. For Medusa-2, whose heads are inside
+           the target's directory, name that directory here and as the target
+    tree   name of a tree (trees.json, or "chain"), a list of choices, or a JSON file with such a list
+    nodes  most guesses verified per target call: the tree's first ones; None: all of it
+    """
+
+    lossless: ClassVar[bool] = True
+
+    heads: str | Path | MedusaHeads
+    tree: str | Sequence[Sequence[int]] = "mc_sim_7b_63"
+    nodes: int | None = None
+    stack: Stack | None = None  # filled in by bind
+
+    def __post_init__(self) -> None:
+        if self.nodes is not None and self.nodes < 1:
+            raise ConfigError(f"inner.nodes={self.nodes}; expected at least 1, or null for the whole tree.")
+        TreeShape.of(read_tree(self.tree))  # a wrong tree is an error of the settings, whatever the target
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hidden_layers=(self._bound.hidden_layer,))
+
+    @property
+    def _bound(self) -> Stack:
+        if self.stack is None:
+            raise IncompatibleStack("inner=medusa was not bound to a target; call bind(target, draft) first.")
+        return self.stack
+
+    def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Medusa:
+        loaded = self.heads if isinstance(self.heads, MedusaHeads) else load_once(str(self.heads))
+        name = "the given heads" if isinstance(self.heads, MedusaHeads) else str(self.heads)
+        _check_fit(name, loaded, target)
+        if not isinstance(self.heads, MedusaHeads):
+            _warn_of_another_base(Path(self.heads), target)
+        choices = clip(read_tree(self.tree), heads=loaded.heads, ranks=target.vocab_size, nodes=self.nodes)
+        shape = TreeShape.of(choices)
+        obstacle = target.mask_obstacle if shape.branches else None
+        if obstacle:
+            raise IncompatibleStack(
+                f"{target.name} has {obstacle}; the branches of inner.tree cannot be verified on it. "
+                "Use inner.tree=chain."
+            )
+        heads = loaded if _fits(loaded, target) else _copy(loaded, target)
+        index = torch.tensor([h * shape.width + r for h, r in zip(shape.heads, shape.ranks, strict=True)])
+        stack = Stack(
+            heads=heads,
+            base=output_layer(target) if heads.output is None else None,
+            shape=shape,
+            index=index.to(target.device),
+            hidden_layer=target.num_layers,
+        )
+        return replace(self, stack=stack)
+
+    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> MedusaState:
+        return MedusaState(None, len(tokens), tuple(tokens), _rows(seen))
+
+    @torch.inference_mode()
+    def propose(self, state: MedusaState, budget: int) -> Tree:
+        stack, root = self._bound, state.tokens[-1]
+        depth = min(budget, stack.shape.depth)
+        if depth < 1 or not len(state.rows):
+            return Tree.chain([root])
+        size = stack.shape.sizes[depth]
+        best = self.logits(state.rows[-1], depth).topk(stack.shape.width, dim=-1).indices  # [K, R]
+        guesses = best.flatten()[stack.index[: size - 1]].tolist()
+        return Tree((root, *guesses), stack.shape.parents[:size])
+
+    def commit(self, state: MedusaState, outcome: Outcome) -> MedusaState:
+        if not outcome.tokens:
+            return state
+        return MedusaState(state, state.length + len(outcome.tokens), outcome.tokens, _rows(outcome.seen))
+
+    def rewind(self, state: MedusaState, length: int) -> MedusaState:
+        while state.before is not None and state.before.length >= length:
+            state = state.before
+        cut = state.length - length
+        if cut <= 0:
+            return state
+        return MedusaState(state.before, length, state.tokens[:-cut], state.rows[:-cut])
+
+    @torch.inference_mode()
+    def logits(self, rows: Tensor, first: int | None = None) -> Tensor:
+        """What the heads make of hidden states: [..., H] -> [K, ..., V]. `first`: of the first so many heads."""
+        logits: Tensor = self._bound.heads(rows, self._bound.base, first)
+        return logits
+
+
+def _rows(seen: Seen) -> Tensor:
+    if seen.taps is None:
+        raise IncompatibleStack("inner=medusa was given no hidden states; ask the session for those in `needs`.")
+    return seen.taps[:, 0]
+
+
+def _fits(heads: MedusaHeads, target: LanguageModel) -> bool:
+    return heads.weight.dtype == target.dtype and heads.weight.device == target.device
+
+
+def _copy(heads: MedusaHeads, target: LanguageModel) -> MedusaHeads:
+    """The heads in the target's dtype on its device; the ones given stay as they are."""
+    twin = MedusaHeads(heads=heads.heads, hidden=heads.hidden, vocab=heads.vocab, layers=heads.layers)
+    twin.load_state_dict(heads.state_dict())
+    return twin.to(target.device, target.dtype)
+
+
+def _check_fit(name: str, heads: MedusaHeads, target: LanguageModel) -> None:
+    if heads.hidden != target.hidden_size:
+        raise IncompatibleStack(
+            f"inner.heads ({name}) read hidden states of {heads.hidden} numbers, but {target.name} has "
+            f"{target.hidden_size}. They were trained for another model."
+        )
+    if heads.vocab is not None and heads.vocab != target.vocab_size:
+        raise IncompatibleStack(
+            f"inner.heads ({name}) guess among {heads.vocab} tokens, but {target.name} has {target.vocab_size}. "
+            "They were trained for another vocabulary."
+        )
+
+
+def _warn_of_another_base(folder: Path, target: LanguageModel) -> None:
+    """Medusa-2 tunes the target together with its heads: with another target they guess poorly, and nothing fails."""
+    own = str(getattr(target.hf.config, "name_or_path", ""))
+    if own and any(folder.glob("model*.safetensors")) and Path(own).resolve() != folder.resolve():
+        log.warning(
+            "inner.heads=%s is a whole Medusa-2 model, but the target was loaded from %s; its heads were trained "
+            "together with its own weights. Use target.source=%s.", folder, own, folder)  # fmt: skip
