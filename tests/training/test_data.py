@@ -59,6 +59,20 @@ def test_only_right_text_is_taught(zoo):
         assert mark(zoo, TASK, problem, right.tokens, False).taught == len(right.tokens)  # it did not end
 
 
+def test_the_first_wrong_token_is_the_first_that_no_right_answer_has(zoo):
+    rng = random.Random(3)
+    for problem in PROBLEMS:
+        right = clean(zoo, TASK, problem, solution, rng)
+        assert (right.sound, right.slips) == (len(right.tokens), False)
+        wrong = injected(zoo, TASK, problem, solution, rng)
+        text, sound = zoo.decode(wrong.tokens), zoo.decode(wrong.tokens[: wrong.sound])
+        line = wrong.right.index(False)
+        assert sound.count("\n") in (line, line + 1)  # + 1: a line whose only fault is to end too early
+        assert wrong.slips
+        at = TASK.score(problem, text).error_at
+        assert len(sound) <= at < len(zoo.decode(wrong.tokens[: wrong.sound + 1]))
+
+
 def test_a_batch_depends_on_seed_and_step_alone(zoo):
     one, two = batches(zoo), batches(zoo)
     far = one.per_epoch + 1  # in the second epoch, asked for without the first

@@ -8,8 +8,9 @@ import torch
 
 import tiny
 from parsedec.errors import ConfigError, IncompatibleStack, ParsedecError
-from parsedec.training.loop import Optimisation, Trainer
+from parsedec.training.loop import Trainer
 from parsedec.training.packing import Answer, Packer, Row
+from parsedec.training.solve_judge import Optimisation, SolveAndJudge
 
 STEPS = 8
 OPTIMISATION = Optimisation(steps=STEPS, rate=2e-3, warmup=1, hint_weight=1.0, hints=[1])
@@ -19,14 +20,18 @@ def batch(model, seed=0):
     """Answers that count up; a prefix is right while it counts."""
     packer, rows = Packer.of(model), []
     for start in range(10 + seed % 3, 40, 6):
-        right = Answer(tuple(range(start, start + 8)), (4, 8), (True, True), 9)
-        wrong = Answer((*range(start, start + 5), 60, 61, 62), (4, 8), (True, False), 0)
+        right = Answer(tuple(range(start, start + 8)), (4, 8), (True, True), 9, 8)
+        wrong = Answer((*range(start, start + 5), 60, 61, 62), (4, 8), (True, False), 0, 5, True)
         rows.append(Row((2, start - 1, 3), (right, wrong)))
     return packer.pack(rows)
 
 
 def fresh():
     return dataclasses.replace(tiny.model("llama"), hf=copy.deepcopy(tiny.model("llama", layers=2).hf))
+
+
+def trainer_of(model, optimisation=OPTIMISATION, autocast=False):
+    return Trainer(SolveAndJudge(model, optimisation, autocast=autocast), optimisation)
 
 
 class Killed(Exception):
@@ -42,7 +47,7 @@ def batches(model, start, stop, killed_at=None):
 
 def test_loss_of_solving_and_of_judging_falls():
     model = fresh()
-    trainer = Trainer(model, dataclasses.replace(OPTIMISATION, steps=25), autocast=False)
+    trainer = trainer_of(model, dataclasses.replace(OPTIMISATION, steps=25))
     trainer.train((batch(model) for _ in range(25)), report_steps=5)
     first, last = trainer.history[0], trainer.history[-1]
     assert last["solve_loss"] < 0.5 * first["solve_loss"]
@@ -53,20 +58,20 @@ def test_loss_of_solving_and_of_judging_falls():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, autocast):
-    unbroken = Trainer(fresh(), OPTIMISATION, autocast=autocast)
-    unbroken.train(batches(unbroken.model, 0, STEPS), report_steps=2)
+    unbroken = trainer_of(fresh(), autocast=autocast)
+    unbroken.train(batches(unbroken.objective.model, 0, STEPS), report_steps=2)
 
-    killed = Trainer(fresh(), OPTIMISATION, autocast=autocast)
+    killed = trainer_of(fresh(), autocast=autocast)
     with pytest.raises(Killed):
         killed.train(
-            batches(killed.model, 0, STEPS, killed_at=5), checkpoint=tmp_path / "c.pt", checkpoint_minutes=0,
+            batches(killed.objective.model, 0, STEPS, killed_at=5), checkpoint=tmp_path / "c.pt", checkpoint_minutes=0,
             report_steps=2)  # fmt: skip
 
-    resumed = Trainer(fresh(), OPTIMISATION, autocast=autocast)
+    resumed = trainer_of(fresh(), autocast=autocast)
     resumed.restore(tmp_path / "c.pt")
     assert resumed.step == 5
-    resumed.train(batches(resumed.model, resumed.step, STEPS), report_steps=2)
-    ours, theirs = resumed.model.hf.state_dict(), unbroken.model.hf.state_dict()
+    resumed.train(batches(resumed.objective.model, resumed.step, STEPS), report_steps=2)
+    ours, theirs = resumed.objective.model.hf.state_dict(), unbroken.objective.model.hf.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     strip = [[{k: v for k, v in entry.items() if k != "step_s"} for entry in t.history] for t in (resumed, unbroken)]
     assert strip[0][-1]["step"] == strip[1][-1]["step"] == STEPS
@@ -74,14 +79,14 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, autocas
 
 def test_verdicts_weigh_nothing_when_told_so():
     model = fresh()
-    still = Trainer(model, dataclasses.replace(OPTIMISATION, verdict_weight=0.0), autocast=False)
+    still = trainer_of(model, dataclasses.replace(OPTIMISATION, verdict_weight=0.0))
     right, wrong = Packer.of(model).label_ids
     before = [p.clone() for p in model.hf.parameters()]
     only = batch(model)
     only.labels[~only.verdicts] = -100
     sums = still.train_step(only)
-    assert sums["verdict_labels"] == 4 * 5
-    assert sums["solve_labels"] == 0
+    assert sums["verdict"][2] == 4 * 5
+    assert sums["solve"][2] == 0
     # no gradient at all: only weight decay moved the matrices
     for old, new in zip(before, model.hf.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-2, atol=1e-6)
@@ -104,9 +109,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     capped = fresh()
     capped.hf.config.final_logit_softcapping = 30.0
     with pytest.raises(IncompatibleStack, match="softcapping"):
-        Trainer(capped, OPTIMISATION)
+        trainer_of(capped)
     with pytest.raises(ConfigError, match="hints"):
-        Trainer(fresh(), dataclasses.replace(OPTIMISATION, hints=[2]))  # of two layers, the last
+        trainer_of(fresh(), dataclasses.replace(OPTIMISATION, hints=[2]))  # of two layers, the last
     (tmp_path / "half.pt").write_bytes(b"half a checkpoint")
     with pytest.raises(ParsedecError, match="checkpoint"):
-        Trainer(fresh(), OPTIMISATION).restore(tmp_path / "half.pt")
+        trainer_of(fresh()).restore(tmp_path / "half.pt")

@@ -12,7 +12,7 @@ from parsedec.session import Session
 from parsedec.training.packing import IGNORED, RIGHT, WRONG, Answer, Packer, Row
 
 ANSWERS = (
-    Answer(tuple(range(10, 21)), (3, 7, 11), (True, True, False), 7),
+    Answer(tuple(range(10, 21)), (3, 7, 11), (True, True, False), 7, 9, True),
     Answer(tuple(range(30, 36)), (2, 6), (True, True), 7),
     Answer(tuple(range(40, 44)), (), (), 0),
 )
@@ -70,8 +70,8 @@ def test_labels_are_the_next_tokens_and_the_verdicts(tiny_target):
     right, wrong = packer.label_ids
     assert [labels[i] for i in packer.verdict_positions(row)[0]] == [right, right, wrong]
     assert batch.verdicts.sum() == 3
-    ends = {p + cut - 1: WRONG if cut == 11 else RIGHT for cut in ANSWERS[0].cuts}
-    assert batch.lines[0].tolist() == [ends.get(i, IGNORED) for i in range(len(labels))]
+    slips = {p + i: WRONG if i == 9 else RIGHT for i in range(10)}
+    assert batch.slips[0].tolist() == [slips.get(i, IGNORED) for i in range(len(labels))]
     whole = packer.pack([Row(ROW.prompt, ANSWERS[1:2])])
     assert whole.labels[0, p + 5] == packer.end_id  # a right answer is also taught to end
 
@@ -90,6 +90,9 @@ def test_answer_refuses_what_contradicts_itself():
     for cuts, right, taught in [((3, 2), (True, True), 0), ((1,), (), 0), ((9,), (True,), 0), ((), (), 5)]:
         with pytest.raises(ValueError, match="Answer"):
             Answer((7, 8, 9), cuts, right, taught)
+    for sound, slips in [(-1, False), (4, False), (3, True)]:
+        with pytest.raises(ValueError, match="sound"):
+            Answer((7, 8, 9), (), (), 0, sound, slips)
 
 
 def test_recurrent_models_are_refused():

@@ -9,34 +9,49 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from parsedec.errors import OutputExistsError
+from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.model import load
 from parsedec.training import run_recipe
+from parsedec.training.heads import acceptance
 from parsedec.training.loop import Trainer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
-TINY = [
-    "preset.compile=false", "preset.positions=1280", "preset.report_steps=2", "preset.generation_batch=8",
-    "recipe.init=null", "recipe.shape.layers=2", "recipe.shape.hidden_size=64", "recipe.shape.heads=2",
-    "recipe.shape.intermediate_size=64", "recipe.lengths=[640]", "recipe.task.n=12", "recipe.evaluation.task.n=2",
-    "recipe.max_new_tokens=24", "recipe.optimisation.steps=4", "recipe.optimisation.rate=5e-3",
+COMMON = [
+    "preset.attention=sdpa", "preset.compile=false", "preset.report_steps=2", "preset.generation_batch=8",
+    "recipe.task.n=12", "recipe.evaluation.task.n=2", "recipe.max_new_tokens=24", "recipe.optimisation.steps=4",
     "recipe.optimisation.warmup=0",
 ]  # fmt: skip
+MODEL = [
+    "preset.positions=1280", "recipe.init=null", "recipe.grow=0", "recipe.freeze=0", "recipe.shape.layers=2",
+    "recipe.shape.hidden_size=64", "recipe.shape.heads=2", "recipe.shape.intermediate_size=64",
+    "recipe.lengths=[640]", "recipe.optimisation.rate=5e-3",
+]  # fmt: skip
+JUDGING = [
+    "recipe.drafts.problems=3", "recipe.optimisation.hints=[1]", "recipe.evaluation.thresholds=[0.5]",
+    "recipe.evaluation.calibration.n=2",
+]  # fmt: skip
+HEAD = ["recipe.positions=600", "recipe.optimisation.steps=8"]
 SETTINGS = {
-    "zoo_target": [
-        "recipe.drafts.problems=3",
-        "recipe.optimisation.hints=[1]",
-        "recipe.evaluation.thresholds=[0.5]",
-        "recipe.evaluation.calibration.n=2",
-    ],
-    "zoo_draft": [],
+    "zoo_base": [*MODEL, *JUDGING],
+    "zoo_target": [*MODEL, *JUDGING],
+    "zoo_draft": MODEL,
+    "zoo_eagle3": [*HEAD, "recipe.head.passes=2"],
+    "zoo_medusa": HEAD,
+    "zoo_pard": HEAD,
+    "zoo_parallelspec": HEAD,
 }
+MODELS = [recipe for recipe, settings in SETTINGS.items() if settings[0] == MODEL[0]]
+HEADS = [recipe for recipe in SETTINGS if recipe not in MODELS]
 
 
 def composed(recipe, output, *more):
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose("train", [f"recipe={recipe}", *TINY, *SETTINGS[recipe], f"output={output}", *more])
+        return compose("train", [f"recipe={recipe}", *COMMON, *SETTINGS[recipe], f"output={output}", *more])
+
+
+def test_every_recipe_is_tried_here():
+    assert sorted(SETTINGS) == RECIPES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -49,7 +64,7 @@ def test_every_recipe_composes_with_every_preset(recipe, preset):
     assert resolved["recipe"]["task"]["n"] == resolved["recipe"]["problems_for"][preset]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", MODELS)
 def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
     record = run_recipe(composed(recipe, tmp_path))
     assert record == json.loads((tmp_path / "record.json").read_text())
@@ -64,6 +79,44 @@ def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
     assert model.tokenizer.chat_template
     with pytest.raises(OutputExistsError, match="resume"):
         run_recipe(composed(recipe, tmp_path))
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_a_few_steps_make_a_head_that_guesses(recipe, tmp_path):
+    record = run_recipe(composed(recipe, tmp_path))
+    assert record["status"] == "finished"
+    first, last = record["history"][0], record["history"][-1]
+    assert last["depth_2_loss"] < first["depth_2_loss"]
+    measured = record["evaluation"]
+    assert measured["problems"] == 2
+    low, high = measured["tau_interval"]
+    assert 1 <= low <= measured["tau"] <= high
+    assert measured["offered_by_depth"][0] >= measured["accepted_by_depth"][0]
+    # the exported head is what was measured: the same weights give the same figures again
+    assert acceptance(composed(recipe, tmp_path), tmp_path / "model") == measured
+
+
+def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    run_recipe(composed("zoo_eagle3", tmp_path / "unbroken"))
+    step = Trainer.train_step
+
+    def interrupted(self, batch):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(composed("zoo_eagle3", tmp_path / "broken"))
+    monkeypatch.setattr(Trainer, "train_step", step)
+    run_recipe(composed("zoo_eagle3", tmp_path / "broken", "resume=true"))
+    for name in ("model/model.safetensors", "answers.json"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_unknown_kinds_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="kind"):
+        run_recipe(composed("zoo_draft", tmp_path, "recipe.kind=poem"))
 
 
 def test_an_interrupted_recipe_ends_like_an_unbroken_one(tmp_path, monkeypatch):

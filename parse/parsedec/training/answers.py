@@ -7,12 +7,13 @@ Only text that is right is learnt as text.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
 from parsedec.model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
-from parsedec.tasks.base import Problem, Task
+from parsedec.tasks.base import Problem, Score, Task
 from parsedec.text import Draft
 from parsedec.training.packing import Answer
 
@@ -52,7 +53,17 @@ def mark(
         kept = next((k for k, good in enumerate(right) if not good), len(right))
         # + 1: the line break behind the last right line is still right
         taught = cuts[kept - 1] + 1 if teach_until_error and kept else 0
-    return Answer(draft.tokens, tuple(cuts), tuple(right), taught)
+    return Answer(draft.tokens, tuple(cuts), tuple(right), taught, *_soundness(draft, score))
+
+
+def _soundness(draft: Draft, score: Score) -> tuple[int, bool]:
+    """How many leading tokens begin a right answer, and whether the next one is known not to."""
+    if score.correct:
+        return len(draft.tokens), False
+    if score.error_at is None:  # the task does not tell
+        return 0, False
+    at = bisect_right(draft.ends, score.error_at)  # the first token that reaches beyond the error
+    return at, at < len(draft.tokens)
 
 
 def clean(model: LanguageModel, task: Task, problem: Problem, solution: Solution, rng: random.Random) -> Answer:

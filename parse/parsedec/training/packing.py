@@ -35,12 +35,16 @@ class Answer:
     cuts    K ascending positions in 1..N at which it is judged
     right   K verdicts: whether tokens[:cut] is free of errors
     taught  how many leading tokens are learnt as text; N + 1: all of them and the end token
+    sound   how many leading tokens are known to begin a right answer
+    slips   whether the token behind those is known to be the first that no right answer has
     """
 
     tokens: tuple[int, ...]
     cuts: tuple[int, ...]
     right: tuple[bool, ...]
     taught: int
+    sound: int = 0
+    slips: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -52,6 +56,8 @@ class Answer:
                 f"Answer has {len(self.cuts)} cuts, {len(self.right)} verdicts and taught={self.taught} of {n} tokens; "
                 f"expected one verdict a cut and taught from 0 to {n + 1}"
             )
+        if not 0 <= self.sound <= n - self.slips:
+            raise ValueError(f"Answer has sound={self.sound}, slips={self.slips} for {n} tokens; expected at most {n}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ class Batch:
     attention_mask  additive [B, 1, R, R], or one per layer kind
     labels          [B, R] the token each position has to predict; IGNORED: none
     verdicts        [B, R] whether that token is a verdict
-    lines           [B, R] at the last token of a line: RIGHT, or WRONG for the first wrong one; IGNORED elsewhere
+    slips           [B, R] RIGHT at a token that still begins a right answer, WRONG at the first that does not; IGNORED
+                    elsewhere
     """
 
     input_ids: Tensor
@@ -81,7 +88,7 @@ class Batch:
     attention_mask: Tensor | dict[str, Tensor]
     labels: Tensor
     verdicts: Tensor
-    lines: Tensor
+    slips: Tensor
 
     def to(self, device: torch.device) -> Batch:
         mask = self.attention_mask
@@ -91,7 +98,7 @@ class Batch:
             {kind: m.to(device) for kind, m in mask.items()} if isinstance(mask, dict) else mask.to(device),
             self.labels.to(device, non_blocking=True),
             self.verdicts.to(device, non_blocking=True),
-            self.lines.to(device, non_blocking=True),
+            self.slips.to(device, non_blocking=True),
         )
 
 
@@ -157,8 +164,8 @@ class Packer:
             if isinstance(additive[0], dict)
             else torch.cat(additive)
         )
-        ids, positions, labels, verdicts, lines = (torch.stack([part[i] for part in parts]) for i in (0, 1, 3, 4, 5))
-        return Batch(ids, positions, mask, labels, verdicts, lines)
+        ids, positions, labels, verdicts, slips = (torch.stack([part[i] for part in parts]) for i in (0, 1, 3, 4, 5))
+        return Batch(ids, positions, mask, labels, verdicts, slips)
 
     def verdict_positions(self, row: Row) -> list[list[int]]:
         """Where in the packed row each answer's verdicts are read, one list per answer."""
@@ -180,7 +187,7 @@ class Packer:
         allowed = torch.eye(length, dtype=torch.bool)
         allowed[:p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
         labels = torch.full((length,), IGNORED)
-        lines = torch.full((length,), IGNORED)
+        slips = torch.full((length,), IGNORED)
         verdicts = torch.zeros(length, dtype=torch.bool)
         for answer, judged in zip(row.answers, self.verdict_positions(row), strict=True):
             at, n = len(ids), len(answer.tokens)
@@ -197,11 +204,11 @@ class Packer:
             if judged:
                 labels[judged] = torch.tensor([self.label_ids[0 if right else 1] for right in answer.right])
                 verdicts[judged] = True
-                first = (*answer.right, False).index(False) + 1  # lines after the first wrong one are neither
-                ends = [at + cut - 1 for cut in answer.cuts[:first]]
-                lines[ends] = torch.tensor([RIGHT if right else WRONG for right in answer.right[:first]])
+            slips[at : at + answer.sound] = RIGHT
+            if answer.slips:
+                slips[at + answer.sound] = WRONG
         ids += [self.pad_id] * (length - total)
         mask = masks.for_model(
             allowed, positions, positions, windows=dict(self.windows), dtype=self.dtype, device=torch.device("cpu")
         )
-        return torch.tensor(ids), positions, mask, labels, verdicts, lines
+        return torch.tensor(ids), positions, mask, labels, verdicts, slips

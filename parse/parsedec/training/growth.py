@@ -1,0 +1,92 @@
+"""More layers for a trained model: a judge's errors are found in them, while what the model knows stays as it is.
+
+What a new layer adds to the residual stream is zero at first, so training goes on from all the model can do. The first
+new layer begins by looking at the position before: there stands what the model expected the token to be, and that it
+is another one is how an error shows. Random attention would have to find that out by itself, which takes far longer.
+
+Shapes in this file:  H hidden, d head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parsedec.errors import ConfigError
+from parsedec.model import LanguageModel
+
+# Weights of rotation speeds 0 to 3, and of the slowest one, in the score of a head that looks one position back. With
+# them the score is 1 there, at most 0.3 at its neighbours and below 0 nearly everywhere else.
+FAST, SLOWEST = 0.75, -2.0
+SHARPNESS = 5.5  # what the score is multiplied by in front of the softmax
+
+
+def grown(model: LanguageModel, layers: int, seed: int, texts: Sequence[Sequence[int]]) -> LanguageModel:
+    """The model with `layers` more layers on top that change nothing yet; it reads `texts` to set up the first."""
+    config = copy.deepcopy(model.hf.config)
+    old = config.num_hidden_layers
+    config.num_hidden_layers = old + layers
+    torch.manual_seed(seed)  # transformers draws the new weights from the global generator
+    hf: Any = type(model.hf)(config).to(model.device)
+    hf.load_state_dict(model.hf.state_dict(), strict=False)
+    try:
+        new = list(hf.base_model.layers[old:])
+        for layer in new:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+        _look_back(new[0].self_attn, _constant(hf, old, new[0].input_layernorm, texts))
+    except AttributeError as missing:
+        raise ConfigError(
+            f"recipe.grow={layers}: {type(hf).__name__} has not the layers this knows how to add ({missing}); expected "
+            "layers of the Llama type. Use recipe.grow=0."
+        ) from missing
+    return LanguageModel.wrap(hf, model.tokenizer, name=model.name, judge_card=model.judge_card)
+
+
+def freeze(model: LanguageModel, layers: int) -> None:
+    """Keep the embeddings and the first `layers` layers as they are; 0: train everything."""
+    if not 0 <= layers < model.num_layers:
+        raise ConfigError(f"recipe.freeze={layers}, but the model has {model.num_layers} layers; expected fewer.")
+    if layers:
+        for part in (model.hf.get_input_embeddings(), *model.hf.base_model.layers[:layers]):
+            part.requires_grad_(False)
+
+
+@torch.no_grad()
+def _constant(hf: Any, layer: int, norm: Any, texts: Sequence[Sequence[int]]) -> Tensor:
+    """A direction [H] along which the normed inputs of a layer are all about 1: projections here have no bias."""
+    rows = torch.cat(
+        [
+            norm(hf.base_model(_ids(hf, text), use_cache=False, output_hidden_states=True).hidden_states[layer])[0]
+            for text in texts
+        ]
+    ).double()
+    gram = rows.T @ rows / len(rows)
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    constant: Tensor = torch.linalg.solve(gram, rows.mean(0))
+    return constant.float()
+
+
+def _ids(hf: Any, text: Sequence[int]) -> Tensor:
+    return torch.tensor([list(text)], device=next(hf.parameters()).device)
+
+
+@torch.no_grad()
+def _look_back(attention: Any, constant: Tensor) -> None:
+    """Make every head attend one position back, and pass on what it finds there."""
+    d, config = attention.head_dim, attention.config
+    speeds = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2) / d)  # radians a position, [d / 2]
+    weights = torch.zeros(d // 2)
+    weights[:4], weights[-1] = FAST, SLOWEST
+    weights *= SHARPNESS * d**0.5
+    zero = torch.zeros(d // 2)
+    query = torch.cat([weights.abs().sqrt(), zero])  # rotation i turns components i and i + d / 2
+    key = torch.cat([weights.sign() * weights.abs().sqrt() * turned for turned in (speeds.cos(), speeds.sin())])
+    for projection, vector in ((attention.q_proj, query), (attention.k_proj, key)):
+        heads = projection.out_features // d
+        projection.weight.copy_(vector.repeat(heads)[:, None] * constant[None])
+    nn.init.eye_(attention.v_proj.weight)

@@ -1,0 +1,246 @@
+"""Recipes for heads: an inner speculator's weights, distilled from a target's own answers.
+
+The target answers the recipe's problems by itself; then, step by step, it reads some of those answers again and shows
+the head what the head would see while guessing - hidden states, tokens - and what the right guesses were: its own
+distribution over the next token at every later position. Any target that can be loaded will do.
+
+    loss = sum over depths d of decay^(d-1) · mean CE(target's distribution, guess made d tokens ahead)
+
+output/answers.json   the target's answers (kept for a resumption)
+output/model/         the head in its public checkpoint layout
+
+Shapes in this file:  B texts, T positions, L taps, H hidden, M guesses, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from parsedec.engine import Parse
+from parsedec.errors import ConfigError
+from parsedec.model import LanguageModel, load
+from parsedec.training.drafts import Pool, load_or_sample
+from parsedec.training.generation import prompts
+from parsedec.training.loop import Loss, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts with the target's answers, and what it shows while reading them.
+
+    ids      [B, T] padded at the end
+    answers  [B, T] whether the token behind a position belongs to the answer (its end token included)
+    taps     [B, T, L, H] hidden states the head asked for
+    """
+
+    ids: Tensor
+    answers: Tensor
+    taps: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Guesses that a head makes a given number of tokens ahead.
+
+    depth    1: of the token the speculator would put right behind its root
+    logits   [M, V] or, with `columns`, [M, len(columns)]
+    rows     [M] flat positions b * T + t whose next token is guessed
+    columns  target ids of the logits' columns; None: all of the vocabulary
+    """
+
+    depth: int
+    logits: Tensor
+    rows: Tensor
+    columns: Tensor | None = None
+
+
+class Head(Protocol):
+    """A speculator's weights in training."""
+
+    layers: tuple[int, ...]
+    """Hidden states it reads, as in `output_hidden_states`."""
+
+    module: nn.Module
+    """What is trained."""
+
+    def guesses(self, texts: Texts) -> Iterator[Guess]:
+        """All guesses about the answers, with a gradient, depth by depth."""
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint that the speculator's loader reads."""
+
+
+class NewHead(Protocol):
+    """Makes a head for a target; a recipe names one and its settings (`head`)."""
+
+    def __call__(self, *, target: LanguageModel, answers: Pool, seed: int) -> Head: ...
+
+
+class Distillation:
+    """The objective of heads."""
+
+    def __init__(self, target: LanguageModel, head: Head, *, decay: float, autocast: bool = True) -> None:
+        if not 0 < decay <= 1:
+            raise ConfigError(f"recipe.decay={decay}; expected above 0 and at most 1.")
+        self.target = target
+        self.head = head
+        self.decay = decay
+        self.autocast = autocast
+        self.trained = head.module
+        self.helpers: nn.Module = nn.Module()
+        target.hf.requires_grad_(False)
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> Iterator[Loss]:
+        device = self.target.device
+        ids, answers = (part.to(device) for part in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            hidden, taps = self._read(ids)
+            for guess in self.head.guesses(Texts(ids, answers, taps)):
+                yield self._loss(guess, hidden.flatten(0, 1)[guess.rows])
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's last hidden states [B, T, H] and the taps. Texts are padded behind: causal reading is enough."""
+        out = self.target.hf.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        layers = [out.hidden_states[layer] for layer in self.head.layers]
+        none = out.last_hidden_state.new_empty(*ids.shape, 0, self.target.hidden_size)
+        return out.last_hidden_state, torch.stack(layers, dim=2) if layers else none
+
+    def _loss(self, guess: Guess, hidden: Tensor) -> Loss:
+        with torch.no_grad():
+            logits = self.target.hf.get_output_embeddings()(hidden).float()  # [M, V]
+            teacher = (logits if guess.columns is None else logits[:, guess.columns]).softmax(-1)
+        likely = guess.logits.float().log_softmax(-1)
+        best = guess.logits.argmax(-1)
+        best = best if guess.columns is None else guess.columns[best]
+        hits = (best == logits.argmax(-1)).sum()
+        total = -(teacher * likely).sum()
+        return Loss(f"depth_{guess.depth}", self.decay ** (guess.depth - 1), total, hits, len(guess.rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Batch number `step`: (ids [B, T], answers [B, T]), a pure function of (seed, step).
+
+    positions  a batch has about so many, padding included
+    """
+
+    contexts: Sequence[Sequence[int]]
+    pool: Pool
+    end_id: int
+    pad_id: int
+    positions: int
+    seed: int
+    _by_length: list[tuple[list[int], int]] = field(
+        init=False
+    )  # (context, answer and end token; length of the context)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"{self.seed}/{step}")
+        # texts of about one length, so that little is padding: a random one and its neighbours
+        middle = rng.randrange(len(self._by_length))
+        texts = [self._by_length[middle]]
+        reach = max(1, self.positions // len(texts[0][0]))
+        low = max(0, min(middle - reach, len(self._by_length) - 2 * reach - 1))
+        texts += rng.sample(self._by_length[low : low + 2 * reach + 1], min(reach - 1, len(self._by_length)))
+        longest = max(len(ids) for ids, _ in texts)
+        ids = torch.full((len(texts), longest), self.pad_id)
+        answers = torch.zeros(len(texts), longest, dtype=torch.bool)
+        for row, (tokens, start) in enumerate(texts):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            answers[row, start - 1 : len(tokens) - 1] = True
+        return ids, answers
+
+    def __post_init__(self) -> None:
+        texts = [
+            ([*context, *answer, *([self.end_id] if ended else [])], len(context))
+            for context, answers in zip(self.contexts, self.pool, strict=True)
+            for answer, ended in answers
+        ]
+        if not texts:
+            raise ConfigError("the target wrote no answer to learn from. Ask it other problems (recipe.task).")
+        object.__setattr__(self, "_by_length", sorted(texts, key=lambda text: len(text[0])))
+
+
+class HeadJob:
+    """kind=head: weights of an inner speculator."""
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        recipe, preset = cfg.recipe, cfg.preset
+        self.cfg = cfg
+        self.folder = folder
+        target = load(recipe.target, dtype="float32", device=preset.device, attention=preset.attention)
+        problems = instantiate(recipe.task).problems()
+        pool = load_or_sample(
+            folder / "answers.json",
+            target,
+            problems,
+            [instantiate(one) for one in recipe.answers],
+            max_new_tokens=recipe.max_new_tokens,
+            batch=preset.generation_batch,
+            seed=cfg.seed,
+        )
+        self.texts = TextBatches(
+            contexts=prompts(target, problems),
+            pool=pool,
+            end_id=target.end_ids[0],
+            pad_id=target.tokenizer.pad_token_id or 0,
+            positions=recipe.positions,
+            seed=cfg.seed,
+        )
+        torch.manual_seed(cfg.seed)  # what a head draws while it learns comes from the global generator
+        self.head: Head = instantiate(recipe.head, _partial_=True)(target=target, answers=pool, seed=cfg.seed)
+        self.schedule: Schedule = instantiate(recipe.optimisation)
+        self.objective = Distillation(target, self.head, decay=recipe.decay, autocast=preset.autocast)
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from DataLoader(
+            self.texts, batch_size=None, sampler=range(start, stop), num_workers=self.cfg.preset.workers
+        )
+
+    def finish(self) -> dict[str, Any]:
+        self.head.save(self.folder / "model")
+        return {"evaluation": acceptance(self.cfg, self.folder / "model")}
+
+
+def acceptance(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Mean accepted tokens per target call (tau) of the exported head on unseen problems, at the engine's own loop.
+
+    tau counts the token that every call yields besides its accepted guesses, as EAGLE's papers and Medusa's do.
+    The interval is a 95 % bootstrap over problems.
+    """
+    recipe = cfg.recipe
+    target = load(recipe.target, dtype="float32", device=cfg.preset.device)
+    problems = instantiate(recipe.evaluation.task).problems()
+    speculator = instantiate(recipe.evaluation.speculator)(**{recipe.evaluation.weights: str(folder)})
+    engine = Parse(target, inner=speculator)
+    steps, tokens, offered, accepted = [], [], np.zeros(64, int), np.zeros(64, int)
+    for problem in problems:
+        counters = engine.generate(problem.prompt, max_new_tokens=recipe.max_new_tokens).counters
+        steps.append(counters.inner_steps)
+        tokens.append(counters.inner_steps + sum(counters.accepted_by_depth))
+        offered[: len(counters.offered_by_depth)] += counters.offered_by_depth
+        accepted[: len(counters.accepted_by_depth)] += counters.accepted_by_depth
+    rows = np.array([tokens, steps])
+    draws = np.random.default_rng(cfg.seed).integers(len(problems), size=(2000, len(problems)))
+    samples = rows[0][draws].sum(1) / rows[1][draws].sum(1)
+    depth = int(np.flatnonzero(offered).max(initial=-1)) + 1
+    return {
+        "problems": len(problems),
+        "target_calls": int(rows[1].sum()),
+        "tau": float(rows[0].sum() / rows[1].sum()),
+        "tau_interval": [float(x) for x in np.percentile(samples, [2.5, 97.5])],
+        "offered_by_depth": offered[:depth].tolist(),
+        "accepted_by_depth": accepted[:depth].tolist(),
+    }

@@ -1,0 +1,68 @@
+"""Growing a model: nothing changes at first, the new layer looks back, and frozen layers stay as they are."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import tiny
+from parsedec.errors import ConfigError
+from parsedec.model import load
+from parsedec.tasks.zoo_arithmetic import ZooArithmetic
+from parsedec.training.generation import prompts
+from parsedec.training.growth import freeze, grown
+from parsedec.training.loop import Trainer
+from parsedec.training.packing import Answer, Packer, Row
+from parsedec.training.solve_judge import Optimisation, SolveAndJudge
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return load("zoo:draft", dtype="float32", device="cpu", attention="eager")
+
+
+@pytest.fixture(scope="module")
+def texts(draft):
+    return prompts(draft, ZooArithmetic(n=24).problems())
+
+
+def test_a_grown_model_says_the_same(draft, texts):
+    taller = grown(draft, 2, 0, texts)
+    assert taller.num_layers == draft.num_layers + 2
+    with torch.inference_mode():
+        for text in texts[:3]:
+            ids = torch.tensor([text])
+            torch.testing.assert_close(taller.hf(ids).logits, draft.hf(ids).logits, rtol=0, atol=0)
+
+
+def test_the_first_new_layer_looks_one_position_back(draft, texts):
+    """On texts it was not set up with, most of the attention goes there; random attention would give it 1/n."""
+    taller = grown(draft, 1, 0, texts[:16])
+    taller.hf.set_attn_implementation("eager")
+    shares = []
+    with torch.inference_mode():
+        for text in texts[16:]:
+            attention = taller.hf(torch.tensor([text]), output_attentions=True).attentions[draft.num_layers][0]
+            shares.append(attention.diagonal(-1, 1, 2).mean())
+    assert sum(shares) / len(shares) > 0.6
+
+
+def test_frozen_layers_stay(draft):
+    model = dataclasses.replace(tiny.model("llama"), hf=copy.deepcopy(tiny.model("llama", layers=3).hf))
+    freeze(model, 2)
+    before = {name: weight.clone() for name, weight in model.hf.named_parameters()}
+    optimisation = Optimisation(steps=2, rate=1e-2, warmup=0)
+    trainer = Trainer(SolveAndJudge(model, optimisation, autocast=False), optimisation)
+    row = Row((2, 9, 3), (Answer(tuple(range(10, 18)), (4, 8), (True, True), 9, 8),))
+    trainer.train([Packer.of(model).pack([row])] * 2)
+    changed = {name for name, weight in model.hf.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("layers.2." in name or name in ("model.norm.weight", "lm_head.weight") for name in changed)
+
+
+def test_what_cannot_grow_or_freeze_is_refused(texts):
+    with pytest.raises(ConfigError, match="freeze"):
+        freeze(tiny.model("llama"), 4)
+    with pytest.raises(ConfigError, match="grow"):
+        grown(tiny.model("mamba2"), 1, 0, [[5, 6, 7]])
