@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,11 +66,13 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
     Returns [N, C + N] bool.
     """
     n = len(parents)
-    nodes = torch.eye(n, dtype=torch.bool)
-    for node, parent in enumerate(parents):
+    sees = np.ones((n, context + n), dtype=bool)
+    nodes = sees[:, context:]
+    nodes[:] = np.eye(n, dtype=bool)
+    for node, parent in enumerate(parents):  # in numpy: a tensor operation a node would cost more than the draft
         if parent >= 0:
             nodes[node] |= nodes[parent]
-    return torch.cat([torch.ones(n, context, dtype=torch.bool), nodes], dim=1)
+    return torch.from_numpy(sees)
 
 
 def for_model(

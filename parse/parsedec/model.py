@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.utils import cached_file, output_capturing
 
 from parsedec import kv
+from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -299,22 +299,10 @@ def load(
     )
 
 
-def zoo_names() -> list[str]:
-    """Names that `load("zoo:NAME")` knows."""
-    return sorted(entry.name for entry in _zoo_folder().iterdir() if (entry / "config.json").is_file())
-
-
-def _zoo_folder() -> Path:
-    return Path(str(files("parsedec") / "zoo"))
-
-
 def _resolve(source: str) -> tuple[str, str | None]:
     """(location, gguf file name or None) as `from_pretrained` wants them."""
     if source.startswith("zoo:"):
-        name = source.removeprefix("zoo:")
-        if name not in zoo_names():
-            raise ModelLoadError(f"'{source}' is not in the zoo; expected one of {[f'zoo:{n}' for n in zoo_names()]}.")
-        return str(_zoo_folder() / name), None
+        return str(in_zoo(source)), None
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():

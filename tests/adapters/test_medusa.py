@@ -202,7 +202,7 @@ def test_files_that_are_something_else(tmp_path):
 def test_folders_without_heads(tmp_path):
     with pytest.raises(IncompatibleStack, match="holds no Medusa heads"):
         load_heads(tmp_path)
-    with pytest.raises(IncompatibleStack, match="is no directory"):
+    with pytest.raises(IncompatibleStack, match="does not exist"):
         load_heads(tmp_path / "nowhere")
     save_file({"lm_head.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(IncompatibleStack, match="model without Medusa heads"):

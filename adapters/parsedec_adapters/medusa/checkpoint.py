@@ -11,17 +11,15 @@ The number of heads and layers is that of the tensors: published config files na
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
 
+from parsedec.checkpoints import DAMAGE, find_file, read_tensors
 from parsedec.errors import IncompatibleStack
 from parsedec_adapters.medusa.heads import HEADS_FILE, MedusaHeads
 
@@ -34,7 +32,6 @@ WHOLE_MODELS = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-DAMAGE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 @cache
@@ -49,45 +46,15 @@ def load_heads(source: str | Path) -> MedusaHeads:
     Raises IncompatibleStack that names the file and what is wrong with it.
     """
     for name in FILES:
-        if path := _find(source, name):
-            return _build(path, _read(path))
+        if path := find_file(source, name):
+            return _build(path, read_tensors(path))
     for name in WHOLE_MODELS:
-        if path := _find(source, name):
+        if path := find_file(source, name):
             return _build(path, _read_from_model(source, path))
     raise IncompatibleStack(
         f"inner.heads='{source}' holds no Medusa heads; expected one of {', '.join((*FILES, *WHOLE_MODELS))}. Check "
         "the path, and that the download is complete."
     )
-
-
-def _find(source: str | Path, name: str) -> Path | None:
-    """A file of a directory or hub repository, if it is there."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    if str(source).startswith((".", "/", "~")):
-        raise IncompatibleStack(f"inner.heads='{source}' is no directory. Check the path, or give a hub id.")
-    found = cached_file(
-        str(source), name, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
-    return None if found is None else Path(found)
-
-
-def _read(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file whose names start with `prefix`, without it."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError("it holds no table of tensors")
-    except DAMAGE as error:
-        raise IncompatibleStack(
-            f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
-            "Is the file truncated? Copy or download it again."
-        ) from error
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _read_from_model(source: str | Path, path: Path) -> dict[str, Tensor]:
@@ -99,10 +66,10 @@ def _read_from_model(source: str | Path, path: Path) -> dict[str, Tensor]:
         except DAMAGE as error:
             raise IncompatibleStack(f"{path} is no index of weight files: {error}. Download it again.") from error
         names = sorted({shard for name, shard in index.items() if name.startswith(PREFIX)})
-        shards = [_find(source, name) or path.with_name(name) for name in names]
+        shards = [find_file(source, name) or path.with_name(name) for name in names]
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        tensors |= _read(shard, PREFIX)
+        tensors |= read_tensors(shard, PREFIX)
     if not tensors:
         raise IncompatibleStack(
             f"{path} is a model without Medusa heads: no tensor is named {PREFIX}0.0.linear.weight or alike. "

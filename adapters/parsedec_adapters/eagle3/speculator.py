@@ -1,0 +1,218 @@
+"""EAGLE-3 as an inner speculator (arXiv 2503.01840). Lossless: the tree is chosen before the target has its say.
+
+The head's row t is made of the target's hidden states at t and of token t + 1. With T + 1 committed tokens there are T
+such *stable* rows, the last of which holds the root; they are the state. Accepted guesses are read again with the
+target's own hidden states, which replace what the head had made up for them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.model import LanguageModel
+from parsedec.sampling import Sampler
+from parsedec.types import Needs, Outcome, Seen, Tree
+from parsedec_adapters.eagle3.checkpoint import load_head, with_overrides
+from parsedec_adapters.eagle3.head import EagleHead
+from parsedec_adapters.eagle3.rows import SPARE, Rows, Window, causal_mask
+from parsedec_adapters.eagle3.tree import Drafted, grow
+
+log = logging.getLogger(__name__)
+
+FEWEST_LAYERS = 7  # below that EAGLE's default taps coincide
+Version = tuple[tuple[str, int, int], ...]  # name, time and size of a directory's files
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3State:
+    """The committed tokens, root last, and the head's rows for them: the first len(tokens) - 1 of `rows`."""
+
+    tokens: tuple[int, ...]
+    rows: Rows
+
+    @property
+    def length(self) -> int:
+        """Stable rows."""
+        return len(self.tokens) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3:
+    """A tree of guesses by an EAGLE-3 head.
+
+    head    a directory, a hub id, or a loaded head
+    tokens  nodes of the tree at most, root included
+    depth   times the tree is extended: guesses are depth + 1 levels deep
+    top_k   nodes expanded a level and children of each; 1 drafts a chain
+    taps    hidden states the head reads, as in `output_hidden_states`; None: what the head says, else EAGLE's choice
+    rope_theta, norm_before_residual   in place of the head's own; None: as it says
+    """
+
+    lossless: ClassVar[bool] = True
+
+    head: str | Path | EagleHead
+    tokens: int = 60
+    depth: int = 7
+    top_k: int = 10
+    taps: Sequence[int] | None = None
+    rope_theta: float | None = None
+    norm_before_residual: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < 2 or self.depth < 0 or self.top_k < 1:
+            raise ConfigError(
+                f"inner has tokens={self.tokens}, depth={self.depth}, top_k={self.top_k}; expected tokens >= 2, "
+                "depth >= 0 and top_k >= 1."
+            )
+        if self.taps is not None:
+            object.__setattr__(self, "taps", tuple(int(tap) for tap in self.taps))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hidden_layers=tuple(self.taps or ()))
+
+    def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Eagle3:
+        head = self._prepared(target)
+        taps = _fitting_taps(head, self.taps, target)
+        _check_sizes(head, target, self.top_k)
+        if head.embed_tokens is None:
+            embedding = target.hf.get_input_embeddings().weight
+            head = head.with_embedding(embedding.to(target.device))
+        if target.context_limit > head.config.max_position_embeddings:
+            log.warning(
+                "inner=eagle3: the head was trained on %d tokens of context, %s takes %d. Drafts get worse past that; "
+                "the output does not.",
+                head.config.max_position_embeddings, target.name, target.context_limit)  # fmt: skip
+        return replace(self, head=head, taps=taps)
+
+    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Eagle3State:
+        head = self._bound()
+        rows = Rows.empty(head.config, head.fc.weight, len(tokens) + SPARE)
+        state = Eagle3State((tokens[0],), rows)
+        return self.commit(state, Outcome(tuple(tokens[1:]), seen)) if len(tokens) > 1 else state
+
+    def propose(self, state: Eagle3State, budget: int) -> Tree:
+        return self.draft(state, budget).tree
+
+    @torch.inference_mode()
+    def draft(self, state: Eagle3State, budget: int) -> Drafted:
+        """The tree of `propose` with its scores."""
+        levels, root = min(self.depth + 1, budget), state.tokens[-1]
+        if levels < 1 or not state.length:  # without a row of the target's there is nothing to continue
+            return Drafted(Tree.chain([root]), torch.zeros(1))
+        rows = state.rows.going_on(state.length, (levels - 1) * self.top_k)
+        return grow(self._bound(), rows, root, levels=levels, top_k=self.top_k, size=self.tokens)
+
+    @torch.inference_mode()
+    def commit(self, state: Eagle3State, outcome: Outcome) -> Eagle3State:
+        head, taps, start, count = self._bound(), outcome.seen.taps, state.length, len(outcome.tokens)
+        if taps is None or len(taps) != count:
+            raise ValueError(f"Eagle3.commit needs the taps of {count} rows; got {0 if taps is None else len(taps)}")
+        rows = state.rows.going_on(start, count)
+        device = head.fc.weight.device
+        hidden = head.fuse(taps.to(head.fc.weight)[None])  # [1, A, D]
+        tokens = torch.tensor([outcome.tokens], device=device)
+        mask = causal_mask(start, count, device) if start and count > 1 else None
+        rotation = head.rotations.rows(start, start + count, hidden)
+        out = head.advance(hidden, tokens, rotation, mask=mask, cache=Window(rows, start))
+        rows.outputs[start : start + count] = out[0]
+        rows.used = start + count
+        return Eagle3State(state.tokens + outcome.tokens, rows)
+
+    def rewind(self, state: Eagle3State, length: int) -> Eagle3State:
+        return Eagle3State(state.tokens[:length], state.rows)
+
+    def _prepared(self, target: LanguageModel) -> EagleHead:
+        """The head with the overrides, in the target's dtype, on its device."""
+        if not isinstance(self.head, EagleHead):
+            source, where = str(self.head), (target.dtype, target.device)
+            return _load_once(source, _version_of(source), self.rope_theta, self.norm_before_residual, *where)
+        head = with_overrides(self.head, self.rope_theta, self.norm_before_residual)
+        if (head.fc.weight.dtype, head.fc.weight.device) != (target.dtype, target.device):
+            head = copy.deepcopy(head).to(target.device, target.dtype)
+        return head
+
+    def _bound(self) -> EagleHead:
+        if not isinstance(self.head, EagleHead) or self.head.embedding is None:
+            raise IncompatibleStack("inner=eagle3 was not bound to a target; call bind(target, draft) first.")
+        return self.head
+
+
+@cache
+def _load_once(
+    source: str, _version: Version, rope_theta: float | None, norm_before_residual: bool | None, dtype: torch.dtype,
+    device: torch.device,
+) -> EagleHead:  # fmt: skip
+    """A speculator is bound once per arm; the arms of a process share its head. A version is loaded once."""
+    head = load_head(source, rope_theta=rope_theta, norm_before_residual=norm_before_residual)
+    return head.to(device, dtype).requires_grad_(False)
+
+
+def _version_of(source: str) -> Version:
+    """Which version of a directory this is: training writes a head more than once. Empty for a hub id."""
+    folder = Path(source).expanduser()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def _fitting_taps(head: EagleHead, override: Sequence[int] | None, target: LanguageModel) -> tuple[int, ...]:
+    layers, config = target.num_layers, head.config
+    trained = f" (it was trained for {config.trained_for})" if config.trained_for else ""
+    if override is None and config.taps is None:
+        if layers < FEWEST_LAYERS or config.num_taps != 3:
+            raise IncompatibleStack(
+                f"the EAGLE-3 head does not say which hidden states it reads, and the default, three of a target of at "
+                f"least {FEWEST_LAYERS} layers, does not fit {config.num_taps} taps of {target.name}, which has "
+                f"{layers} layers. Set inner.taps."
+            )
+        return (2, layers // 2, layers - 3)
+    taps = tuple(override if override is not None else config.taps or ())
+    if len(taps) != config.num_taps:
+        raise IncompatibleStack(
+            f"taps={list(taps)} are {len(taps)} hidden states, but the head's fc.weight fuses {config.num_taps} of "
+            f"width {config.target_hidden_size}. Set inner.taps to as many."
+        )
+    outside = [tap for tap in taps if not 0 <= tap <= layers]
+    if outside:
+        raise IncompatibleStack(
+            f"taps={list(taps)}: {outside} are no hidden states of {target.name}, which has 0 (embeddings) to "
+            f"{layers}. Was the head trained for another model?{trained}"
+        )
+    return taps
+
+
+def _check_sizes(head: EagleHead, target: LanguageModel, top_k: int) -> None:
+    config = head.config
+    trained = f" It was trained for {config.trained_for}." if config.trained_for else ""
+    if config.target_hidden_size != target.hidden_size:
+        raise IncompatibleStack(
+            f"the EAGLE-3 head reads hidden states of width {config.target_hidden_size}, {target.name} has "
+            f"{target.hidden_size}; expected a head for this target.{trained}"
+        )
+    if config.vocab_size != target.vocab_size:
+        raise IncompatibleStack(
+            f"the EAGLE-3 head has a vocabulary of {config.vocab_size} tokens, {target.name} one of "
+            f"{target.vocab_size}; expected a head for this target.{trained}"
+        )
+    if not config.own_embedding and config.hidden_size != target.hidden_size:
+        raise IncompatibleStack(
+            f"the EAGLE-3 head is {config.hidden_size} wide and has no embed_tokens.weight, and the embeddings of "
+            f"{target.name} are {target.hidden_size} wide. Is the checkpoint complete?"
+        )
+    if top_k > config.draft_vocab_size:
+        raise IncompatibleStack(
+            f"inner.top_k={top_k}, but the head knows {config.draft_vocab_size} tokens; lower inner.top_k."
+        )
+    if top_k > 1 and (obstacle := target.mask_obstacle):
+        raise IncompatibleStack(
+            f"{target.name} has {obstacle}; a branching tree cannot be verified on it. Use inner.top_k=1, a chain."
+        )
