@@ -2,6 +2,14 @@
 
 Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318). Greedy and sampled, lossless: sampled
 guesses are drawn with the request's own sampling settings, and their distributions travel with them as `logq`.
+
+With `confidence` the chain also ends early: after a guess that the draft model itself gave less than that probability
+(the rule of Hugging Face's assisted generation, `assistant_confidence_threshold`; Mamou et al. 2024, arXiv 2405.04304,
+study such dynamic lengths). The unsure guess is still offered. Leaving it out would save nothing and, when sampling,
+would be wrong: which draws of a position are offered would depend on the draw, so they would no longer follow `logq`.
+That the chain ends *behind* it depends on the tokens already offered alone, so every offered guess is a plain draw.
+
+Shapes in this file:  V vocabulary of the target.
 """
 
 from __future__ import annotations
@@ -32,8 +40,8 @@ def load_once(source: str, dtype: str, device: str) -> LanguageModel:
 class DraftState:
     """Where the draft model stands: its session holds all committed tokens, the root included (maybe unread).
 
-    `ahead` is a memo of the last proposal's session, so that accepted guesses are not read twice. It never changes
-    what a proposal is, only what it costs.
+    `ahead` is a memo of the last proposal's session, so that accepted guesses are not read twice; the next commit takes
+    it. It never changes what a proposal is, only what it costs.
     """
 
     session: Session
@@ -45,39 +53,35 @@ class DraftState:
 class DraftModel:
     """A chain of up to `length` guesses by `model`.
 
-    model  a loaded model, what `parsedec.load` takes (then in the target's dtype, on its device), or None: the stack's
-           own draft model
+    confidence  end the chain behind a guess less probable than this, 0 to 1; None: always `length` guesses
+    model       a loaded model, what `parsedec.load` takes (then in the target's dtype, on its device), or None: the
+                stack's own draft model
     """
 
     lossless: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs()
 
     length: int = 4
+    confidence: float | None = None
     model: LanguageModel | str | None = None
     vocab: int = 0  # the target's, filled in by bind
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ConfigError(f"inner.length={self.length}; expected at least 1 guess. Use inner=none for none.")
+        if self.confidence is not None and not 0 < self.confidence <= 1:
+            raise ConfigError(
+                f"inner.confidence={self.confidence}; expected more than 0 and at most 1, or null for a fixed length."
+            )
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> DraftModel:
-        model = self.model or draft
-        if isinstance(model, str):
-            model = load_once(model, str(target.dtype).removeprefix("torch."), str(target.device))
-        if model is None:
-            raise IncompatibleStack("inner=draft_model has no model to draft with; set inner.model or draft.")
-        if not target.same_vocabulary(model):
-            raise IncompatibleStack(
-                f"inner=draft_model needs the target's vocabulary, but {model.name} ({len(model.tokenizer)} tokens) "
-                f"and {target.name} ({len(target.tokenizer)} tokens) differ, so its guesses cannot be mapped token by "
-                "token. Use it as the outer draft (outer=parse maps text), or choose a draft model of the same family."
-            )
+        model = drafting_model("draft_model", self.model, target, draft)
         return replace(self, model=model, vocab=target.vocab_size)
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> DraftState:
         if not isinstance(self.model, LanguageModel):
             raise IncompatibleStack("inner=draft_model was not bound to a target; call bind(target, draft) first.")
-        return DraftState(_extended(Session(self.model), tokens), sampler)
+        return DraftState(extended(Session(self.model), tokens), sampler)
 
     def propose(self, state: DraftState, budget: int) -> Tree:
         root = state.session.tokens[-1]
@@ -88,36 +92,66 @@ class DraftModel:
         guesses: list[int] = []
         rows: list[Tensor] = []
         for _ in range(length):
-            logits = self._fit(ahead.feed([]))
+            logits = fitted(ahead.feed([]), self.vocab)  # [V]
             if state.sampler.greedy:
                 guesses.append(int(logits.argmax()))
             else:
                 rows.append(state.sampler.log_distribution(logits))
                 guesses.append(state.sampler.draw(rows[-1].exp()))
             ahead.append(guesses[-1])
+            if self._unsure(rows[-1] if rows else logits, guesses[-1]):
+                break
         state.ahead = ahead
         return Tree.chain([root, *guesses], torch.stack([rows[0], *rows]) if rows else None)
 
     def commit(self, state: DraftState, outcome: Outcome) -> DraftState:
-        tokens = [*state.session.tokens, *outcome.tokens]
-        session = (state.ahead or state.session).fork()
-        shared = common_prefix(session.tokens, tokens)
-        session.rewind(shared)
-        return DraftState(_extended(session, tokens[shared:]), state.sampler)
+        known = state.session.length
+        session, state.ahead = state.ahead or state.session.fork(), None  # the memo moves on: a fork costs a little
+        shared = common_prefix(session.tokens[known:], outcome.tokens)  # before `known` they are one text
+        session.rewind(known + shared)
+        return DraftState(extended(session, outcome.tokens[shared:]), state.sampler)
 
     def rewind(self, state: DraftState, length: int) -> DraftState:
         session = state.session.fork()
         session.rewind(length)
         return DraftState(session, state.sampler)
 
-    def _fit(self, logits: Tensor) -> Tensor:
-        """Logits over the target's output rows: padding rows that only one of the models has cannot be guessed."""
-        if logits.shape[0] >= self.vocab:
-            return logits[: self.vocab]
-        return torch.nn.functional.pad(logits, (0, self.vocab - logits.shape[0]), value=-torch.inf)
+    def _unsure(self, scores: Tensor, guess: int) -> bool:
+        """Whether the draft model gave its guess less than `confidence`; scores [V] are logits or log-probabilities."""
+        if self.confidence is None:
+            return False
+        scores = scores.float()
+        return float((scores[guess] - scores.logsumexp(-1)).exp()) < self.confidence
 
 
-def _extended(session: Session, tokens: Sequence[int]) -> Session:
+def drafting_model(
+    inner: str, model: LanguageModel | str | None, target: LanguageModel, draft: LanguageModel | None
+) -> LanguageModel:
+    """The model that `inner` drafts with - `model`, or the stack's draft model - if its vocabulary is the target's."""
+    if isinstance(model, str):
+        model = load_once(model, str(target.dtype).removeprefix("torch."), str(target.device))
+    model = model or draft
+    if model is None:
+        raise IncompatibleStack(f"inner={inner} has no model to draft with; set inner.model or draft.")
+    if not target.same_vocabulary(model):
+        raise IncompatibleStack(
+            f"inner={inner} needs the target's vocabulary, but {model.name} ({len(model.tokenizer)} tokens) "
+            f"and {target.name} ({len(target.tokenizer)} tokens) differ, so its guesses cannot be mapped token by "
+            "token. Use it as the outer draft (outer=parse maps text), or choose a draft model of the same family."
+        )
+    return model
+
+
+def fitted(logits: Tensor, vocab: int) -> Tensor:
+    """Logits [..., V'] over the target's output rows [..., V]: padding rows that only one of the models has cannot
+    be guessed."""
+    if logits.shape[-1] >= vocab:
+        return logits[..., :vocab]
+    return torch.nn.functional.pad(logits, (0, vocab - logits.shape[-1]), value=-torch.inf)
+
+
+def extended(session: Session, tokens: Sequence[int]) -> Session:
+    """The session with `tokens` committed but not read."""
     for token in tokens:
         session.append(token)
     return session

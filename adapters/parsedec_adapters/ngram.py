@@ -1,13 +1,15 @@
 """Prompt lookup: guess what followed the last few tokens when they stood in the text before.
 
 Saxena 2023 (prompt lookup decoding); Yang et al. 2023 (LLMA, arXiv 2304.04487). No model, no memory, lossless; it pays
-where answers repeat the prompt or themselves - summaries, edits, code.
+where answers repeat the prompt or themselves - summaries, edits, code - and where the target writes again what it has
+refused: the outer draft's refused text is a source as well.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from parsedec.errors import ConfigError
@@ -15,12 +17,27 @@ from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
 
+WIDTH = array("i").itemsize  # bytes of a token id
+
+
+@dataclass(frozen=True, slots=True)
+class NgramState:
+    """Texts as bytes, `WIDTH` a token: appending copies little and searching is one call.
+
+    text     the committed tokens
+    refused  texts that were refused, each with a few of the committed tokens it followed; the latest first
+    """
+
+    text: bytes
+    refused: tuple[bytes, ...] = ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ngram:
     """A chain of up to `length` tokens that followed the latest earlier occurrence of the last n tokens.
 
-    n goes from `longest` down to `shortest`; the first that occurs decides. The state is the committed tokens.
+    n goes from `longest` down to `shortest`; the first that occurs decides. With `refused`, texts that the outer level
+    refused are looked through first: they were written for this very place.
     """
 
     lossless: ClassVar[bool] = True
@@ -29,6 +46,7 @@ class Ngram:
     length: int = 8
     longest: int = 4
     shortest: int = 2
+    refused: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 1 or not 1 <= self.shortest <= self.longest:
@@ -40,25 +58,49 @@ class Ngram:
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Ngram:
         return self
 
-    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> tuple[int, ...]:
-        return tuple(tokens)
+    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> NgramState:
+        return NgramState(_packed(tokens))
 
-    def propose(self, state: tuple[int, ...], budget: int) -> Tree:
-        follows = self._after_latest_match(state)
-        guesses = state[follows : follows + min(self.length, budget)] if follows else ()
-        return Tree.chain([state[-1], *guesses])
+    def propose(self, state: NgramState, budget: int) -> Tree:
+        guesses = self._after_match(state)[: WIDTH * max(0, min(self.length, budget))]
+        return Tree.chain(_unpacked(state.text[-WIDTH:] + guesses))
 
-    def commit(self, state: tuple[int, ...], outcome: Outcome) -> tuple[int, ...]:
-        return state + outcome.tokens
+    def commit(self, state: NgramState, outcome: Outcome) -> NgramState:
+        return replace(state, text=state.text + _packed(outcome.tokens))
 
-    def rewind(self, state: tuple[int, ...], length: int) -> tuple[int, ...]:
-        return state[:length]
+    def rewind(self, state: NgramState, length: int) -> NgramState:
+        return replace(state, text=state.text[: WIDTH * length])
 
-    def _after_latest_match(self, tokens: tuple[int, ...]) -> int | None:
-        """Where the text goes on after the latest earlier occurrence of its own end."""
-        for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
-            end = tokens[-n:]
-            for at in range(len(tokens) - 1, n - 1, -1):
-                if tokens[at - 1] == end[-1] and tokens[at - n : at] == end:
-                    return at
-        return None
+    def note_refused(self, state: NgramState, at: int, tokens: Sequence[int]) -> NgramState:
+        """Remember a text that was to follow the first `at` committed tokens; see `parsedec.inner.NotesRefused`."""
+        if not self.refused:
+            return state
+        before = state.text[: WIDTH * at][-WIDTH * self.longest :]
+        return replace(state, refused=(before + _packed(tokens), *state.refused))
+
+    def _after_match(self, state: NgramState) -> bytes:
+        """What stands behind the latest earlier occurrence of the text's own end; nothing if there is none."""
+        text = state.text
+        for n in range(min(self.longest, len(text) // WIDTH - 1), self.shortest - 1, -1):
+            end = text[-WIDTH * n :]
+            for source in (*state.refused, text):
+                at = _latest(source, end)
+                if at is not None:
+                    return source[at:]
+        return b""
+
+
+def _latest(text: bytes, end: bytes) -> int | None:
+    """Where `text` goes on behind the latest occurrence of `end` that has a token behind it."""
+    at = text.rfind(end, 0, len(text) - WIDTH)
+    while at >= 0 and at % WIDTH:  # bytes of two tokens that happen to look like a third
+        at = text.rfind(end, 0, at + len(end) - 1)
+    return at + len(end) if at >= 0 else None
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    return array("i", tokens).tobytes()
+
+
+def _unpacked(text: bytes) -> list[int]:
+    return array("i", text).tolist()

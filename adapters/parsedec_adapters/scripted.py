@@ -1,32 +1,42 @@
 """A speculator that knows the answer and is right with a given probability: for tests and cost studies.
 
-Whether the guess at a position is right depends on the seed and the position alone, so runs repeat.
+Whether the guess at a position is right depends on the seed and the position alone, so runs repeat. Without a given
+answer it asks the target, which then decodes ahead greedily on a session of its own: every guess costs a call of the
+target that no counter holds. Calls and accepted tokens are those of a drafter with that rate; seconds mean nothing.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
-from parsedec.types import Needs, Outcome, Seen, Tree
+from parsedec.types import Needs, Outcome, Sampling, Seen, Tree
+from parsedec_adapters.draft_model import DraftModel, DraftState
+
+ScriptedState = tuple[int, ...] | DraftState  # the committed tokens; where there is no answer, the target behind them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scripted:
-    """Guesses a chain of `depth` tokens of `answer` (prompt included), each right with probability `rate`."""
+    """Guesses a chain of `depth` tokens, each right with probability `rate`.
+
+    answer  the tokens of the one request served, prompt included; None: whatever the target would write greedily
+    """
 
     lossless: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs()
 
-    answer: tuple[int, ...]
+    answer: Sequence[int] | None = None
     rate: float
     depth: int = 4
     seed: int = 0
+    vocab: int = 0  # the target's, filled in by bind
+    oracle: DraftModel | None = None  # the target as its own draft model, filled in by bind
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1 or self.depth < 1:
@@ -35,26 +45,38 @@ class Scripted:
             )
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Scripted:
-        return self
+        oracle = DraftModel(length=self.depth, model=target).bind(target, None) if self.answer is None else None
+        return replace(self, vocab=target.vocab_size, oracle=oracle)
 
-    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> tuple[int, ...]:
-        return tuple(tokens)
+    def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> ScriptedState:
+        if self.answer is not None:
+            return tuple(tokens)
+        return self._asked().start(tokens, seen, Sampler(Sampling()))
 
-    def propose(self, state: tuple[int, ...], budget: int) -> Tree:
-        guesses = [
-            self._guess(position)
-            for position in range(len(state), len(state) + min(self.depth, budget))
-            if position < len(self.answer)
-        ]
-        return Tree.chain([state[-1], *guesses])
+    def propose(self, state: ScriptedState, budget: int) -> Tree:
+        if isinstance(state, DraftState):
+            start = state.session.length
+            root, *right = self._asked().propose(state, budget).tokens
+        else:
+            assert self.answer is not None
+            start, root = len(state), state[-1]
+            right = list(self.answer[start : start + min(self.depth, budget)])
+        return Tree.chain([root, *(self._guess(start + i, token) for i, token in enumerate(right))])
 
-    def commit(self, state: tuple[int, ...], outcome: Outcome) -> tuple[int, ...]:
-        return state + outcome.tokens
+    def commit(self, state: ScriptedState, outcome: Outcome) -> ScriptedState:
+        return self._asked().commit(state, outcome) if isinstance(state, DraftState) else state + outcome.tokens
 
-    def rewind(self, state: tuple[int, ...], length: int) -> tuple[int, ...]:
-        return state[:length]
+    def rewind(self, state: ScriptedState, length: int) -> ScriptedState:
+        return self._asked().rewind(state, length) if isinstance(state, DraftState) else state[:length]
 
-    def _guess(self, position: int) -> int:
-        token = self.answer[position]
-        right = random.Random(f"{self.seed}:{position}").random() < self.rate
-        return token if right else token ^ 1  # a neighbouring id: any other token would do
+    def _asked(self) -> DraftModel:
+        if self.oracle is None:
+            raise IncompatibleStack("inner=scripted has no answer and was not bound to a target; call bind first.")
+        return self.oracle
+
+    def _guess(self, position: int, token: int) -> int:
+        """The right token, or a neighbouring id: any other token would do."""
+        if random.Random(f"{self.seed}:{position}").random() < self.rate:
+            return token
+        wrong = token ^ 1
+        return token - 1 if self.vocab and wrong >= self.vocab else wrong

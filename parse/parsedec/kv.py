@@ -3,7 +3,7 @@
 Attention layers keep keys and values as `[B, heads, T, d]` and grow by concatenation, so a shallow copy of a layer
 is a snapshot: nothing ever writes into the tensors it holds. Recurrent and convolutional layers (Mamba-2,
 Qwen3-Next, LFM2 …) overwrite their states in place; their snapshots are clones, and a cut tail can only be undone
-by going back to one. Only `Session` uses this module.
+by going back to one. Only `Session` uses this module, and adapters that hand a cache to code of transformers.
 """
 
 from __future__ import annotations

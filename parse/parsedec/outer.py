@@ -31,7 +31,8 @@ Written = tuple[Author, list[int]]
 
 @dataclass(slots=True)
 class Work:
-    """A request being answered: what an outer level works with. The prompt is in the target's session already."""
+    """A request being answered: what an outer level works with. The prompt is in the target's session, read if the
+    outer level asks for that."""
 
     prompt_tokens: int
     target: Decoder
@@ -68,7 +69,12 @@ class Work:
 class Outer(Protocol):
     """Answers a request; yields what was written as soon as it is sure to stand."""
 
-    needs_draft: ClassVar[bool]
+    prefill: ClassVar[bool]
+    """Whether the prompt is to be read before `run`; otherwise it is pending in the target's session."""
+
+    @property
+    def needs_draft(self) -> bool:
+        """Whether it works with the stack's draft model."""
 
     def bind(self, target: LanguageModel) -> Self:
         """A copy for `target`; whatever does not fit is found here."""
@@ -80,6 +86,7 @@ class Outer(Protocol):
 class TargetOnly:
     """outer=none: the inner level alone."""
 
+    prefill: ClassVar[bool] = True
     needs_draft: ClassVar[bool] = False
 
     def bind(self, target: LanguageModel) -> TargetOnly:
@@ -102,6 +109,7 @@ class PrefixVerification:
     max_draft_tokens  longest draft; None: as long as the answer may be
     """
 
+    prefill: ClassVar[bool] = True
     needs_draft: ClassVar[bool] = True
 
     judge: Judge = field(default_factory=LabelJudge)
@@ -163,6 +171,7 @@ class PrefixVerification:
                 segments, whole = self._decide(scores, draft)
                 cut = cuts[segments - 1] if segments else 0
                 work.target.session.keep_draft(cut)
+                work.target.note_refused(draft.tokens[cut:])
             kept = work.answer.extend([*draft.tokens[:cut], *([self.end_token] if whole else [])], Author.DRAFT)
             facts |= self._facts(draft, cuts, scores, passes, len(kept))
             facts |= {

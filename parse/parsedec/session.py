@@ -14,6 +14,7 @@ Shapes in this file:  N staged rows, K cuts or probes, S suffix rows a probe, V 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -186,8 +187,8 @@ class Session:
     def fork(self) -> Session:
         """An independent copy; attention caches are shared until one of the two grows, so it costs next to nothing."""
         self._drop_staged()
-        twin = Session(self.model, self.taps)
-        twin.tokens, twin.cached, twin._logits = list(self.tokens), self.cached, self._logits
+        twin = copy.copy(self)  # a new Session would make a cache, which takes longer than the rest
+        twin.tokens, twin.calls, twin.rows = list(self.tokens), 0, 0
         twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
         return twin
 

@@ -13,11 +13,19 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 import tiny
+from eagle3_heads import tiny_head
+from medusa_heads import random_heads
+from parallel_heads import new_head
 from parsedec.engine import Parse
 from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
+from parsedec.sampling import Sampler
 from parsedec.text import Draft
+from parsedec.types import Sampling, Tree
+from parsedec_adapters.eagle3 import save_head
+from parsedec_adapters.medusa import save_heads
+from parsedec_adapters.parallel_head import save_head as save_parallel_head
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MEMBERS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
@@ -26,6 +34,10 @@ BUILT = [member for member in MEMBERS if member not in EXPERIMENTS]
 NEEDS = {  # settings without a default
     "target/any": ["target.source=zoo:draft"],
     "draft/any": ["draft.model.source=zoo:draft"],
+    "inner/eagle3": ["inner.head={problems.parent}/eagle3"],
+    "inner/medusa": ["inner.heads={problems.parent}/medusa"],
+    "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
+    "inner/pard": ["inner.mask_token=4"],
     "task/gsm8k": ["task.path={problems}", "task.n=1"],
     "task/humaneval": ["task.path={problems}", "task.n=1"],
 }
@@ -35,6 +47,12 @@ OURS = {  # parameters that are not for users: filled in by bind, or what makes 
     "load": {"name"},
     "LabelJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
     "DraftModel": {"vocab"},
+    "HfAssisted": {"target"},
+    "ParallelSpec": {"target"},
+    "Pard": {"vocab"},
+    "Scripted": {"vocab", "oracle"},
+    "SelfEarlyExit": {"drafter"},
+    "Medusa": {"stack"},
     "PrefixVerification": {"end_token"},
     "Lines": {"pattern"},
     "Paragraphs": {"pattern"},
@@ -47,6 +65,9 @@ ROW = {"id": "1", "prompt": "def f():", "reference": "3", "meta": {"entry_point"
 def problems(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
+    save_head(tiny_head(), tmp_path / "eagle3")
+    save_heads(random_heads(), tmp_path / "medusa")
+    save_parallel_head(new_head(tiny.model("llama")), tmp_path / "parallel")
     return path
 
 
@@ -97,6 +118,11 @@ def is_segmenter(cfg):
     return instantiate(cfg.segmenter).cuts(draft)[-1] == 6
 
 
+def is_acceptance(cfg):
+    tree, logits = Tree.chain([3, 1]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    return instantiate(cfg.acceptance).accept(tree, logits, Sampler(Sampling())) == ([0, 1], 0)
+
+
 def is_runtime(cfg):
     return cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
 
@@ -118,9 +144,15 @@ def is_arm(arm):
 
 
 def is_recipe(cfg):
-    recipe = instantiate(cfg.recipe)
-    assert recipe.lengths == sorted(recipe.lengths)
-    return recipe.task.split == "train" and recipe.evaluation.task.split == "test" and recipe.optimisation.steps >= 1
+    recipe = cfg.recipe
+    task, unseen, schedule = (instantiate(node) for node in (recipe.task, recipe.evaluation.task, recipe.optimisation))
+    if recipe.kind == "head":
+        speculator = instantiate(recipe.evaluation.speculator)
+        assert {recipe.evaluation.weights, *speculator.keywords} <= set(inspect.signature(speculator.func).parameters)
+        assert callable(get_object(recipe.head._target_))
+    else:
+        assert recipe.lengths == sorted(recipe.lengths)
+    return task.split == "train" and unseen.split == "test" and schedule.steps >= 1
 
 
 def is_preset(cfg):
@@ -129,6 +161,7 @@ def is_preset(cfg):
 
 
 BUILDS = {
+    "acceptance": is_acceptance,
     "arms": are_arms,
     "target": lambda cfg: is_model(cfg.target),
     "draft": is_draft,

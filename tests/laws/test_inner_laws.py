@@ -10,13 +10,22 @@ import pytest
 import torch
 
 import tiny
+from eagle3_heads import tiny_head
+from medusa_heads import random_heads
+from parallel_heads import new_head
 from parsedec import Parse, TargetOnly
 from parsedec.inner import NoSpeculation
 from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.types import Outcome, Sampling, Seen
 from parsedec_adapters.draft_model import DraftModel
+from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.early_exit import SelfEarlyExit
+from parsedec_adapters.hf_assisted import HfAssisted
+from parsedec_adapters.medusa import Medusa
 from parsedec_adapters.ngram import Ngram
+from parsedec_adapters.parallelspec import ParallelSpec
+from parsedec_adapters.pard import Pard
 from parsedec_adapters.scripted import Scripted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -24,8 +33,16 @@ TOKENS = torch.randint(5, tiny.VOCAB, (64,), generator=torch.Generator().manual_
 SPECULATORS = {
     "none": NoSpeculation(),
     "draft_model": DraftModel(length=3),
+    "eagle3": Eagle3(head=tiny_head(), tokens=12, depth=2, top_k=3),
+    "medusa": Medusa(heads=random_heads(), nodes=12),
+    "draft_model_unsure": DraftModel(length=4, confidence=0.6),
+    "hf_assisted": HfAssisted(length=3, confidence=0.2),
+    "pard": Pard(length=3, mask_token=4),
+    "parallelspec": ParallelSpec(head=new_head(tiny.model("llama"), slots=3), tokens=9, top_k=3),
+    "self_early_exit": SelfEarlyExit(layers=2, length=3),
     "ngram": Ngram(length=3, longest=3, shortest=1),
     "scripted": Scripted(answer=tuple(TOKENS), rate=0.7, depth=3),
+    "scripted_asking": Scripted(rate=0.7, depth=3),
 }
 every_speculator = pytest.mark.parametrize("name", SPECULATORS)
 every_mode = pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])

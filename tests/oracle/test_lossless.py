@@ -8,10 +8,20 @@ import pytest
 import torch
 
 import tiny
+from eagle3_heads import taught_head
+from every_draw import relative
+from medusa_heads import taught_heads
+from parallel_heads import new_head, teach
 from parsedec import Parse, Sampling, StopReason, TargetOnly
 from parsedec.types import Seen
 from parsedec_adapters.draft_model import DraftModel
+from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.early_exit import SelfEarlyExit
+from parsedec_adapters.hf_assisted import HfAssisted
+from parsedec_adapters.medusa import Medusa
 from parsedec_adapters.ngram import Ngram
+from parsedec_adapters.parallelspec import ParallelSpec
+from parsedec_adapters.pard import Pard
 from parsedec_adapters.scripted import Scripted
 
 NEW = 48
@@ -76,6 +86,65 @@ def test_prompt_lookup_never_changes_tokens(family):
     result = generated(model, repeated, Ngram(length=4, longest=3, shortest=1))
     assert list(result.tokens) == expected
     assert sum(result.counters.offered_by_depth) > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "tree"),
+    [("llama", "mc_sim_7b_63"), ("qwen3", "mc_sim_7b_63"), ("gemma3", "vicuna_7b_stage2"), ("qwen3_next", "chain")],
+)
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_medusa_never_changes_tokens(family, tree, share):
+    """Heads that know the answer at a share of its places."""
+    model = tiny.model(family)
+    prompt, tokens = tiny.plain_answer(model)
+    result = generated(model, prompt, Medusa(heads=taught_heads(model, prompt, tokens, share=share), tree=tree))
+    assert list(result.tokens) == tokens
+    steps = result.counters.inner_steps
+    if share == 1.0:
+        assert steps <= 2 + len(tokens) // 4  # three heads: four tokens a step
+    assert share == 0.0 or steps < len(tokens) - 1
+    assert sum(result.counters.accepted_by_depth) == len(tokens) - 1 - steps
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("shape", [dict(tokens=24, depth=4, top_k=4), dict(depth=4, top_k=1), {}], ids=str)
+@pytest.mark.parametrize("steps", [0, 25], ids=["untaught", "taught"])
+def test_eagle3_never_changes_tokens(family, shape, steps):
+    """A head that was taught the answer guesses most of it; an untaught one next to nothing."""
+    model = tiny.model(family, layers=8)
+    prompt, tokens = tiny.plain_answer(model, new=32)
+    head = taught_head(model, (*prompt, *tokens), steps)
+    result = generated(model, prompt, Eagle3(head=head, **shape), new=32)
+    assert list(result.tokens) == tokens
+    steps_taken = result.counters.inner_steps
+    assert result.counters.target_calls == 1 + steps_taken
+    assert sum(result.counters.accepted_by_depth) == len(tokens) - 1 - steps_taken
+    if steps:
+        assert steps_taken <= len(tokens) // 2
+
+
+OTHERS = {  # each made for (model, prompt, tokens), with the draft model it uses
+    "draft_model until unsure": lambda model, *_: (DraftModel(length=5, confidence=0.1), relative(model, noise=0.1)),
+    "hf_assisted": lambda model, *_: (HfAssisted(length=4, confidence=0.1), relative(model, noise=0.1)),
+    "pard": lambda model, *_: (Pard(length=4, mask_token=4), model),
+    "parallelspec": lambda model, *text: (ParallelSpec(head=teach(new_head(model), model, *text), tokens=12), None),
+    "self_early_exit": lambda model, *_: (SelfEarlyExit(layers=3), None),
+    "scripted, asking the target": lambda *_: (Scripted(rate=0.8), None),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_speculator_changes_tokens(family, name):
+    model = tiny.model(family)
+    prompt, tokens = tiny.plain_answer(model)
+    inner, draft = OTHERS[name](model, prompt, tokens)
+    result = generated(model, prompt, inner, draft=draft)
+    assert list(result.tokens) == tokens
+    steps = result.counters.inner_steps
+    assert result.counters.target_calls == 1 + steps
+    assert steps < len(tokens) - 1
+    assert sum(result.counters.accepted_by_depth) == len(tokens) - 1 - steps
 
 
 def test_prompt_lookup_finds_the_latest_occurrence():

@@ -1,0 +1,234 @@
+"""Other people's decoding loops as outer levels, so that a comparison can time them in the same process.
+
+`outer=hf_generate` is Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
+assisted generation; Leviathan et al. 2023, arXiv 2211.17192). It gets the same prompt, limits, end tokens, stop strings
+and sampling settings, and its tokens are counted by the same code as everyone's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers.generation import BaseStreamer
+
+from parsedec.answer import Answer
+from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.inner import NoSpeculation
+from parsedec.model import LanguageModel
+from parsedec.outer import Work, Written
+from parsedec.sampling import Sampler
+from parsedec.text import common_prefix
+from parsedec.types import Author, Round, Sampling, StopReason
+
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfGenerate:
+    """outer=hf_generate: `model.generate` writes the whole answer.
+
+    assisted    the stack's draft model drafts, inside Hugging Face's own loop
+    length      its guesses per target call (`num_assistant_tokens`)
+    schedule    how that number changes: constant, heuristic or heuristic_transient
+    confidence  end a draft behind a guess less probable than this (`assistant_confidence_threshold`); None: never
+
+    The defaults are Hugging Face's. The answer arrives in one piece when it is finished; the time to first token is
+    taken when the token is there. Nothing of the models is changed for longer than the call.
+    """
+
+    prefill: ClassVar[bool] = False  # `generate` reads the prompt itself
+
+    assisted: bool = False
+    length: int = 20
+    schedule: str = "constant"
+    confidence: float | None = 0.4
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES or self.length < 1 or not 0 <= (self.confidence or 0) <= 1:
+            raise ConfigError(
+                f"outer has length={self.length}, schedule={self.schedule!r}, confidence={self.confidence}; expected "
+                f"length >= 1, one of {SCHEDULES} and a confidence from 0 to 1 or null."
+            )
+
+    @property
+    def needs_draft(self) -> bool:
+        return self.assisted
+
+    def bind(self, target: LanguageModel) -> HfGenerate:
+        if self.assisted and target.recurrent:
+            raise IncompatibleStack(
+                f"outer.assisted=true: Hugging Face's assisted generation cannot roll back {target.name}, which has "
+                "recurrent layers. Use outer.assisted=false."
+            )
+        return self
+
+    def run(self, work: Work) -> Iterator[Written]:
+        if not isinstance(work.target.inner, NoSpeculation):
+            raise IncompatibleStack(
+                f"outer=hf_generate decodes by itself and would ignore inner={type(work.target.inner).__name__}. "
+                "Use inner=none; outer.assisted=true speculates with the draft model."
+            )
+        session, answer = work.target.session, work.answer
+        target, sampler = session.model, work.target.sampler
+        assistant = self._assistant(work, target, sampler)
+        follow = Follow(answer, session.length)
+        with ExitStack() as stack:
+            stack.enter_context(clean_settings(target.hf))
+            arguments: dict[str, Any] = {}
+            if assistant is not None:
+                own = stack.enter_context(clean_settings(assistant.hf))
+                own.num_assistant_tokens, own.num_assistant_tokens_schedule = self.length, self.schedule
+                own.assistant_confidence_threshold = self.confidence or 0.0
+                arguments["assistant_model"] = assistant.hf
+                if target.vocab_size != assistant.vocab_size:  # `generate` then goes by text
+                    arguments |= {"tokenizer": target.tokenizer, "assistant_tokenizer": assistant.tokenizer}
+            if answer.limits.stop:
+                arguments["stopping_criteria"] = [follow]
+            stack.enter_context(seeded(sampler))
+            watch = stack.enter_context(Watch(work))
+            prompt = torch.tensor([session.tokens], device=target.device)
+            with torch.inference_mode():
+                sequence = target.hf.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=settings(target, sampler.settings, min(answer.remaining, session.room)),
+                    streamer=watch,
+                    **arguments,
+                )
+            follow(sequence)
+        if answer.stop is None:
+            answer.stop = StopReason.CONTEXT_LIMIT
+        written = len(answer.tokens)
+        work.rounds.append(Round(drafted=False, target_tokens=written, decode_s=work.meter.seconds("decode")))
+        yield Author.TARGET, list(answer.tokens)
+
+    def _assistant(self, work: Work, target: LanguageModel, sampler: Sampler) -> LanguageModel | None:
+        if not self.assisted or work.drafter is None:
+            return None
+        model = work.drafter.model
+        if target.vocab_size == model.vocab_size and not target.same_vocabulary(model):
+            raise IncompatibleStack(
+                f"{model.name} and {target.name} have as many tokens but not the same ones, and Hugging Face's "
+                "assisted generation goes by the number. Choose another draft model."
+            )
+        if target.vocab_size != model.vocab_size and not sampler.greedy:
+            raise IncompatibleStack(
+                f"{model.name} has {model.vocab_size} output rows and {target.name} {target.vocab_size}; to sample "
+                "with such a pair Hugging Face's assisted generation prunes the draft model's output matrix for good. "
+                "Use temperature 0, or a draft model with as many rows."
+            )
+        return model
+
+
+class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
+    """Brings the answer to what is written and says whether it is finished; as a criterion, for stop strings.
+
+    Assisted generation may also ask about guesses (transformers before 5.23), so what was written can change.
+    """
+
+    def __init__(self, answer: Answer, prompt: int) -> None:
+        self.answer = answer
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: object = None, **_: object) -> Tensor:
+        tokens = input_ids[0, self.prompt :].tolist()
+        shared = common_prefix(self.answer.tokens, tokens)
+        if shared < len(self.answer.tokens):
+            self.answer.cut(shared)
+        self.answer.extend(tokens[shared:], Author.TARGET)
+        return torch.full((1,), self.answer.stop is not None, device=input_ids.device)
+
+
+class Watch(BaseStreamer):  # type: ignore[misc]
+    """Takes the time of the first token and counts what the target does, while `generate` runs.
+
+    Counting reads shapes only; nothing is copied and nothing waits for the device.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._prompt = work.target.session.length
+        self._rows = 0  # of the latest forward
+        self._puts = 0  # the prompt, then the tokens of each step
+        self._spans = ExitStack()
+
+    def __enter__(self) -> Watch:
+        hook = self._work.target.session.model.hf.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._spans.callback(hook.remove)
+        self._phase = self._spans.enter_context(ExitStack())
+        self._phase.enter_context(self._work.meter.span("prefill"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._spans.close()
+
+    def put(self, value: Tensor) -> None:
+        self._puts += 1
+        if self._puts == 1:
+            return
+        first = self._puts == 2
+        if first:
+            self._work.meter.saw_token()
+            self._phase.close()
+            self._phase.enter_context(self._work.meter.span("decode"))
+        guesses = self._rows - (self._prompt if first else 1)
+        if guesses or not first:
+            self._work.target.tally.count_tree(guesses, value.numel() - 1)
+
+    def end(self) -> None:
+        self._phase.close()
+
+    def _count(self, module: object, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        session = self._work.target.session
+        self._rows = (args[0] if args else kwargs["input_ids"]).shape[1]
+        session.calls += 1
+        session.rows += self._rows
+
+
+def settings(model: LanguageModel, sampling: Sampling, new_tokens: int) -> GenerationConfig:
+    """What `generate` is to do; filters that are off are named, since unset ones are filled with defaults."""
+    chosen: dict[str, Any] = {"do_sample": False}
+    if not sampling.greedy:
+        chosen = {
+            "do_sample": True,
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
+            "top_k": sampling.top_k,
+        }
+    ends = list(model.end_ids)
+    return GenerationConfig(
+        max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **chosen
+    )
+
+
+@contextmanager
+def clean_settings(hf: PreTrainedModel) -> Iterator[GenerationConfig]:
+    """The model's own generation config is set aside: a checkpoint's repetition penalty is nobody's request, and
+    `generate` writes into an assistant's config."""
+    theirs = hf.generation_config
+    hf.generation_config = GenerationConfig()
+    try:
+        yield hf.generation_config
+    finally:
+        hf.generation_config = theirs
+
+
+@contextmanager
+def seeded(sampler: Sampler) -> Iterator[None]:
+    """Code inside may draw from torch's global generators: they start from the request's own and are put back."""
+    if sampler.greedy:
+        yield
+        return
+    assert sampler.generator is not None
+    where = sampler.generator.device
+    seed = int(torch.randint(1 << 62, (), generator=sampler.generator, device=where))
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
