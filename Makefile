@@ -8,7 +8,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow test-gpu test-weights bench clean
+.PHONY: help setup demo check test test-slow test-gpu test-weights bench golden zoo checksums clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -45,6 +45,22 @@ bench: setup  ## the figures of the README on the embedded models, about half an
 	$(BIN)/python experiments/compare.py runtime=cpu
 	$(BIN)/python experiments/compare.py runtime=cpu arms=refused
 	$(BIN)/python experiments/compare.py runtime=cpu arms=thresholds
+
+golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR make golden
+	$(BIN)/python experiments/golden.py $(if $(ROOT),root=$(ROOT))
+
+ZOO := outputs/zoo
+TRAIN := $(BIN)/python experiments/train.py resume=true
+zoo: setup  ## train the embedded models and heads again, about five hours of one core; goes on after a kill
+	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft
+	$(TRAIN) recipe=zoo_base output=$(ZOO)/base recipe.drafts.model=$(ZOO)/draft/model
+	$(TRAIN) recipe=zoo_target output=$(ZOO)/target recipe.init=$(ZOO)/base/model recipe.drafts.model=$(ZOO)/draft/model
+	for head in eagle3 medusa parallelspec; do \
+	  $(TRAIN) recipe=zoo_$$head output=$(ZOO)/$$head recipe.target=$(ZOO)/target/model || exit 1; done
+	$(TRAIN) recipe=zoo_pard output=$(ZOO)/pard recipe.target=$(ZOO)/target/model recipe.head.init=$(ZOO)/draft/model
+
+checksums: setup  ## write down the checksums of the embedded files, after they have changed
+	$(BIN)/python -m parsedec.training.checksums
 
 clean:  ## remove the environment and caches; records stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers.utils import cached_file
 
+from parsedec.checkpoints import find_file, read_tensors
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 
@@ -205,12 +204,7 @@ def load_head(source: str | Path) -> ParallelHead:
     """
     config_file, weights_file = (_file(source, name) for name in ("config.json", "model.safetensors"))
     head = ParallelHead(_read_config(config_file))
-    try:
-        tensors = load_file(weights_file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IncompatibleStack(
-            f"{weights_file} cannot be read: {str(error).splitlines()[0]}. Is the copy complete?"
-        ) from error
+    tensors = read_tensors(weights_file)
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [f"{name} is missing" for name in expected if name not in found]
@@ -230,21 +224,13 @@ def load_head(source: str | Path) -> ParallelHead:
 
 
 def _file(source: str | Path, name: str) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise IncompatibleStack(
-                f"{folder} holds no {name}; expected a parallel head: config.json, model.safetensors."
-            )
-        return folder / name
-    try:
-        found = cached_file(str(source), name)
-    except OSError as error:
+    found = find_file(source, name)
+    if found is None:
         raise IncompatibleStack(
-            f"the parallel head '{source}' is neither a directory nor a hub id that can be reached "
-            f"({str(error).splitlines()[0]}). Set inner.head to a folder with config.json and model.safetensors."
-        ) from error
-    return Path(str(found))
+            f"{source} has no {name}, or cannot be reached; expected the directory or hub id of a parallel head. Set "
+            "inner.head to a folder with config.json and model.safetensors."
+        )
+    return found
 
 
 def _read_config(path: Path) -> HeadConfig:

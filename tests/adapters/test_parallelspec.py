@@ -218,8 +218,8 @@ FAULTS = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         "cannot be read",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     "another head": (lambda f: rewritten(f, format="eagle"), "format='eagle'"),
     "a size missing": (lambda f: rewritten(f, slots=None), "slots"),
@@ -246,7 +246,7 @@ def test_refusals(tiny_target):
         ParallelSpec(head=head).bind(tiny.model("qwen3_next"), None)
     with pytest.raises(IncompatibleStack, match=r"inner\.depth=5, but the head has 4 slots"):
         ParallelSpec(head=head, depth=5).bind(tiny_target, None)
-    with pytest.raises(IncompatibleStack, match="neither a directory nor a hub id"):
+    with pytest.raises(IncompatibleStack, match="or cannot be reached"):
         ParallelSpec(head="no/such-head").bind(tiny_target, None)
     with pytest.raises(IncompatibleStack, match="bind"):
         ParallelSpec(head=head).start([1], Seen(), Sampler(Sampling()))

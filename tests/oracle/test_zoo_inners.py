@@ -1,0 +1,43 @@
+"""Every inner speculator as its YAML has it, on the embedded models: the text is that of `inner=none`, at every policy."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from parsedec.experiment.build import build_engine
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+INNERS = sorted(path.stem for path in (CONF / "inner").glob("*.yaml"))
+POLICIES = {
+    "alone": ["outer=none"],
+    "parse": ["outer=parse", "boundary.threshold=0.9"],
+    "two_pass, rounds": ["outer=parse", "outer.passes=two_pass", "loop=rounds", "boundary.threshold=0.97"],
+    "adaptive gate": ["outer=parse", "gate=adaptive", "gate.cost_per_token=0.3"],
+    "speculation for the draft model": ["outer=parse", "draft.inner=draft_model", "draft.inner.model=zoo:draft"],
+}
+
+
+def answers(*overrides):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", ["runtime=cpu", "target.dtype=float32", "draft.model.dtype=float32", *overrides])
+    engine, task = build_engine(cfg), instantiate(cfg.task)
+    results = [engine.generate(problem.prompt, max_new_tokens=160) for problem in task.problems()]
+    return [result.tokens for result in results], results
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {name: answers(*overrides, "task.n=3")[0] for name, overrides in POLICIES.items()}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_the_inner_level_changes_no_token(inner, policy, plain):
+    n = 3 if policy == "alone" else 1
+    tokens, results = answers(*POLICIES[policy], f"inner={inner}", f"task.n={n}")
+    assert tokens == plain[policy][:n]
+    if policy == "alone" and inner not in ("none", "ngram"):  # it did speculate, and was right now and then
+        assert sum(sum(result.counters.accepted_by_depth) for result in results) > 0
+        assert sum(result.counters.target_calls for result in results) < sum(map(len, tokens))
