@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.model import load
+from parsedec.tasks.jsonl import TaskDataError
+from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.training import run_recipe
-from parsedec.training.heads import acceptance
+from parsedec.training.heads import acceptance, problems_of
 from parsedec.training.loop import Trainer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -93,7 +95,23 @@ def test_a_few_steps_make_a_head_that_guesses(recipe, tmp_path):
     assert 1 <= low <= measured["tau"] <= high
     assert measured["offered_by_depth"][0] >= measured["accepted_by_depth"][0]
     # the exported head is what was measured: the same weights give the same figures again
-    assert acceptance(composed(recipe, tmp_path), tmp_path / "model") == measured
+    cfg = composed(recipe, tmp_path)
+    assert acceptance(cfg, tmp_path / "model", problems_of(cfg.recipe)[1]) == measured
+
+
+def test_a_head_for_ones_own_prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    prompts = [problem.prompt for problem in ZooArithmetic(n=9, seed=7).problems()]
+    file.write_text("".join(json.dumps({"prompt": prompt, "source": "mine"}) + "\n" for prompt in prompts))
+    own = [f"recipe.prompts={file}", "recipe.evaluation.held_out=2"]
+    record = run_recipe(composed("zoo_medusa", tmp_path / "run", *own))
+    assert record["evaluation"]["problems"] == 2
+    assert len(json.loads((tmp_path / "run" / "answers.json").read_text())) == 7
+    with pytest.raises(ConfigError, match="held_out=9"):
+        run_recipe(composed("zoo_medusa", tmp_path / "more", *own, "recipe.evaluation.held_out=9"))
+    file.write_text('{"question": "?"}')
+    with pytest.raises(TaskDataError, match="line 1"):
+        run_recipe(composed("zoo_medusa", tmp_path / "wrong", *own))
 
 
 def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(tmp_path, monkeypatch):

@@ -80,6 +80,29 @@ class JsonlTask(ABC):
         return problems
 
 
+def read_prompts(path: str | Path) -> list[Problem]:
+    """The `prompt` of every line of a JSONL file, as problems nobody scores; other keys are ignored.
+
+    Raises TaskDataError for a file that is missing or has a line without one.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise TaskDataError(f'prompts={str(path)!r} is not a file; expected JSONL with a "prompt" in every line.')
+    problems = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as bad:
+            raise TaskDataError(f"{path}, line {number} is not JSON in UTF-8 ({bad}): {_shorten(line)}.") from bad
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise TaskDataError(f'{path}, line {number} has no "prompt" with text in it: {_shorten(line)}.')
+        problems.append(Problem(id=f"{file.name}/{number}", prompt=prompt, reference=""))
+    return problems
+
+
 def _parse(line: bytes, where: str) -> Problem:
     try:
         row = json.loads(line)

@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel, load
+from parsedec.tasks.base import Problem
+from parsedec.tasks.jsonl import read_prompts
 from parsedec.training.drafts import Pool, load_or_sample
 from parsedec.training.generation import prompts
 from parsedec.training.loop import Loss, Schedule
@@ -181,7 +183,7 @@ class HeadJob:
         self.cfg = cfg
         self.folder = folder
         target = load(recipe.target, dtype="float32", device=preset.device, attention=preset.attention)
-        problems = instantiate(recipe.task).problems()
+        problems, self.unseen = problems_of(recipe)
         pool = load_or_sample(
             folder / "answers.json",
             target,
@@ -211,10 +213,23 @@ class HeadJob:
 
     def finish(self) -> dict[str, Any]:
         self.head.save(self.folder / "model")
-        return {"evaluation": acceptance(self.cfg, self.folder / "model")}
+        return {"evaluation": acceptance(self.cfg, self.folder / "model", self.unseen)}
 
 
-def acceptance(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def problems_of(recipe: DictConfig) -> tuple[list[Problem], list[Problem]]:
+    """What the target is asked to learn from, and what the head is measured on: two tasks, or a file of prompts."""
+    if recipe.prompts is None:
+        return instantiate(recipe.task).problems(), instantiate(recipe.evaluation.task).problems()
+    problems = read_prompts(recipe.prompts)
+    if not 1 <= recipe.evaluation.held_out < len(problems):
+        raise ConfigError(
+            f"recipe.evaluation.held_out={recipe.evaluation.held_out} of the {len(problems)} prompts in "
+            f"{recipe.prompts}; expected at least 1, and fewer than there are."
+        )
+    return problems[: -recipe.evaluation.held_out], problems[-recipe.evaluation.held_out :]
+
+
+def acceptance(cfg: DictConfig, folder: Path, problems: Sequence[Problem]) -> dict[str, Any]:
     """Mean accepted tokens per target call (tau) of the exported head on unseen problems, at the engine's own loop.
 
     tau counts the token that every call yields besides its accepted guesses, as EAGLE's papers and Medusa's do.
@@ -222,7 +237,6 @@ def acceptance(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     recipe = cfg.recipe
     target = load(recipe.target, dtype="float32", device=cfg.preset.device)
-    problems = instantiate(recipe.evaluation.task).problems()
     speculator = instantiate(recipe.evaluation.speculator)(**{recipe.evaluation.weights: str(folder)})
     engine = Parse(target, inner=speculator)
     steps, tokens, offered, accepted = [], [], np.zeros(64, int), np.zeros(64, int)
