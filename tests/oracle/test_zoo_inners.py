@@ -15,7 +15,7 @@ POLICIES = {
     "parse": ["outer=parse", "boundary.threshold=0.9"],
     "two_pass, rounds": ["outer=parse", "outer.passes=two_pass", "loop=rounds", "boundary.threshold=0.97"],
     "adaptive gate": ["outer=parse", "gate=adaptive", "gate.cost_per_token=0.3"],
-    "speculation for the draft model": ["outer=parse", "draft.inner=draft_model", "draft.inner.model=zoo:draft"],
+    "speculation for the draft model": ["outer=parse", "inner@draft.inner=draft_model", "draft.inner.model=zoo:draft"],
 }
 
 
