@@ -1,18 +1,19 @@
-"""What the engine itself costs: `outer=none inner=none` against `model.generate`, alternating in one process.
+"""What the engine itself costs: `outer=none inner=none` against `model.generate`, and per step with every speculator.
 
     python experiments/overhead.py                                 the zoo target, 40 problems, 5 repeats
-    python experiments/overhead.py target=DIR task.n=10
+    python experiments/overhead.py "inners=[ngram,'eagle3 inner.tokens=8']" task.n=10
+    python experiments/overhead.py target=DIR draft=DIR inners=[]  against model.generate only
 
-Greedy; both write the same tokens, which is checked. Prints the ratio of seconds per token with a bootstrap interval;
-the last line of stdout is the record's path.
+Greedy, everything alternating in one process; whether all wrote the same tokens is checked. Writes record.json and
+table.md; the last line of stdout is the record's path.
 """
 
 import os
+import shlex
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: spinning ones are erratic
 
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import hydra
@@ -23,56 +24,32 @@ from parsedec.experiment.cli import run_command
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def measure(cfg: DictConfig, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of both for every problem: the least of `repeats` alternating runs, so that other load matters less."""
-    import torch
+def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """What the record says of both measurements."""
+    from hydra import compose
     from hydra.utils import instantiate
 
     from parsedec import Parse, TargetOnly
     from parsedec.chat import prompt_ids
-    from parsedec.experiment.build import build_model
+    from parsedec.experiment import overhead
+    from parsedec.experiment.build import build_engine, build_model
     from parsedec.experiment.cli import progress
 
     model = build_model(cfg.target)
-    engine = Parse(model, outer=TargetOnly())
-    rows = []
+    engines = {}
+    for entry in dict.fromkeys(["none", *cfg.inners] if cfg.inners else []):
+        name, *own = shlex.split(entry)
+        chosen = [f"inner={name}", "outer=none", *own]
+        engines[entry] = build_engine(compose("overhead", overrides=[*overrides, *chosen]))
     problems = instantiate(cfg.task).problems()
-    with progress(len(problems)) as step:
-        for problem in problems:
-            ids = prompt_ids(model, [{"role": "user", "content": problem.prompt}])
-            inputs = torch.tensor([ids], device=model.device)
-            mask = torch.ones_like(inputs)
-            theirs, ours = [], []
-            for _ in range(repeats):
-                start = perf_counter()
-                with torch.inference_mode():
-                    reference = model.hf.generate(
-                        inputs, attention_mask=mask, max_new_tokens=cfg.max_new_tokens, do_sample=False
-                    )[0, len(ids) :].tolist()
-                theirs.append(perf_counter() - start)
-                start = perf_counter()
-                tokens = list(engine.generate(ids, max_new_tokens=cfg.max_new_tokens).tokens)
-                ours.append(perf_counter() - start)
-            rows.append(
-                {"id": problem.id, "tokens": len(tokens), "equal": tokens == reference, "generate_s": min(theirs),
-                 "engine_s": min(ours)})  # fmt: skip
-            step(problem.id)
-    return rows
-
-
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratio of seconds, engine over generate (both wrote the same tokens), with a 95 % bootstrap interval."""
-    import numpy as np
-
-    seconds = np.array([[row["engine_s"], row["generate_s"]] for row in rows])  # [n, 2]
-    draws = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
-    sums = seconds[draws].sum(1)  # [2000, 2]
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
-    total = seconds.sum(0)
-    return {
-        "problems": len(rows), "tokens": sum(row["tokens"] for row in rows), "equal": all(row["equal"] for row in rows),
-        "ratio": float(total[0] / total[1]), "ratio_low": float(low), "ratio_high": float(high),
-    }  # fmt: skip
+    prompts = {p.id: prompt_ids(model, [{"role": "user", "content": p.prompt}]) for p in problems}
+    with progress(len(prompts) * (1 + bool(engines))) as step:
+        settings: dict[str, Any] = dict(max_new_tokens=cfg.max_new_tokens, repeats=cfg.repeats, after_each=step)
+        rows = overhead.measure_generate(Parse(model, outer=TargetOnly()), prompts, **settings)
+        by_inner = overhead.measure_steps(engines, prompts, **settings) if engines else {}
+    summaries = overhead.summarise_steps(by_inner) if engines else {}
+    inners = [{"name": name, "summary": summaries[name], "rows": by_inner[name]} for name in engines]
+    return {"summary": overhead.summarise_generate(rows), "inners": inners, "rows": rows}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="overhead")
@@ -80,21 +57,24 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from parsedec.experiment.build import apply_runtime, plain
-    from parsedec.experiment.cli import stderr
-    from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
+    from parsedec.experiment.cli import announced, stderr
+    from parsedec.experiment.overhead import markdown, sentence, terminal
+    from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record, write_text
 
     path = Path(HydraConfig.get().runtime.output_dir) / "record.json"
-    earlier_record(path, plain(cfg), resume=False)
+    config = plain(cfg)
+    earlier_record(path, config, resume=False)
     apply_runtime(cfg)
-    rows = measure(cfg, cfg.repeats)
-    summary = summarise(rows)
-    record = {"schema_version": SCHEMA_VERSION, "title": "Engine overhead", "config": plain(cfg)}
-    write_record(record | {"provenance": provenance(), "rows": rows, "summary": summary}, path)
-    stderr.print(
-        f"engine / generate, seconds per token: {summary['ratio']:.3f} "
-        f"({summary['ratio_low']:.3f} to {summary['ratio_high']:.3f}), n = {summary['problems']} problems, "
-        f"{summary['tokens']} tokens, same tokens: {summary['equal']}", highlight=False)  # fmt: skip
-    print(path)
+    head = {"schema_version": SCHEMA_VERSION, "title": "Engine overhead", "config": config, "provenance": provenance()}
+    with announced(path):
+        record = head | measure(cfg, list(HydraConfig.get().overrides.task))
+        write_record(record, path)
+        write_text(markdown(record), path.with_name("table.md"))
+        if record["inners"]:
+            stderr.print(terminal(record))
+        stderr.print(
+            sentence(record), f"table: {path.with_name('table.md')}", sep="\n", soft_wrap=True, highlight=False
+        )
 
 
 if __name__ == "__main__":

@@ -4,14 +4,19 @@ import json
 import math
 import os
 import random
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from parsedec.errors import OutputExistsError, ParsedecError
 from parsedec.experiment import record as records
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, read_record, to_json, write_record
 from parsedec.experiment.summary import compare, summarise, wilson
+from parsedec.experiment.table import markdown, terminal
+from parsedec.meter import Tally
 from parsedec.types import Author, Sampling, Span
 
 CONFIG = {"seed": 0, "task": {"n": 2}, "resume": False, "output": "a"}
@@ -184,7 +189,7 @@ def test_requests_without_a_verdict_do_not_count_for_accuracy():
 def test_summary_of_nothing():
     summary = summarise([])
     assert (summary["requests"], summary["new_tokens"], summary["judge_paths"]) == (0, 0, [])
-    for ratio in ("accuracy", "accuracy_interval", "tokens_per_s", "kept_share", "first_token_s_p50"):
+    for ratio in ("accuracy", "accuracy_interval", "tokens_per_s", "kept_share", "first_token_s_p50", "tau"):
         assert summary[ratio] is None
     assert summarise([FAILED])["accuracy"] == 0.0
 
@@ -210,6 +215,90 @@ def test_wilson_bounds_solve_its_equation(hits):
     for bound in wilson(hits, 20):
         if 0 < bound < 1:
             assert abs(hits / 20 - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / 20), abs=1e-6)
+
+
+def guessing(name, trees):
+    """A request whose trees had these (levels, accepted levels), counted as a run counts them."""
+    tally = Tally()
+    for depth, accepted in trees:
+        tally.count_tree(depth, accepted)
+    counts = tally.counters()
+    return request(
+        name, 10, 1.0, inner_steps=counts.inner_steps, offered_by_depth=list(counts.offered_by_depth),
+        accepted_by_depth=list(counts.accepted_by_depth))  # fmt: skip
+
+
+def test_tau_is_the_mean_of_what_the_trees_committed():
+    rng = random.Random(3)
+    trees = [(depth, rng.randint(0, depth)) for depth in rng.choices(range(6), k=60)]
+    requests = [guessing("a", trees[:13]), FAILED, guessing("b", trees[13:14]), guessing("c", trees[14:])]
+    summary = summarise(requests)
+    assert summary["tau"] == pytest.approx(sum(1 + accepted for _, accepted in trees) / 60)
+    assert summary["inner_steps"] == 60
+    for level in range(5):
+        assert summary["offered_by_depth"][level] == sum(depth > level for depth, _ in trees)
+        assert summary["accepted_by_depth"][level] == sum(accepted > level for _, accepted in trees)
+
+
+def test_requests_of_different_depths_are_padded():
+    summary = summarise([guessing("a", [(1, 1)]), guessing("b", [(4, 2), (0, 0)]), guessing("c", [])])
+    assert summary["offered_by_depth"] == [2, 1, 1, 1]
+    assert summary["accepted_by_depth"] == [2, 1, 0, 0]
+    assert summary["tau"] == 2.0
+
+
+@pytest.mark.parametrize("requests", [[], [FAILED], [request("a", 5, 1.0)], [guessing("a", [(0, 0)] * 4)]])
+def test_no_tau_where_nothing_was_guessed(requests):
+    summary = summarise(requests)
+    assert summary["tau"] is None
+    assert summary["offered_by_depth"] == summary["accepted_by_depth"] == []
+
+
+def record_of(**arms):
+    """A record of a comparison, with what a table reads of it."""
+    return {
+        "title": "Two arms",
+        "config": {"seed": 0, "max_new_tokens": 10, "target": {"source": "zoo:target"}},
+        "provenance": {
+            "git_sha": "abc", "git_dirty": False, "packages": {"torch": "1", "transformers": "2"}, "device": "CPU",
+            "command": "compare.py"},
+        "arms": [{"name": name, "summary": summarise(requests)} for name, requests in arms.items()],
+    }  # fmt: skip
+
+
+def printed(record):
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(terminal(record))
+    return console.export_text()
+
+
+def test_tables_tell_how_deep_guesses_were_accepted():
+    trees = [(3, 3)] * 2 + [(2, 0)] * 8
+    record = record_of(target=[request("a", 5, 1.0)], chain=[guessing("a", trees)], short=[guessing("a", [(1, 1)])])
+    table, below = markdown(record).split("## Accepted by depth")
+    assert "| arm | accuracy | new tokens | target calls | tau | kept share |" in table
+    assert re.findall(r"\| (\w+) \| .*? \| 0 \| (-|[\d.]+) \| - \|", table) == [
+        ("target", "-"), ("chain", "1.60"), ("short", "2.00")]  # fmt: skip
+    assert re.findall(r"^\| .*", below, re.M) == [
+        "| arm | 1 | 2 | 3 |", "| --- | ---: | ---: | ---: |", "| chain | 0.20 | 0.20 | 0.20 of 0.20 |",
+        "| short | 1.00 | - | - |"]  # fmt: skip
+    assert "0.20 of 0.20" in printed(record)
+
+
+def test_only_the_first_levels_of_deep_trees_are_shown():
+    below = markdown(record_of(chain=[guessing("a", [(20, 20)])])).split("## Accepted by depth")[1]
+    assert re.search(r"^\| arm \|.*", below, re.M)[0] == "| arm | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |"
+
+
+def test_records_without_guesses_or_from_before_they_were_summed_have_one_table():
+    plain = record_of(target=[request("a", 5, 1.0)])
+    old = record_of(target=[request("a", 5, 1.0)], chain=[guessing("a", [(3, 3)])])
+    for arm in old["arms"]:
+        for key in ("tau", "offered_by_depth", "accepted_by_depth"):
+            del arm["summary"][key]
+    for record in (plain, old):
+        assert "depth" not in markdown(record) + printed(record)
+        assert "tau" not in markdown(record) + printed(record)
 
 
 # --- comparisons ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,13 @@ SUMMED = {  # summary key -> where a request's result has it
 
 
 def summarise(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over the requests that have a result. `accuracy` is over all that were scored, errors counting as wrong."""
+    """Sums over the requests that have a result.
+
+    accuracy   over all that were scored, errors counting as wrong
+    tau        tokens committed per verified tree: the accepted guesses, and the target's own token behind them. Summed,
+               then divided. None where nothing was ever guessed
+    offered_by_depth, accepted_by_depth   [d] trees that reached, and were accepted to, depth d + 1 or more
+    """
     results = [request["result"] for request in requests if request.get("result")]
     marks = [bool(request["correct"]) for request in requests if request.get("correct") is not None]
     summary: dict[str, Any] = {
@@ -38,6 +45,10 @@ def summarise(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "accepted_whole": sum(any(r["accepted_whole"] for r in result["rounds"]) for result in results),
     }
     summary |= {key: sum(result[group][name] for result in results) for key, (group, name) in SUMMED.items()}
+    for key in ("offered_by_depth", "accepted_by_depth"):
+        summary[key] = _by_depth([result["counters"].get(key) or () for result in results])
+    trees, guessed = summary["inner_steps"], sum(summary["offered_by_depth"])
+    summary["tau"] = (trees + sum(summary["accepted_by_depth"])) / trees if trees and guessed else None
     summary["tokens_per_s"] = summary["new_tokens"] / summary["wall_s"] if summary["wall_s"] else None
     summary["kept_share"] = summary["kept_draft_tokens"] / summary["draft_tokens"] if summary["draft_tokens"] else None
     summary["first_token_s_p50"] = _median([result["times"]["first_token_s"] for result in results])
@@ -86,6 +97,11 @@ def _facts(request: dict[str, Any]) -> tuple[float, float, float]:
 def _ratios(sums: np.ndarray, n: int) -> np.ndarray:
     tokens_a, wall_a, right_a, tokens_b, wall_b, right_b = sums
     return np.array([tokens_b / wall_b / (tokens_a / wall_a), wall_a / wall_b, (right_b - right_a) / n])
+
+
+def _by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
+    """Sums by place; requests do not all get equally deep."""
+    return [sum(level) for level in zip_longest(*counts, fillvalue=0)]
 
 
 def _median(values: Sequence[float]) -> float | None:

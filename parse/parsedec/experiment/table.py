@@ -1,12 +1,16 @@
-"""The table of a record, for the terminal and as Markdown."""
+"""The tables of a record, for the terminal and as Markdown: its arms, and how deep their guesses were accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+
+DEEPEST = 8  # levels shown; a record holds all of them
+OFFERED = 0.95  # the share of trees that reached a level is shown where it is below this
 
 Column = tuple[str, Callable[[dict[str, Any], dict[str, Any] | None], str]]
 
@@ -22,6 +26,11 @@ def _share(summary: dict[str, Any], _: dict[str, Any] | None) -> str:
     return "-" if summary["kept_share"] is None else f"{100 * summary['kept_share']:.1f} %"
 
 
+def _tau(summary: dict[str, Any], _: dict[str, Any] | None) -> str:
+    tau = summary.get("tau")  # records made before it was counted have none
+    return "-" if tau is None else f"{tau:.2f}"
+
+
 def _ratio(name: str) -> Callable[[dict[str, Any], dict[str, Any] | None], str]:
     def cell(_: dict[str, Any], row: dict[str, Any] | None) -> str:
         return "-" if row is None else f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
@@ -33,6 +42,7 @@ COLUMNS: tuple[Column, ...] = (
     ("accuracy", _accuracy),
     ("new tokens", lambda s, _: str(s["new_tokens"])),
     ("target calls", lambda s, _: str(s["target_calls"])),
+    ("tau", _tau),
     ("kept share", _share),
     ("drafts kept whole", lambda s, _: str(s["accepted_whole"])),
     ("rounds", lambda s, _: str(s["rounds"])),
@@ -44,8 +54,10 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def columns(record: dict[str, Any]) -> tuple[Column, ...]:
-    """A run by itself is compared with nothing."""
-    return COLUMNS if record.get("comparison") else COLUMNS[:-2]
+    """A run by itself is compared with nothing; tau is shown if some arm guesses tokens."""
+    shown = COLUMNS if record.get("comparison") else COLUMNS[:-2]
+    guesses = any(arm["summary"].get("tau") is not None for arm in record["arms"])
+    return tuple(column for column in shown if guesses or column[1] is not _tau)
 
 
 def rows(record: dict[str, Any]) -> list[list[str]]:
@@ -57,17 +69,44 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def depth_rows(record: dict[str, Any]) -> list[list[str]]:
+    """One list of cells per arm that guesses tokens: its name, and for every depth the share of its verified trees
+    accepted that far - of the share that reached it, where that is noticeably less than all."""
+    guessing = [arm for arm in record["arms"] if arm["summary"].get("tau") is not None]
+    deepest = min(DEEPEST, max((len(arm["summary"]["offered_by_depth"]) for arm in guessing), default=0))
+    return [[arm["name"], *(_accepted(arm["summary"], depth) for depth in range(deepest))] for arm in guessing]
+
+
+def _accepted(summary: dict[str, Any], depth: int) -> str:
+    trees, reached = summary["inner_steps"], summary["offered_by_depth"]
+    if depth >= len(reached):
+        return "-"
+    accepted, offered = summary["accepted_by_depth"][depth] / trees, reached[depth] / trees
+    return f"{accepted:.2f}" + (f" of {offered:.2f}" if offered < OFFERED else "")
+
+
+DEPTH_CAPTION = (
+    "Share of the verified trees that were accepted to this depth or deeper; of: the share that reached it, where "
+    f"below {OFFERED}. tau: tokens per verified tree, the target's own included."
+)
+
+
 def caption(record: dict[str, Any]) -> str:
-    """Tier, commit, machine, versions, seed and counts: what a reader needs to weigh the figures."""
-    made, config = record["provenance"], record["config"]
-    sha = (made["git_sha"] or "no commit")[:10] + (" with uncommitted changes" if made["git_dirty"] else "")
-    versions = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "transformers"))
+    """Tier, machine, versions, commit, seed and counts: what a reader needs to weigh the figures."""
     n = record["arms"][0]["summary"]["requests"]
     return (
-        f"Tier: {tier(record)}. n = {n}, seed {config['seed']}, at most {config['max_new_tokens']} new tokens; "
-        "95 % intervals (Wilson; paired bootstrap for speed-ups). In time: the baseline's seconds over the arm's for "
-        f"the same requests. {made['device']}, {versions}, commit {sha}."
+        f"Tier: {tier(record)}. n = {n}, seed {record['config']['seed']}, at most {record['config']['max_new_tokens']} "
+        "new tokens; 95 % intervals (Wilson; paired bootstrap for speed-ups). In time: the baseline's seconds over the "
+        f"arm's for the same requests. {origin(record)}"
     )
+
+
+def origin(record: dict[str, Any]) -> str:
+    """Machine, versions and commit of a record."""
+    made = record["provenance"]
+    sha = (made["git_sha"] or "no commit")[:10] + (" with uncommitted changes" if made["git_dirty"] else "")
+    versions = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "transformers"))
+    return f"{made['device']}, {versions}, commit {sha}."
 
 
 def tier(record: dict[str, Any]) -> str:
@@ -75,22 +114,42 @@ def tier(record: dict[str, Any]) -> str:
     return "zoo" if str(record["config"]["target"]["source"]).startswith("zoo:") else "real checkpoints"
 
 
-def terminal(record: dict[str, Any]) -> Table:
-    table = Table(title=record["title"], caption=caption(record), box=box.SIMPLE_HEAD, caption_justify="left")
-    table.add_column("arm", no_wrap=True)
-    for name, _ in columns(record):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows(record):
-        table.add_row(*row)
-    return table
+def terminal(record: dict[str, Any]) -> Group:
+    """What is printed: the arms, and below them how deep guesses were accepted, if there were any."""
+    heads, depths = ["arm", *(name for name, _ in columns(record))], depth_rows(record)
+    tables = [printed(record["title"], heads, rows(record), caption(record))]
+    if depths:
+        tables.append(printed("Accepted by depth", _depth_heads(depths), depths, DEPTH_CAPTION))
+    return Group(*tables)
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The same with the command that made it, to be committed beside the record."""
-    head = ["arm", *(name for name, _ in columns(record))]
-    lines = [" | ".join(cells) for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows(record))]
-    body = "\n".join(f"| {line} |" for line in lines)
-    return (
-        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n{body}\n\n"
-        f"{caption(record)}\n"
+    heads, depths = ["arm", *(name for name, _ in columns(record))], depth_rows(record)
+    text = (
+        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n"
+        f"{grid(heads, rows(record))}\n\n{caption(record)}\n"
     )
+    if depths:
+        text += f"\n## Accepted by depth\n\n{grid(_depth_heads(depths), depths)}\n\n{DEPTH_CAPTION}\n"
+    return text
+
+
+def printed(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], note: str) -> Table:
+    """A table for the terminal; the first column holds names."""
+    table = Table(title=title, caption=note, box=box.SIMPLE_HEAD, caption_justify="left")
+    for i, name in enumerate(heads):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def grid(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column holds names."""
+    lines = [" | ".join(row) for row in (heads, ["---", *["---:"] * (len(heads) - 1)], *cells)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _depth_heads(depths: Sequence[Sequence[str]]) -> list[str]:
+    return ["arm", *map(str, range(1, len(depths[0])))]
