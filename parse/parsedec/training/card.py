@@ -120,10 +120,18 @@ def figures(record: dict[str, Any]) -> Iterator[str]:
             row["accepted_whole"],
             row["accepted_whole_wrong"],
             accuracy(row["accuracy"]),
+            f"{where['exact'] / max(1, where['wrong_drafts']):.1%}",
+            f"{where['never_later'] / max(1, where['wrong_drafts']):.1%}",
         )
-        for row in found["thresholds"]
+        for row, where in zip(found["thresholds"], found["localisation"], strict=True)
     ]
-    yield table(("threshold", "draft tokens kept", "drafts kept whole", "of these wrong", "accuracy of PARSE"), rows)
+    names = ("threshold", "draft tokens kept", "drafts kept whole", "of these wrong", "accuracy of PARSE")
+    yield table((*names, "first wrong line found exactly", "never later"), rows)
+    yield (
+        f"The last two columns are about the {found['localisation'][0]['wrong_drafts']} drafts that are wrong. Token by "
+        f"token, draft and target agree on {found['shared_prefix_tokens'] / max(1, found['draft_tokens']):.1%} of the "
+        "drafted tokens before they first differ."
+    )
     card = record["judge_card"]
     yield (
         f"Its judge is asked `{card['question']}` and answers {' or '.join(f'`{label}`' for label in card['labels'])}. "
