@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from parsedec.backends import open_session
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
@@ -31,9 +32,9 @@ from parsedec.types import Needs, Outcome, Seen, Tree
 
 
 @cache
-def load_once(source: str, dtype: str, device: str) -> LanguageModel:
+def load_once(source: str, dtype: str, device: str, backend: str) -> LanguageModel:
     """A speculator is bound once per arm; the arms of a process share its model."""
-    return load(source, dtype=dtype, device=device)
+    return load(source, dtype=dtype, device=device, backend=backend)
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class DraftModel:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> DraftState:
         if not isinstance(self.model, LanguageModel):
             raise IncompatibleStack("inner=draft_model was not bound to a target; call bind(target, draft) first.")
-        return DraftState(extended(Session(self.model), tokens), sampler)
+        return DraftState(extended(open_session(self.model), tokens), sampler)
 
     def propose(self, state: DraftState, budget: int) -> Tree:
         root = state.session.tokens[-1]
@@ -129,7 +130,7 @@ def drafting_model(
 ) -> LanguageModel:
     """The model that `inner` drafts with - `model`, or the stack's draft model - if its vocabulary is the target's."""
     if isinstance(model, str):
-        model = load_once(model, str(target.dtype).removeprefix("torch."), str(target.device))
+        model = load_once(model, str(target.dtype).removeprefix("torch."), str(target.device), target.backend)
     model = model or draft
     if model is None:
         raise IncompatibleStack(f"inner={inner} has no model to draft with; set inner.model or draft.")

@@ -27,6 +27,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from parsedec.backends import open_session
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
@@ -92,7 +93,7 @@ class Pard:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> PardState:
         if not isinstance(self.model, LanguageModel):
             raise IncompatibleStack("inner=pard was not bound to a target; call bind(target, draft) first.")
-        return PardState(extended(Session(self.model), tokens), (), sampler)
+        return PardState(extended(open_session(self.model), tokens), (), sampler)
 
     def propose(self, state: PardState, budget: int) -> Tree:
         root = state.new[-1] if state.new else state.session.tokens[-1]

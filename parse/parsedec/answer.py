@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from parsedec.model import LanguageModel
 from parsedec.text import TextStream, token_ends
@@ -66,14 +67,15 @@ class Answer:
         """Runs of tokens by one author within one round, with their text; together they spell `text`."""
         if not self.tokens:
             return ()
-        _, ends = token_ends(self.model, self.tokens)
-        text, spans, start = self.text, [], 0
-        for i in range(1, len(self.tokens) + 1):
-            if i == len(self.tokens) or self._authors[i] is not self._authors[start] or i in self._rounds:
-                left, right = ends[start - 1] if start else 0, ends[i - 1]
-                piece = text[left:] if i == len(self.tokens) else text[left:right]
-                spans.append(Span(author=self._authors[start], start=start, stop=i, text=piece))
-                start = i
+        text, count = self.text, len(self.tokens)
+        changes = (i for i in range(1, count) if self._authors[i] is not self._authors[i - 1] or i in self._rounds)
+        starts = [0, *changes]
+        # where tokens end is found by decoding each of them: not for an answer of one piece
+        ends = token_ends(self.model, self.tokens)[1] if len(starts) > 1 else []
+        spans = []
+        for start, stop in pairwise([*starts, count]):
+            piece = text[ends[start - 1] if start else 0 : ends[stop - 1] if stop < count else None]
+            spans.append(Span(author=self._authors[start], start=start, stop=stop, text=piece))
         return tuple(spans)
 
     def _reads_stop_string(self, token: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
@@ -10,8 +11,11 @@ from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
-from parsedec.text import Draft, carried, common_prefix
+from parsedec.text import Draft, GrowingDraft, carried, common_prefix
 from parsedec.types import Author, Limits, StopReason
+
+NOTHING = Draft((), "", (), ended=False)
+UNSETTLED = 8  # last tokens of a text carried from another vocabulary that more text may still change
 
 
 class Drafter:
@@ -41,16 +45,16 @@ class Drafter:
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""
         if not self._follow(answer):
-            return Draft((), "", (), ended=False)
-        before = self.decoder.session.tokens[len(self.prompt) :]
-        own = Answer(self.model, Limits(max_new_tokens=limit, stop=self.stop))
-        for _ in self.decoder.write(own, Author.DRAFT):
+            return NOTHING
+        writing = Writing(self, answer, limit)
+        while writing.step():
             pass
-        ended = own.stop is StopReason.END_TOKEN
-        tokens = own.tokens[:-1] if ended else own.tokens
-        if not self.same_vocabulary:
-            tokens = carried(self.model, before, tokens, self.target, answer.tokens)
-        return Draft.of(self.target, tokens[:limit], ended and len(tokens) <= limit)
+        tokens, ended = writing.tokens()
+        return Draft.of(self.target, tokens, ended)
+
+    def begin(self, answer: Answer, limit: int) -> Writing | None:
+        """As `write`, but to be taken a step at a time; None where nothing can be drafted."""
+        return Writing(self, answer, limit) if self._follow(answer) else None
 
     def _follow(self, answer: Answer) -> bool:
         """Bring the draft model to the answer as it stands: keep the tokens it shares, read the others.
@@ -67,3 +71,54 @@ class Drafter:
             self.decoder.rewind(shared)
         session.feed(wanted[shared:])
         return True
+
+
+class Writing:
+    """A draft being written. What is not wanted any more is simply not asked for.
+
+    `step` reads and writes the draft model alone, never the target.
+    """
+
+    def __init__(self, drafter: Drafter, answer: Answer, limit: int) -> None:
+        session = drafter.decoder.session
+        self._drafter = drafter
+        self._limit = limit
+        self._before = session.tokens[len(drafter.prompt) :]  # the answer so far in the draft model's tokens
+        self._after = list(answer.tokens)  # and in the target's, as it was when the draft began
+        self._own = Answer(drafter.model, Limits(max_new_tokens=limit, stop=drafter.stop))
+        self._steps = drafter.decoder.write(self._own, Author.DRAFT)
+        self._growing = GrowingDraft(drafter.target)
+        self._read = NOTHING
+
+    def step(self) -> bool:
+        """Write on; whether there is more to write. A step is a token, or what a speculator got right and one more."""
+        next(self._steps, None)
+        return self._own.stop is None
+
+    @property
+    def written(self) -> int:
+        """Tokens written so far, in the draft model's vocabulary, its end token included."""
+        return len(self._own.tokens)
+
+    def tokens(self) -> tuple[list[int], bool]:
+        """The draft so far in target tokens without its end token, and whether the draft model has closed it."""
+        drafter, ended = self._drafter, self._own.stop is StopReason.END_TOKEN
+        tokens = self._own.tokens[:-1] if ended else self._own.tokens
+        if not drafter.same_vocabulary:
+            tokens = carried(drafter.model, self._before, tokens, drafter.target, self._after)
+        return tokens[: self._limit], ended and len(tokens) <= self._limit
+
+    def draft(self, *, final: bool = False) -> Draft:
+        """The draft so far.
+
+        final   no more will be asked for. Otherwise text from another vocabulary is without its last tokens: what the
+                draft model writes next may still make other tokens of them.
+        """
+        tokens, ended = self.tokens()
+        if not final and not self._drafter.same_vocabulary:
+            tokens = tokens[: max(0, len(tokens) - UNSETTLED)]
+        if tokens[: len(self._growing.tokens)] != self._growing.tokens:
+            self._growing, self._read = GrowingDraft(self._drafter.target), NOTHING
+        for token in tokens[len(self._growing.tokens) :]:
+            self._read = self._growing.push(token)
+        return replace(self._read, ended=ended)

@@ -137,7 +137,7 @@ class Parse:
         author = Author.TARGET
         for author, tokens in self.outer.run(work):
             meter.saw_token()
-            piece = Delta(text="".join(map(text.push, tokens)), tokens=tuple(tokens), author=author)
+            piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
             with meter.away():
                 yield piece
         self.history.add_answer(len(answer.tokens))

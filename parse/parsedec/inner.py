@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
+from parsedec.backends import open_session
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
-from parsedec.session import Session
 from parsedec.types import Author, Needs, Outcome, Seen, StopReason, Tree
 
 
@@ -94,7 +94,7 @@ class Decoder:
         tally: Tally,
         acceptance: Acceptance | None = None,
     ) -> None:
-        self.session = Session(model, inner.needs.hidden_layers)
+        self.session = open_session(model, inner.needs.hidden_layers)
         self.inner = inner
         self.sampler = sampler
         self.tally = tally

@@ -1,7 +1,7 @@
 """The few things done to a Hugging Face cache, in one place: copy, cut the tail, gather, widen to a batch.
 
 Attention layers keep keys and values as `[B, heads, T, d]` and grow by concatenation, so a shallow copy of a layer
-is a snapshot: nothing ever writes into the tensors it holds. Recurrent and convolutional layers (Mamba-2,
+is a snapshot: nothing ever writes into the rows it holds. Recurrent and convolutional layers (Mamba-2,
 Qwen3-Next, LFM2 …) overwrite their states in place; their snapshots are clones, and a cut tail can only be undone
 by going back to one. Only `Session` uses this module, and adapters that hand a cache to code of transformers.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -58,14 +59,24 @@ def cut_tail(cache: DynamicCache, rows: int) -> None:
         cache.crop(-rows)  # minus the number of tokens to remove; a positive count raises
 
 
+@torch.inference_mode()  # what a forward made may be written to nowhere else
 def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
-    """Of the rows from `start` on, keep `rows` (relative to `start`, in this order) and forget the others."""
+    """Of the rows from `start` on, keep `rows` (relative to `start`, in this order) and forget the others.
+
+    The rows are moved in place, since gathering would copy all rows before them. Only for rows of the latest forward: a
+    layer has grown into new tensors for them, so no snapshot holds what is overwritten.
+    """
+    stop = start + len(rows)
+    right = next((i for i, row in enumerate(rows) if row != i), len(rows))  # leading rows that stand where they stay
+    index: Tensor | None = None
     for layer in cache.layers:
         if getattr(layer, "keys", None) is None or not layer.keys.numel():
             continue
-        index = torch.tensor([*range(start), *(start + row for row in rows)], device=layer.keys.device)
-        layer.keys = layer.keys.index_select(-2, index)
-        layer.values = layer.values.index_select(-2, index)
+        if index is None or index.device != layer.keys.device:
+            index = torch.tensor([start + row for row in rows[right:]], device=layer.keys.device)
+        for states in (layer.keys, layer.values):
+            states[..., start + right : stop, :] = states.index_select(-2, index)
+        layer.keys, layer.values = layer.keys[..., :stop, :], layer.values[..., :stop, :]
 
 
 def widen(cache: DynamicCache, branches: Sequence[DynamicCache], dropped: Sequence[int]) -> DynamicCache:

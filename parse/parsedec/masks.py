@@ -66,12 +66,13 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
     Returns [N, C + N] bool.
     """
     n = len(parents)
-    sees = np.ones((n, context + n), dtype=bool)
+    sees = np.zeros((n, context + n), dtype=bool)
+    sees[:, :context] = True
     nodes = sees[:, context:]
-    nodes[:] = np.eye(n, dtype=bool)
     for node, parent in enumerate(parents):  # in numpy: a tensor operation a node would cost more than the draft
         if parent >= 0:
-            nodes[node] |= nodes[parent]
+            nodes[node] = nodes[parent]
+        nodes[node, node] = True
     return torch.from_numpy(sees)
 
 
@@ -100,6 +101,6 @@ def for_model(
         if window is not None:
             distance = rows_at.to(device)[:, None] - columns_at.to(device)[None, :]  # [R, C + R]
             visible = allowed & (distance < window)
-        additive = torch.zeros(visible.shape, dtype=dtype, device=device)
-        masks[kind] = additive.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
+        nothing = torch.zeros((), dtype=dtype, device=device)
+        masks[kind] = torch.where(visible, nothing, torch.finfo(dtype).min)[None, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))

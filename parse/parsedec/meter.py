@@ -81,8 +81,11 @@ class Meter:
     def timed(self, steps: Iterator[T], phase: str) -> Iterator[T]:
         """Pass `steps` on, counting the time inside them but not what their reader does between."""
         while True:
-            with self.span(phase):
+            start = self.now()
+            try:
                 step = next(steps, None)
+            finally:
+                self._phases[phase] += self.now() - start
             if step is None:
                 return
             yield step

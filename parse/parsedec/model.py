@@ -33,6 +33,7 @@ NO_THINKING = {"enable_thinking": False}  # what Qwen3-type chat templates read;
 # transformers before 5.23 capture all hidden states or none
 SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+BACKENDS = ("eager", "static", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class LanguageModel:
     chat_template    Jinja text that replaces the tokenizer's own, or None
     template_args    extra variables for the template, e.g. {"enable_thinking": False}
     judge_card       how this checkpoint wants to be asked, if it was trained to judge (judge.json beside it)
+    backend          what its sessions run on: "eager", "static" or "auto" (`backends`)
+    compiled         run the decode steps of static sessions through torch.compile
     """
 
     name: str
@@ -78,6 +81,12 @@ class LanguageModel:
     chat_template: str | None = None
     template_args: dict[str, Any] = field(default_factory=lambda: dict(NO_THINKING))
     judge_card: JudgeCard | None = None
+    backend: str = "eager"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend='{self.backend}' is unknown; expected one of {', '.join(BACKENDS)}.")
 
     @classmethod
     def wrap(
@@ -90,6 +99,8 @@ class LanguageModel:
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         judge_card: JudgeCard | None = None,
+        backend: str = "eager",
+        compiled: bool = False,
     ) -> LanguageModel:
         """Use a model that is already in memory. The other arguments are those of `load`."""
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
@@ -108,13 +119,15 @@ class LanguageModel:
             chat_template=chat_template,
             template_args=dict(NO_THINKING if template_args is None else template_args),
             judge_card=judge_card,
+            backend=backend,
+            compiled=compiled,
         )
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return torch.device(self.hf.device)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.hf.dtype
         return dtype
@@ -254,6 +267,8 @@ def load(
     chat_template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     device_map: str | None = None,
+    backend: str = "eager",
+    compiled: bool = False,
     name: str | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer.
@@ -267,6 +282,9 @@ def load(
     template_args  variables for the template; None: {"enable_thinking": False}, which switches thinking off where a
                    template knows it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
+    backend        "eager" (Hugging Face's forward), "static" (preallocated caches, few operations; dense families) or
+                   "auto" (static where the model qualifies)
+    compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
 
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
@@ -296,6 +314,8 @@ def load(
         chat_template=_read_template(chat_template),
         template_args=template_args,
         judge_card=_read_judge_card(location),
+        backend=backend,
+        compiled=compiled,
     )
 
 

@@ -7,6 +7,7 @@ prompt -> Drafter -> draft d[0:N] -> cuts c_1 < ... < c_K = N -> judge: ONE targ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
@@ -101,11 +102,9 @@ class TargetOnly:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixVerification:
-    """outer=parse: the target judges all prefixes of a whole draft and keeps the longest valid one.
+class DraftVerification(ABC):
+    """Base of the outer levels in which the draft model writes, the target judges prefixes and the longest valid stays.
 
-    passes            "fused": the complete draft and its prefixes in one pass; "two_pass": the complete draft first,
-                      the prefixes only if it fails
     max_draft_tokens  longest draft; None: as long as the answer may be
     """
 
@@ -117,19 +116,16 @@ class PrefixVerification:
     boundary: BoundaryRule = field(default_factory=FirstFailure)
     gate: Gate = field(default_factory=Always)
     loop: Once | Rounds = field(default_factory=Once)
-    passes: str = "fused"
     max_draft_tokens: int | None = None
     end_token: int = -1  # closes an answer that is a whole draft; filled in by bind
 
     def __post_init__(self) -> None:
-        if self.passes not in ("fused", "two_pass"):
-            raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
         if self.max_draft_tokens is not None and self.max_draft_tokens < 1:
             raise ConfigError(
                 f"outer.max_draft_tokens={self.max_draft_tokens}; expected at least 1, or null for no limit."
             )
 
-    def bind(self, target: LanguageModel) -> PrefixVerification:
+    def bind(self, target: LanguageModel) -> Self:
         judge = self.judge.bind(target)
         return replace(
             self,
@@ -159,6 +155,74 @@ class PrefixVerification:
             if work.answer.stop is not None:
                 return
 
+    @abstractmethod
+    def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
+        """One draft; yields its kept part and fills in the round's facts."""
+
+    def _draft_limit(self, work: Work) -> int:
+        """Most tokens a draft may have now: the answer's limit, and room for the probes in the target's context."""
+        room = work.target.session.room - self.judge.suffix_rows
+        return min(work.answer.remaining, room, self.max_draft_tokens or room)
+
+    def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:
+        """(leading segments that stand, whether the draft is the answer)."""
+        asked = [score for score in scores if score is not None]
+        if self.boundary.whole(asked[-1]):
+            return len(scores), draft.ended
+        return self.boundary.keep(asked), False
+
+    def _count_draft(self, work: Work, drafted: int, kept: int, facts: dict[str, Any]) -> None:
+        """A draft of `drafted` tokens, its end token included, is done with and `kept` of them stand."""
+        work.target.tally.draft_tokens += drafted
+        work.target.tally.kept_draft_tokens += kept
+        work.history.add_draft(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, kept)
+
+    def _count_passes(self, work: Work, passes: Sequence[Scores]) -> None:
+        work.notes |= {p.note for p in passes if p.note}
+        work.target.tally.judge_passes += len(passes)
+        work.target.tally.judge_rows += sum(p.rows for p in passes)
+
+    def _facts(
+        self, draft: Draft, cuts: Sequence[int], scores: Sequence[float | None], passes: Sequence[Scores], kept: int
+    ) -> dict[str, Any]:
+        """What a round tells of a judged draft: its segments and the passes. `passes` read the same rows or more."""
+        starts = [0, *cuts[:-1]]
+        segments = tuple(
+            Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=start < kept)
+            for start, stop, score in zip(starts, cuts, scores, strict=True)
+        )
+        logprobs = passes[-1].draft_logprobs
+        return {
+            "segments": segments,
+            "judge_path": passes[0].path,
+            "judge_passes": len(passes),
+            "judge_rows": sum(p.rows for p in passes),
+            "mean_draft_logprob": sum(logprobs) / len(logprobs),
+        }
+
+
+def drafter_of(work: Work) -> Drafter:
+    """The request's drafter; an outer level that drafts was built without one if there is none."""
+    if work.drafter is None:
+        raise IncompatibleStack("this outer level needs a draft model; set draft, or use outer=none.")
+    return work.drafter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixVerification(DraftVerification):
+    """outer=parse: the target judges all prefixes of a whole draft and keeps the longest valid one.
+
+    passes  "fused": the complete draft and its prefixes in one pass; "two_pass": the complete draft first, the
+            prefixes only if it fails
+    """
+
+    passes: str = "fused"
+
+    def __post_init__(self) -> None:
+        DraftVerification.__post_init__(self)
+        if self.passes not in ("fused", "two_pass"):
+            raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
+
     def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
         """One draft; yields its kept part and fills in the round's facts."""
         draft = self._write_draft(work, limit, facts)
@@ -179,24 +243,15 @@ class PrefixVerification:
                 "kept_tokens": len(kept),
                 "judge_s": work.meter.seconds("judge") - before,
             }
-        drafted = len(draft.tokens) + draft.ended
-        work.target.tally.draft_tokens += drafted
-        work.target.tally.kept_draft_tokens += len(kept)
-        work.history.add_draft(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, len(kept))
+        self._count_draft(work, len(draft.tokens) + draft.ended, len(kept), facts)
         if kept:
             yield Author.DRAFT, kept
 
-    def _draft_limit(self, work: Work) -> int:
-        """Most tokens a draft may have now: the answer's limit, and room for the probes in the target's context."""
-        room = work.target.session.room - self.judge.suffix_rows
-        return min(work.answer.remaining, room, self.max_draft_tokens or room)
-
     def _write_draft(self, work: Work, limit: int, facts: dict[str, Any]) -> Draft:
-        if work.drafter is None:
-            raise IncompatibleStack("outer=parse needs a draft model; set draft, or use outer=none.")
+        drafter = drafter_of(work)
         before = work.meter.seconds("draft")
         with work.meter.span("draft"):
-            draft = work.drafter.write(work.answer, limit)
+            draft = drafter.write(work.answer, limit)
         facts |= {
             "judged_tokens": len(draft.tokens),
             "draft_ended": draft.ended,
@@ -206,7 +261,7 @@ class PrefixVerification:
 
     def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
         """A score per cut (None where two_pass did not need to ask), and the passes made."""
-        session, tally = work.target.session, work.target.tally
+        session = work.target.session
         first = self.judge.score(session, draft, cuts, cuts if self.passes == "fused" else cuts[-1:])
         passes = [first]
         scores: list[float | None] = list(first.values)
@@ -215,31 +270,5 @@ class PrefixVerification:
             if not self.boundary.whole(first.values[-1]):
                 passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
                 scores[:-1] = passes[-1].values
-        work.notes |= {p.note for p in passes if p.note}
-        tally.judge_passes += len(passes)
-        tally.judge_rows += sum(p.rows for p in passes)
+        self._count_passes(work, passes)
         return scores, passes
-
-    def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:
-        """(leading segments that stand, whether the draft is the answer)."""
-        asked = [score for score in scores if score is not None]
-        if self.boundary.whole(asked[-1]):
-            return len(scores), draft.ended
-        return self.boundary.keep(asked), False
-
-    def _facts(
-        self, draft: Draft, cuts: list[int], scores: Sequence[float | None], passes: list[Scores], kept: int
-    ) -> dict[str, Any]:
-        starts = [0, *cuts[:-1]]
-        segments = tuple(
-            Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=start < kept)
-            for start, stop, score in zip(starts, cuts, scores, strict=True)
-        )
-        logprobs = passes[0].draft_logprobs
-        return {
-            "segments": segments,
-            "judge_path": passes[0].path,
-            "judge_passes": len(passes),
-            "judge_rows": sum(p.rows for p in passes),
-            "mean_draft_logprob": sum(logprobs) / len(logprobs),
-        }

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from parsedec.backends import open_session, runs_static
 from parsedec.errors import IncompatibleStack
 from parsedec.model import LanguageModel
-from parsedec.session import Session
 from parsedec.types import JudgePath
 
 # Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32;
@@ -29,6 +29,7 @@ _results: WeakKeyDictionary[LanguageModel, dict[tuple[object, ...], str | None]]
 
 def check_decoding(model: LanguageModel) -> None:
     """Raise IncompatibleStack unless decoding behind a cache equals plain forwards, for two requests in turn."""
+    runs_static(model)  # raises where the backend asked for cannot run it
     problem = _remembered(model, ("decoding",), lambda: _decoding_error(model))
     if problem:
         raise IncompatibleStack(
@@ -55,7 +56,7 @@ def _remembered(model: LanguageModel, key: tuple[object, ...], test: Callable[[]
 def _decoding_error(model: LanguageModel) -> str | None:
     """Two requests in turn, in steps of several tokens and of one."""
     texts = [_tokens(model, 20, seed) for seed in (0, 1)]
-    sessions = [Session(_roomy(model)) for _ in texts]
+    sessions = [open_session(_roomy(model)) for _ in texts]
     for start, stop in ((0, 12), (12, 15), (15, 16), (16, 19)):
         for session, ids in zip(sessions, texts, strict=True):
             session.feed(ids[start:stop])
@@ -66,7 +67,7 @@ def _decoding_error(model: LanguageModel) -> str | None:
 def _probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
     windows = [window for window in model.windows.values() if window and window <= LONGEST_WINDOW]
     prompt, draft, cuts = _tokens(model, 12 + max(windows, default=0), 0), _tokens(model, 24, 1), [7, 16, 24]
-    session = Session(_roomy(model))
+    session = open_session(_roomy(model))
     session.feed(prompt)
     probes = session.judge(draft, cuts, suffix, path=path).probe_logits
     plain = torch.stack([_plain(model, [*prompt, *draft[:cut], *suffix]) for cut in cuts])

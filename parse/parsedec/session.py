@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from parsedec import kv, masks
 from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.model import LanguageModel
-from parsedec.staged import JudgeRows, Staged, check_cuts, token_logprobs
+from parsedec.staged import JudgeRows, Staged, check_cuts, stage_draft
 from parsedec.types import JudgePath, Seen, Tree
 
 # Forked probes copy the cache once each; a batch holds at most so many cached positions in all
@@ -70,13 +70,15 @@ class Session:
         """Taps of the cached rows from `start` on."""
         if not self.taps:
             return Seen()
-        none = self._tap_rows[-1][:0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
         wanted, parts = self.cached - start, []
         for rows in reversed(self._tap_rows):  # a step asks for the last few; joining all each time would be quadratic
             if wanted <= 0:
                 break
             parts.append(rows[-wanted:])
             wanted -= len(rows)
+        if len(parts) == 1:
+            return Seen(parts[0])
+        none = self._tap_rows[-1][:0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
         return Seen(torch.cat([none, *reversed(parts)]))
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
@@ -143,9 +145,10 @@ class Session:
         draft    N tokens that would follow the committed ones
         cuts     ascending positions in 1..N at which the draft may be kept; their next-token logits are remembered
         suffix   S tokens, appended once per probe
-        probes   the cuts to judge in this pass (default: all). A second call with the same draft reuses its rows.
+        probes   the cuts to judge in this pass (default: all)
 
-        Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes.
+        Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes. A draft that
+        begins with the staged one is read from there on: only its new rows are computed, and those of the probes.
         """
         if not self.tokens:
             raise PromptError("a draft was judged on an empty session; feed the prompt first.")
@@ -153,15 +156,14 @@ class Session:
         check_cuts(len(draft), cuts, probes, suffix)
         self._check_room(len(draft) + len(suffix))
         before = self.rows
-        staged = self._staged
-        reuse = staged is not None and staged.logprobs is not None and staged.tokens == list(draft)
-        if not reuse:
+        done = self._staged.reusable(draft, cuts) if self._staged else 0
+        if not done:
             self._drop_staged()
         if path is JudgePath.PACKED:
-            probe_logits = self._probe(suffix, probes) if reuse else self._read_packed(draft, cuts, suffix, probes)
+            probe_logits = self._read_packed(draft, cuts, suffix, probes, done)
         else:
-            if not reuse:
-                self._read_in_segments(draft, cuts)
+            if done < len(draft):
+                self._read_in_segments(draft, cuts, done)
             probe_logits = self._probe_forked(suffix, probes)
         assert self._staged is not None
         assert self._staged.logprobs is not None
@@ -230,49 +232,41 @@ class Session:
         )
 
     def _read_packed(
-        self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int]
+        self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
     ) -> Tensor:
-        """Draft and probes in one pass; stages the draft and returns the probes' logits [K, V]."""
+        """Probes and what of the draft is not staged yet in one pass; stages it, returns the probes' logits [K, V]."""
         if obstacle := self.model.mask_obstacle:
             raise IncompatibleStack(
                 f"{self.model.name} has {obstacle}; the packed judge pass would be wrong on it. "
                 "Use judge.path=auto or forked."
             )
-        lead = len(self.pending)
-        tokens = [*self.pending, *draft]
+        lead = len(self.pending)  # none once a part of the draft is staged
+        tokens = [*self.pending, *draft[done:]]
         ends = [lead + cut for cut in probes]  # the pending tokens are a prefix that every probe sees
-        n, s = len(tokens), len(suffix)
-        positions = masks.probe_positions(self.cached, n, ends, s)
-        wanted = torch.tensor([*range(n), *(n + s * (k + 1) - 1 for k in range(len(probes)))])
+        n, new, s = lead + len(draft), len(tokens), len(suffix)
+        positions = masks.probe_positions(self.cached, n, ends, s)  # of the staged rows, too: they are columns here
         logits, taps = self._forward(
             tokens + list(suffix) * len(probes),
-            keep=wanted,
-            positions=positions,
-            mask=self._mask(masks.probe_mask(self.cached, n, ends, s), positions),
+            keep=torch.tensor([*range(new), *(new + s * (k + 1) - 1 for k in range(len(probes)))]),
+            positions=positions[done:],
+            mask=self._mask(masks.probe_mask(self.cached, n, ends, s)[done:], positions),
         )
         kv.cut_tail(self._cache, s * len(probes))
-        taps = self._commit_read(lead, logits, None if taps is None else taps[:n])
-        self._stage_draft(draft, cuts, logits[lead:n], taps)
-        return logits[n:]
+        taps = self._commit_read(lead, logits, None if taps is None else taps[:new])
+        if done < len(draft):
+            self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:new], taps)
+        return logits[new:]
 
-    def _probe(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
-        """Probes of a draft that is staged already: K*S rows."""
-        assert self._staged is not None
-        n, s = len(self._staged.tokens), len(suffix)
-        positions = masks.probe_positions(self.cached, n, probes, s)
-        mask = self._mask(masks.probe_mask(self.cached, n, probes, s)[n:], positions)
-        last_rows = torch.arange(1, len(probes) + 1) * s - 1
-        logits, _ = self._forward(list(suffix) * len(probes), keep=last_rows, positions=positions[n:], mask=mask)
-        kv.cut_tail(self._cache, s * len(probes))
-        return logits
-
-    def _read_in_segments(self, draft: Sequence[int], cuts: Sequence[int]) -> None:
-        """Stage the draft causally; for recurrent models in segments, with the cache remembered at every cut."""
-        self.feed([])  # the snapshots start behind the committed tokens
+    def _read_in_segments(self, draft: Sequence[int], cuts: Sequence[int], done: int) -> None:
+        """Stage what is new of the draft causally; for recurrent models in segments, with a snapshot at every cut."""
+        if not done:
+            self.feed([])  # the snapshots start behind the committed tokens
         recurrent = self.model.recurrent
-        stops = sorted({*cuts, len(draft)}) if recurrent else [len(draft)]
-        snapshots = {0: kv.snapshot(self._cache)} if recurrent else {}
-        parts, taps, start = [], [], 0
+        stops = sorted({*(cut for cut in cuts if cut > done), len(draft)}) if recurrent else [len(draft)]
+        snapshots = dict(self._staged.snapshots) if self._staged else {}
+        if recurrent and not done:
+            snapshots[0] = kv.snapshot(self._cache)
+        parts, taps, start = [], [], done
         for stop in stops:
             logits, tap = self._forward(list(draft[start:stop]), keep=stop - start)
             parts.append(logits)
@@ -280,8 +274,8 @@ class Session:
             if recurrent:
                 snapshots[stop] = kv.snapshot(self._cache)
             start = stop
-        self._stage_draft(draft, cuts, torch.cat(parts), torch.cat(taps) if taps else None)
-        assert self._staged is not None
+        tap_rows = torch.cat(taps) if taps else None
+        self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, torch.cat(parts), tap_rows)
         self._staged.snapshots = snapshots
 
     def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
@@ -305,12 +299,15 @@ class Session:
         return logits[:, -1]
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        columns_at = torch.cat([torch.arange(self.cached), positions])
+        windows = self.model.windows
+        columns_at = positions[:0]  # read only where there is a window
+        if any(windows.values()):
+            columns_at = torch.cat([torch.arange(self.cached), positions])
         return masks.for_model(
             allowed,
             positions[-allowed.shape[0] :],
             columns_at,
-            windows=self.model.windows,
+            windows=windows,
             dtype=self.model.dtype,
             device=self.model.device,
         )
@@ -324,14 +321,6 @@ class Session:
             return None
         self._tap_rows.append(taps[:rows])
         return taps[rows:]
-
-    def _stage_draft(self, draft: Sequence[int], cuts: Sequence[int], logits: Tensor, taps: Tensor | None) -> None:
-        """Remember a read draft: log-probabilities of its tokens and the logits at every cut. logits [N, V]."""
-        assert self._logits is not None
-        logprobs = token_logprobs(torch.cat([self._logits[None], logits[:-1]]), draft)
-        # clones: a view would keep the whole [N, V] matrix alive until the next pass
-        known = {cut - 1: logits[cut - 1].clone() for cut in cuts}
-        self._staged = Staged(list(draft), known, taps, logprobs)
 
     def _keep_rows(self, rows: list[int]) -> None:
         staged = self._staged

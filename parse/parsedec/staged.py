@@ -39,6 +39,7 @@ class Staged:
     known      row -> logits after it, where they may be needed
     taps       [N, L, H]
     logprobs   [N] of a judged draft
+    last       [V], logits after the last row of a judged draft: a longer draft goes on from there
     snapshots  recurrent models: rows kept -> cache after them
     before     recurrent models: the cache before the pass and the committed tokens it read first, to start again from
     """
@@ -47,8 +48,49 @@ class Staged:
     known: dict[int, Tensor]
     taps: Tensor | None
     logprobs: Tensor | None = None
+    last: Tensor | None = None
     snapshots: dict[int, DynamicCache] = field(default_factory=dict)
     before: tuple[DynamicCache, list[int]] | None = None
+
+    def reusable(self, draft: Sequence[int], cuts: Sequence[int]) -> int:
+        """Rows that a judge pass over `draft` need not read again: all, if they are a judged beginning of it.
+
+        None, if the logits at one of its cuts are not known: they are gone, and the rows have to be read once more.
+        """
+        n = len(self.tokens)
+        begins = self.logprobs is not None and list(draft[:n]) == self.tokens
+        return n if begins and all(cut - 1 in self.known for cut in cuts if cut <= n) else 0
+
+
+def stage_draft(
+    before: Staged | None,
+    first: Tensor | None,
+    tokens: Sequence[int],
+    cuts: Sequence[int],
+    logits: Tensor,
+    taps: Tensor | None,
+) -> Staged:
+    """What is staged once M more draft tokens were read behind `before` (None: behind the committed tokens).
+
+    first   [V], the logits after the last committed token
+    cuts    counted from the draft's beginning; those within the M rows are remembered
+    logits  [M, V] of the new rows; taps [M, L, H]
+    """
+    done = len(before.tokens) if before else 0
+    entry = before.last if before else first
+    assert entry is not None
+    logprobs = token_logprobs(torch.cat([entry[None], logits[:-1]]), tokens)
+    # clones: a view would keep the whole [M, V] matrix alive until the next pass
+    known = {cut - 1: logits[cut - 1 - done].clone() for cut in cuts if cut > done}
+    staged = Staged(list(tokens), known, taps, logprobs, logits[-1].clone())
+    if before is None:
+        return staged
+    assert before.logprobs is not None
+    staged.tokens = before.tokens + staged.tokens
+    staged.known = before.known | known
+    staged.taps = None if before.taps is None or taps is None else torch.cat([before.taps, taps])
+    staged.logprobs = torch.cat([before.logprobs, logprobs])
+    return staged
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> Tensor:

@@ -41,7 +41,7 @@ class Draft:
 
 
 class TextStream:
-    """Text of a token sequence that grows: `push` returns what a token added.
+    """Text of a token sequence that grows: `push` returns what new tokens added.
 
     Decoded in a sliding window that restarts at the last complete character, as streaming servers do: token by token
     would lose leading spaces and split characters, and from the start each time would be quadratic.
@@ -52,8 +52,8 @@ class TextStream:
         self._window: list[int] = []
         self._read = 0  # leading tokens of the window whose text is out already
 
-    def push(self, token: int) -> str:
-        self._window.append(token)
+    def push(self, *tokens: int) -> str:
+        self._window.extend(tokens)
         text = self.model.decode(self._window)
         if text.endswith(INCOMPLETE):
             return ""
@@ -123,9 +123,9 @@ class StopText:
         self.sent = 0  # characters handed out
         self._held = ""
 
-    def push(self, token: int) -> str:
-        """Text that is sure to be part of the answer after one more token."""
-        text = self._held + self.stream.push(token)
+    def push(self, *tokens: int) -> str:
+        """Text that is sure to be part of the answer after more tokens."""
+        text = self._held + self.stream.push(*tokens)
         found = [text.find(s) for s in self.stop if s in text]
         if found:
             safe = min(found)

@@ -37,7 +37,7 @@ NEEDS = {  # settings without a default
     "inner/eagle3": ["inner.head={problems.parent}/eagle3"],
     "inner/medusa": ["inner.heads={problems.parent}/medusa"],
     "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
-    "inner/pard": ["inner.mask_token=4"],
+    "inner/pard": ["inner.model=null", "inner.mask_token=4"],
     "task/gsm8k": ["task.path={problems}", "task.n=1"],
     "task/humaneval": ["task.path={problems}", "task.n=1"],
 }
@@ -54,6 +54,7 @@ OURS = {  # parameters that are not for users: filled in by bind, or what makes 
     "SelfEarlyExit": {"drafter"},
     "Medusa": {"stack"},
     "PrefixVerification": {"end_token"},
+    "StreamedVerification": {"end_token"},
     "Lines": {"pattern"},
     "Paragraphs": {"pattern"},
     "Sentences": {"pattern"},
@@ -124,7 +125,9 @@ def is_acceptance(cfg):
 
 
 def is_runtime(cfg):
-    return cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
+    runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
+    built = [instantiate(node) for node in (cfg.target, cfg.draft.model)]
+    return runs and all((m.backend, m.compiled) == (cfg.runtime.backend, cfg.runtime.compiled) for m in built)
 
 
 def is_task(cfg):

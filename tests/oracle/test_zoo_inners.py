@@ -1,4 +1,4 @@
-"""Every inner speculator as its YAML has it, on the embedded models: the text is that of `inner=none`, at every policy."""
+"""Every inner speculator as its YAML has it, on the embedded models: no token differs from `inner=none`, at any policy."""
 
 from pathlib import Path
 

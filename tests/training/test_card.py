@@ -21,6 +21,9 @@ JUDGING = {
     "draft_accuracy": {"right": 10, "share": 0.25, "interval": [0.142, 0.402]},
     "probes": 160,
     "auc": 0.87654,
+    "draft_tokens": 400,
+    "shared_prefix_tokens": 60,
+    "localisation": [{"threshold": 0.5, "wrong_drafts": 30, "exact": 24, "never_later": 27}],
     "thresholds": [
         {"threshold": 0.5, "kept_tokens": 300, "drafted_tokens": 400, "accepted_whole": 7, "accepted_whole_wrong": 2,
          "accuracy": RIGHT},
@@ -92,7 +95,7 @@ def test_card_of_a_judge(output):
     folder, _ = output
     text = card(folder, record(evaluation=JUDGING, judge_card=CARD, resumed_from={"started_at": "yesterday"}))
     for part in (
-        "| 0.5 | 75% | 7 | 2 | 75.0 % [59.8, 85.8] |", "25.0 % [14.2, 40.2]", "on 160 prefixes: 0.877.",
+        "| 0.5 | 75% | 7 | 2 | 75.0 % [59.8, 85.8] | 80.0% | 90.0% |", "25.0 % [14.2, 40.2]", "on 160 prefixes: 0.877.",
         "asked `<|verify|>` and answers `Correct` or `Incorrect`", "0.97 for prefixes, 0.98 for complete drafts",
         "| resumed | yes; begun at yesterday |",
     ):  # fmt: skip

@@ -128,9 +128,9 @@ def figures(record: dict[str, Any]) -> Iterator[str]:
     names = ("threshold", "draft tokens kept", "drafts kept whole", "of these wrong", "accuracy of PARSE")
     yield table((*names, "first wrong line found exactly", "never later"), rows)
     yield (
-        f"The last two columns are about the {found['localisation'][0]['wrong_drafts']} drafts that are wrong. Token by "
-        f"token, draft and target agree on {found['shared_prefix_tokens'] / max(1, found['draft_tokens']):.1%} of the "
-        "drafted tokens before they first differ."
+        f"The last two columns are about the {found['localisation'][0]['wrong_drafts']} drafts that are wrong. Token "
+        f"by token, draft and target agree on {found['shared_prefix_tokens'] / max(1, found['draft_tokens']):.1%} of "
+        "the drafted tokens before they first differ."
     )
     card = record["judge_card"]
     yield (

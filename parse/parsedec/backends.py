@@ -1,0 +1,59 @@
+"""Which backend serves a session: Hugging Face's own forward, or the static one where a model qualifies."""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from parsedec.errors import IncompatibleStack
+from parsedec.model import LanguageModel
+from parsedec.session import Session
+from parsedec.static.session import StaticSession
+from parsedec.static.weights import static_obstacle
+
+log = logging.getLogger(__name__)
+
+# As in `selftest`: the largest difference of two right computations, in standard deviations of the logits
+ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+_obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
+def open_session(model: LanguageModel, taps: tuple[int, ...] = ()) -> Session:
+    """A new session of `model` on the backend it is to run on."""
+    return StaticSession(model, taps) if runs_static(model) else Session(model, taps)
+
+
+def runs_static(model: LanguageModel) -> bool:
+    """Whether the sessions of `model` are static ones.
+
+    Raises IncompatibleStack for backend=static on a model that does not qualify; backend=auto then uses eager.
+    """
+    if model.backend == "eager":
+        return False
+    if model.hf not in _obstacles:
+        obstacle = static_obstacle(model) or _disagreement(model)
+        _obstacles[model.hf] = obstacle
+        if obstacle and model.backend == "auto":
+            log.warning("%s runs on the eager backend: it has %s", model.name, obstacle)
+    obstacle = _obstacles[model.hf]
+    if obstacle and model.backend == "static":
+        raise IncompatibleStack(
+            f"backend=static cannot run {model.name}: it has {obstacle}. Use backend=auto or runtime=eager."
+        )
+    return obstacle is None
+
+
+def _disagreement(model: LanguageModel) -> str | None:
+    """A forward that gives something else than the model's own, e.g. because a hook changes what a module returns."""
+    ids = torch.randint(model.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    session = StaticSession(model)
+    session.feed(ids[:6])
+    ours = torch.stack([session.feed(ids[6:8]), session.feed(ids[8:])]).float()
+    with torch.inference_mode():
+        plain = model.hf(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -2:].float()
+    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, 0.3) * float(plain.std())
+    return None if error <= allowed else f"a forward of its own (logits differ by {error:.2g})"

@@ -1,0 +1,13 @@
+"""The static backend: sessions over preallocated caches, for the dense decoder families it knows.
+
+A Hugging Face forward spends most of a one-token step of a small model on Python, dispatch and cache copies; on a GPU
+the host is the bottleneck up to tens of billions of parameters. Here the same weights are run by few operations over
+buffers that stay where they are, which is also what CUDA graphs ask for.
+
+    weights    which models qualify, and their tensors, read from the Hugging Face modules by reference
+    network    the forward over rows
+    memory     key and value buffers, shared by forks until one of them writes
+    attention  rows of a pass against the columns of a cache, in blocks
+    session    the backend itself: `StaticSession`
+    steps      the decode step in buckets of rows and columns: compiled, and captured in CUDA graphs
+"""

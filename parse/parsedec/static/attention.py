@@ -1,0 +1,114 @@
+"""Rows of a pass against the columns of a cache: keys and values are written in place and read as views.
+
+Heads that share keys and values are a second head dimension of stride zero, so nothing is repeated in memory. Long
+passes are cut into blocks of rows by the session, so a mask has at most a block of rows and all columns: memory grows
+with the length of a pass, not with its square.
+
+Shapes in this file:  R rows, T columns before the pass, A query heads, G key and value heads, d head size, S rows of a
+probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from parsedec.static.memory import Buffers
+
+
+class Rows:
+    """R rows written behind the first `start` columns, each seeing those, the rows before it and itself.
+
+    mask  [R, start + R] additive, if they see anything else, or are several behind others
+    """
+
+    __slots__ = ("_causal", "_columns", "_mask", "_scale", "_slots")
+
+    def __init__(self, buffers: Buffers, start: int, rows: int, scale: float, mask: Tensor | None) -> None:
+        self._columns = buffers.columns(0, start + rows)
+        self._slots = buffers.columns(start, rows)
+        self._scale, self._mask = scale, mask
+        self._causal = mask is None and rows > 1
+        if self._causal and start:
+            raise ValueError(f"{rows} rows behind {start} columns need a mask")
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._slots[2 * layer].copy_(k.transpose(0, 1)[None])
+        self._slots[2 * layer + 1].copy_(v.transpose(0, 1)[None])
+        keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
+        return attention(q, keys, values, self._mask, self._causal, self._scale)
+
+
+class BucketRows:
+    """The same with all sizes fixed: R rows, some of them padding, written to slots that are known on the device alone.
+
+    columns  M views [1, G, T, d] of the first T columns, where T is a bucket
+    slots    [R] columns the rows are written to;  mask  [R, T] additive
+    """
+
+    def __init__(self, columns: tuple[Tensor, ...], slots: Tensor, scale: float, mask: Tensor) -> None:
+        self._columns, self._slots, self._scale, self._mask = columns, slots, scale, mask
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
+        keys.index_copy_(2, self._slots, k.transpose(0, 1)[None])
+        values.index_copy_(2, self._slots, v.transpose(0, 1)[None])
+        return attention(q, keys, values, self._mask, False, self._scale)
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """q [R, A, d] against keys and values [1, G, T, d]: [R, A * d].  mask  [R, T] additive, or None."""
+    (rows, heads, size), shared = q.shape, keys.shape[1]
+    group = heads // shared
+    if rows == 1:  # the heads that share keys are rows of one product: all of them see the same columns
+        together = q.view(1, shared, group, size)
+        out = scaled_dot_product_attention(together, keys, values, mask, scale=scale)
+    elif group == 1:
+        out = scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys, values, mask, is_causal=causal, scale=scale
+        ).transpose(1, 2)
+    else:
+        out = scaled_dot_product_attention(
+            q.view(rows, shared, group, size).permute(1, 2, 0, 3),  # [G, A / G, R, d]
+            keys.transpose(0, 1).expand(shared, group, -1, -1),
+            values.transpose(0, 1).expand(shared, group, -1, -1),
+            mask,
+            is_causal=causal,
+            scale=scale,
+        ).permute(2, 0, 1, 3)
+    return out.reshape(rows, heads * size)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """True where a row may attend, as a mask that is added to the scores."""
+    low = torch.finfo(dtype).min
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed.to(device), low)
+
+
+def causal_mask(start: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Each of `rows` rows sees the `start` columns before them, the earlier rows and itself: [R, start + R]."""
+    mask = torch.zeros(rows, start + rows, dtype=dtype, device=device)
+    mask.narrow(1, start, rows).fill_(torch.finfo(dtype).min).triu_(1)
+    return mask
+
+
+def probes_allowed(before: int, drafted: int, cuts: Sequence[int], suffix: int) -> Tensor:
+    """A block of a judge pass: `drafted` more rows of the draft, then one probe per cut.
+
+    before  columns in front of the block: what is cached, and the rows of the draft in earlier blocks
+    cuts    columns, cached ones included, that each probe sees; S = `suffix` rows follow each of them
+
+    Returns [drafted + K * S, before + drafted + K * S] bool, as `masks.probe_mask` draws it.
+    """
+    rows = drafted + len(cuts) * suffix
+    column = np.arange(before + rows)
+    probe = np.concatenate([np.full(before + drafted, -1), np.repeat(np.arange(len(cuts)), suffix)])
+    # columns of the text up to here: a row of the draft sees itself as well
+    reach = np.concatenate([np.arange(before, before + drafted) + 1, np.repeat(np.asarray(cuts, dtype=int), suffix)])
+    own = probe[before:, None] == probe[None]
+    text = (probe[None] < 0) & (column[None] < reach[:, None])
+    return torch.from_numpy(text | (own & (probe[None] >= 0) & (column[None] <= column[before:, None])))

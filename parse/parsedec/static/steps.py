@@ -1,0 +1,172 @@
+"""The decode step with all sizes fixed, so that it can be compiled, and captured in CUDA graphs.
+
+A step reads a chain or a tree of a few tokens behind the cache. Rows are padded to a bucket and attention runs over a
+bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay where
+they are. On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on: the host then
+launches one graph instead of some hundred kernels. Elsewhere the same code is called directly.
+
+Shapes in this file:  R rows of a bucket, T columns of a bucket, V vocabulary, L taps, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from parsedec.static.attention import BucketRows
+from parsedec.static.memory import Buffers, Lease
+from parsedec.static.network import Network
+
+log = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
+LEAST_COLUMNS = 256  # buckets of columns are this many and its doubles
+MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
+WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
+
+Output = tuple[Tensor, Tensor | None]
+
+
+class Steps:
+    """The steps of one network.
+
+    compiled  run them through torch.compile, which takes a while at the first use of every bucket
+    """
+
+    def __init__(self, network: Network, *, compiled: bool) -> None:
+        self.network = network
+        self.compiled = compiled
+        self.captures = 0
+        device = network.weights.device
+        graphs = device.type == "cuda"
+        self._memory = torch.cuda.graph_pool_handle() if graphs else None
+        self._device: AbstractContextManager[Any] = torch.cuda.device(device) if graphs else nullcontext()
+
+    def run(
+        self, lease: Lease, ids: list[int], positions: list[int] | None, sees: Tensor | None, taps: tuple[int, ...]
+    ) -> Output:
+        """Logits [rows, V] and taps [rows, L, H] of at most 64 rows behind those of the lease, which grows by them.
+
+        positions  None: plainly onwards;  sees  [rows, rows] bool, which rows see which; None: those before them
+        """
+        count, start = len(ids), lease.rows
+        rows = next(bucket for bucket in ROWS if bucket >= count)
+        buffers = lease.writable(rows)
+        columns = LEAST_COLUMNS
+        while columns < start + rows:
+            columns *= 2
+        key = (rows, min(columns, buffers.capacity), taps, self.compiled)
+        step: Step | None = buffers.graphs.get(key)
+        if step is None:
+            step = buffers.graphs[key] = Step(self, buffers, rows, key[1], taps)
+        with self._device:  # streams and graphs are those of the current device
+            logits, shown = step(ids, start, positions, sees)
+            lease.rows = start + count
+            # clones: the next step writes to the same tensors
+            return logits[:count].clone(), None if shown is None else shown[:count].clone()
+
+    def captured(self, body: Callable[[], Output]) -> tuple[Callable[[], object], Output] | None:
+        """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None where there are no graphs."""
+        if self._memory is None:
+            return None
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    body()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory):
+                outputs = body()
+        except RuntimeError as error:
+            log.warning("a decode step could not be captured in a CUDA graph and runs without one: %s", error)
+            self._memory = None
+            return None
+        self.captures += 1
+        return graph.replay, outputs
+
+
+class Step:
+    """A step for one bucket on one set of buffers.
+
+    Inputs: ids and positions [R], where the first row goes [1], and which rows see which [R, R], additive. Padding
+    rows follow the others: nothing sees them, and the next step overwrites what they write.
+    """
+
+    def __init__(self, steps: Steps, buffers: Buffers, rows: int, columns: int, taps: tuple[int, ...]) -> None:
+        self._steps = steps
+        network, weights = steps.network, steps.network.weights
+        network.positions.reach(buffers.capacity)
+        self.rows, self.columns, self.taps = rows, columns, taps
+        self._network = network
+        # by reference: these stay valid for a captured graph if the tables grow
+        self._cos, self._sin = network.positions.cos, network.positions.sin
+        self._views = buffers.columns(0, columns)
+        device, low = weights.device, torch.finfo(weights.dtype).min
+        with torch.inference_mode(False):
+            self._numbers = torch.zeros(2 * rows + 1, dtype=torch.long, device=device)  # ids, positions, start
+            self._sees = torch.zeros(rows, rows, dtype=weights.dtype, device=device)
+            self._row = torch.arange(rows, device=device)
+            self._column = torch.arange(columns, device=device)
+            self._chain = torch.full((rows, rows), low, dtype=weights.dtype, device=device).triu_(1)
+            self._hidden = torch.tensor(low, dtype=weights.dtype, device=device)
+            self._shown = torch.zeros((), dtype=weights.dtype, device=device)
+        self._sees.copy_(self._chain)
+        self._sees_chain = True
+        self._staging = torch.zeros(2 * rows + 1, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._call: Callable[[], Output] = (
+            torch.compile(self._body, dynamic=False, fullgraph=True) if steps.compiled else self._body
+        )
+        self._graph: tuple[Callable[[], object], Output] | None = None
+        self._tried = False
+
+    def __call__(self, ids: list[int], start: int, positions: list[int] | None, sees: Tensor | None) -> Output:
+        self._load(ids, start, positions, sees)
+        if not self._tried:
+            self._tried = True
+            with torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY):
+                self._graph = self._steps.captured(self._call)
+                if self._graph is None:
+                    return self._call()
+        if self._graph is None:
+            return self._call()
+        replay, outputs = self._graph
+        replay()
+        return outputs
+
+    def _load(self, ids: list[int], start: int, positions: list[int] | None, sees: Tensor | None) -> None:
+        padding = [0] * (self.rows - len(ids))
+        at = list(range(start, start + len(ids))) if positions is None else positions
+        if self._staging.is_pinned():
+            torch.cuda.current_stream().synchronize()  # the last copy may still be reading from it
+        self._staging.copy_(torch.tensor([*ids, *padding, *at, *padding, start]))
+        self._numbers.copy_(self._staging, non_blocking=True)
+        if sees is None:
+            if not self._sees_chain:
+                self._sees.copy_(self._chain)
+        else:
+            allowed = torch.eye(self.rows, dtype=torch.bool)
+            allowed[: len(ids), : len(ids)] = sees
+            additive = torch.zeros(self.rows, self.rows, dtype=self._sees.dtype)
+            self._sees.copy_(additive.masked_fill_(~allowed, torch.finfo(self._sees.dtype).min))
+        self._sees_chain = sees is None
+
+    def _body(self) -> Output:
+        """The step on its inputs; nothing in it depends on the host."""
+        network, rows = self._network, self.rows
+        ids, positions, start = self._numbers.split_with_sizes((rows, rows, 1))
+        column = self._column - start  # 0 for the first of the rows' own columns
+        own = self._sees.index_select(1, column.clamp(0, rows - 1))  # [R, T]
+        # no index_copy into an expanded row: compiled, the copies of that row share their memory (torch 2.13, CPU)
+        mask = torch.where(column < 0, self._shown, torch.where(column < rows, own, self._hidden))
+        angles = (self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+        attend = BucketRows(self._views, start + self._row, network.weights.scale, mask)
+        return network.forward(embedding(ids, network.weights.embedding), angles, attend, rows, self.taps)

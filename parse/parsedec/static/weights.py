@@ -1,0 +1,230 @@
+"""Which models the static backend can run, and their weights: the Hugging Face modules' own tensors.
+
+Known are dense decoders of one kind - RMSNorm, rotary positions, grouped-query attention, SwiGLU - with or without
+biases and norms of queries and keys: Llama, Mistral without a window, Qwen2 and Qwen3.
+
+Shapes in this file:  H hidden, I intermediate, A query heads, G key and value heads, d head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parsedec.model import LanguageModel
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Angles that depend on the position alone. "dynamic" and "longrope" change with the length of the text.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+DEVICES = ("cpu", "cuda")
+PACK_LIMIT = 1 << 30  # bytes of weights up to which copies are made
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W + b.  weight [in, out]: the module's own, transposed by a view, or a packed copy; bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def added_to(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y W + b, the sum inside the matrix product."""
+        return torch.addmm(x if self.bias is None else x + self.bias, y, self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm over the last dimension, of size H: x w / sqrt(mean(x²) + epsilon).
+
+    Packed: `scaled` is w sqrt(H) and `least` sqrt(H epsilon), so that x scaled / hypot(|x|, least) is the same. That is
+    four operations; on the CPU torch takes ten.
+    """
+
+    weight: Tensor
+    epsilon: float
+    scaled: Tensor | None
+    least: Tensor | None
+
+    @classmethod
+    def of(cls, module: Any, pack: bool) -> Norm:
+        weight, epsilon, size = module.weight, float(module.variance_epsilon), module.weight.numel()
+        least = torch.tensor(math.sqrt(size * epsilon)) if pack else None
+        return cls(weight, epsilon, weight * math.sqrt(size) if pack else None, least)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.scaled is None or self.least is None:
+            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * self.scaled).div_(torch.hypot(length, self.least))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer; norms of queries and keys where the family has them.
+
+    Packed layers have one product each for queries, keys and values and for gate and up; others have three and two.
+    """
+
+    qkv: tuple[Linear, ...]  # [H, A * d], [H, G * d] twice; or [H, (A + 2 * G) * d]
+    o: Linear  # [A * d, H]
+    gate_up: tuple[Linear, ...]  # [H, I] twice; or [H, 2 * I]
+    down: Linear  # [I, H]
+    before_attention: Norm  # [H]
+    before_mlp: Norm  # [H]
+    q_norm: Norm | None  # [d]
+    k_norm: Norm | None  # [d]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All of a model: its tensors, and the few numbers that say how they are used.
+
+    rotary    the model's own module, (x, position ids) -> (cos, sin)
+    scale     of the attention scores
+    packed    bytes of copies that were made
+    versions  of the parameters when they were read
+    """
+
+    embedding: Tensor  # [V, H]
+    layers: tuple[Layer, ...]
+    norm: Norm  # [H]
+    head: Linear  # [H, V]
+    rotary: nn.Module
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    packed: int
+    parameters: tuple[Tensor, ...]
+    versions: tuple[tuple[int, int], ...]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the parameters are still what was read: where they were and, of copies, with the same content."""
+        return _versions(self.parameters, bool(self.packed)) == self.versions
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.shape[1]
+
+
+def static_obstacle(model: LanguageModel) -> str | None:
+    """Why the static backend cannot run this model, or None where it can."""
+    hf = model.hf
+    if type(hf).__name__ not in FAMILIES or not type(hf).__module__.startswith("transformers.models."):
+        return f"an architecture that is not written for it ({type(hf).__name__}; it has {', '.join(FAMILIES)})"
+    if any(model.windows.values()):
+        return f"a sliding window ({model.windows})"
+    replaced = [type(module).__name__ for module in hf.modules() if "forward" in vars(module)]
+    if replaced:
+        return f"modules whose forward was replaced ({replaced[0]}), as device_map and hooks do"
+    return _strange_modules(hf) or _strange_tensors(hf) or _strange_rope(hf)
+
+
+def _strange_modules(hf: Any) -> str | None:
+    """Quantised layers and adapters are modules of their own kind in the same places."""
+    kinds = {type(module).__name__ for module in _projections(hf) if type(module) is not nn.Linear}
+    if kinds or type(hf.model.embed_tokens) is not nn.Embedding:
+        found = sorted(kinds) or [type(hf.model.embed_tokens).__name__]
+        return f"weights in modules of another kind ({', '.join(found)}), as quantisation and adapters put there"
+    if hf.config.hidden_act != "silu":
+        return f"the activation '{hf.config.hidden_act}' (expected silu)"
+    return None
+
+
+def _strange_tensors(hf: Any) -> str | None:
+    places = {(tensor.device.type, tensor.device, tensor.dtype) for tensor in hf.parameters()}
+    if len(places) > 1 or next(iter(places))[0] not in DEVICES:
+        return f"weights on several devices, of several dtypes, or elsewhere than on {' or '.join(DEVICES)}"
+    return None
+
+
+def _strange_rope(hf: Any) -> str | None:
+    kind = getattr(hf.model.rotary_emb, "rope_type", None)
+    if kind not in FIXED_ROPE:
+        return f"rotary positions of type '{kind}' (it has {', '.join(FIXED_ROPE)}: angles that depend on nothing else)"
+    x = torch.zeros(1, dtype=hf.dtype, device=hf.device)
+    cos, _ = hf.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long, device=hf.device))
+    size = hf.model.layers[0].self_attn.head_dim
+    return None if cos.shape[-1] == size else f"rotary positions in {cos.shape[-1]} of {size} dimensions of a head"
+
+
+def _projections(hf: Any) -> Iterator[Any]:
+    for layer in hf.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    yield hf.lm_head
+
+
+@torch.no_grad()
+def read_weights(hf: Any) -> Weights:
+    """The weights of a model that has no obstacle.
+
+    They are the modules' own tensors: nothing is copied, and what is trained or loaded into them is seen. The one
+    exception is a model in float32 on the CPU of up to PACK_LIMIT bytes. There, products of few rows are bound by how
+    the matrix is walked through, and copies that are laid out [in, out], those that are read together side by side,
+    make a token a third faster (MKL, two kinds of CPU); they are made again when a parameter has changed.
+    """
+    attention, parameters = hf.model.layers[0].self_attn, tuple(hf.parameters())
+    size = attention.head_dim
+    copied = sum(module.weight.nbytes for module in _projections(hf))
+    pack = hf.device.type == "cpu" and hf.dtype == torch.float32 and copied <= PACK_LIMIT
+    return Weights(
+        embedding=hf.model.embed_tokens.weight,
+        layers=tuple(_layer(layer, pack) for layer in hf.model.layers),
+        norm=Norm.of(hf.model.norm, pack),
+        head=_linears([hf.lm_head], pack)[0],
+        rotary=hf.model.rotary_emb,
+        query_heads=attention.q_proj.out_features // size,
+        kv_heads=attention.k_proj.out_features // size,
+        head_size=size,
+        scale=float(attention.scaling),
+        packed=copied if pack else 0,
+        parameters=parameters,
+        versions=_versions(parameters, pack),
+    )
+
+
+def _layer(module: Any, pack: bool) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return Layer(
+        qkv=_linears([attention.q_proj, attention.k_proj, attention.v_proj], pack),
+        o=_linears([attention.o_proj], pack)[0],
+        gate_up=_linears([mlp.gate_proj, mlp.up_proj], pack),
+        down=_linears([mlp.down_proj], pack)[0],
+        before_attention=Norm.of(module.input_layernorm, pack),
+        before_mlp=Norm.of(module.post_attention_layernorm, pack),
+        q_norm=None if q_norm is None else Norm.of(q_norm, pack),
+        k_norm=None if k_norm is None else Norm.of(k_norm, pack),
+    )
+
+
+def _linears(modules: list[Any], pack: bool) -> tuple[Linear, ...]:
+    if not pack:
+        return tuple(Linear(module.weight.t(), module.bias) for module in modules)
+    biases = [module.bias for module in modules]
+    weight = torch.cat([module.weight for module in modules]).t().contiguous()
+    return (Linear(weight, torch.cat(biases) if biases[0] is not None else None),)
+
+
+def _versions(parameters: tuple[Tensor, ...], content: bool) -> tuple[tuple[int, int], ...]:
+    """Where the parameters are, and how often they were written to (not counted for inference tensors)."""
+    return tuple((p.data_ptr(), p._version if content and not p.is_inference() else 0) for p in parameters)

@@ -1,0 +1,353 @@
+"""outer=parse_streamed: the judge reads along, so that drafting stops soon after the first prefix that fails.
+
+PARSE (arXiv 2605.04263) judges a draft when it is complete. Here every `chunk` finished segments are read and judged
+while the draft model writes on, as PEARL (arXiv 2408.11850) lets the target verify while its drafter drafts. Text whose
+prefixes have passed is handed out at once.
+
+draft model   segment 1 | segment 2 | segment 3 | segment 4 |  stopped
+target                    judges 1    judges 2    judges 3: fails -> keeps 1 and 2, goes on from there
+
+What is decided does not depend on when: pass j judges the cuts [j * chunk, (j + 1) * chunk) and reads each row of the
+draft once. The pass that judges the complete draft decides exactly as the fused pass of outer=parse does. So both keep
+the same text under the same rule, unless outer=parse keeps a complete draft one of whose prefixes had failed: a draft
+that failed in an earlier pass than its last is never completed here. And `max_cuts` bounds the probes of a pass, not of
+a draft: cuts are not thinned, since how many will come is not known while they are judged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from parsedec.boundary import BoundaryRule, FirstFailure, Smoothed
+from parsedec.drafter import Writing
+from parsedec.errors import ConfigError
+from parsedec.judge import Judge, Scores
+from parsedec.outer import DraftVerification, Work, Written, drafter_of
+from parsedec.segmenters import Segmenter
+from parsedec.session import Session
+from parsedec.text import Draft
+from parsedec.types import Author
+
+FINAL = (FirstFailure, Smoothed)  # rules that a later score cannot make change what they said of earlier ones
+ONE_MODEL = "judged in turn: target and draft model share one module, which two threads must not run at once"
+RECODED = "a draft was ended early: its text behind the judged part changed how that part is encoded for the target"
+
+
+class Lane(Protocol):
+    """Where judge passes run beside the draft model. Passes run one at a time, in the order they were handed in."""
+
+    def submit(self, judge_pass: Callable[[], None]) -> None: ...
+
+    def waits(self) -> bool:
+        """Whether the draft model has to wait for the judge now."""
+
+    def wait(self) -> None:
+        """Until all passes are done; raises what one of them raised."""
+
+    def drafting(self) -> AbstractContextManager[None]:
+        """What the draft model works in."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """No pass runs any more afterwards."""
+
+
+class InTurn:
+    """The draft model stops while the judge works: what a CPU does best."""
+
+    def __init__(self) -> None:
+        self._passes: list[Callable[[], None]] = []
+
+    def submit(self, judge_pass: Callable[[], None]) -> None:
+        self._passes.append(judge_pass)
+
+    def waits(self) -> bool:
+        return bool(self._passes)
+
+    def wait(self) -> None:
+        while self._passes:
+            self._passes.pop(0)()
+
+    def drafting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._passes.clear()
+
+
+class Beside:
+    """The judge works in a thread of its own, and on CUDA the draft model on a stream of its own.
+
+    It is the draft model that moves to another stream: its session is made there and never leaves it. The target's
+    cache was begun on the caller's stream, and memory that one stream has freed while another still reads it is handed
+    out again by the allocator.
+    """
+
+    def __init__(self, target: torch.device, draft: torch.device) -> None:
+        self._streams = torch.cuda.current_stream(target) if target.type == "cuda" else None
+        self._draft = draft
+        self._pool = ThreadPoolExecutor(1, "parsedec-judge")
+        self._passes: list[Future[None]] = []
+
+    def submit(self, judge_pass: Callable[[], None]) -> None:
+        self._passes.append(self._pool.submit(self._run, judge_pass))
+
+    def waits(self) -> bool:
+        return any(judge_pass.done() and judge_pass.exception() for judge_pass in self._passes)
+
+    def wait(self) -> None:
+        while self._passes:
+            self._passes.pop(0).result()
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        if self._draft.type != "cuda":
+            yield
+            return
+        own, callers = _draft_stream(self._draft), torch.cuda.current_stream(self._draft)
+        own.wait_stream(callers)
+        with torch.cuda.stream(own):
+            yield
+        callers.wait_stream(own)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, judge_pass: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._streams) if self._streams is not None else nullcontext():
+            judge_pass()
+
+
+@cache
+def _draft_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all requests: what a draft model's session frees is then only ever handed out to draft models."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def sure_cuts(segmenter: Segmenter, draft: Draft) -> list[int]:
+    """The cuts of a draft still being written that it will have however it goes on; the end is never one of them.
+
+    An end of a segment is sure once `min_tokens` stand behind it, and so are the cuts that split a segment with a sure
+    end. `max_cuts` is left aside.
+    """
+    whole = replace(segmenter, max_cuts=sys.maxsize)
+    ends = replace(whole, max_tokens=None).cuts(draft)
+    return [cut for cut in whole.cuts(draft) if cut <= ends[-2]] if len(ends) > 1 else []
+
+
+@dataclass(slots=True)
+class Judging:
+    """The passes over one draft as it grows, and what they have decided.
+
+    `ready` and `rest` are called where the draft is written and make passes; each pass is a function to be called once,
+    in the order they were made. A pass writes `scores`, `passes`, `failed` and `complete`, and nothing else does.
+    """
+
+    judge: Judge
+    segmenter: Segmenter
+    boundary: BoundaryRule
+    chunk: int
+    session: Session
+    asked: Draft = field(default_factory=lambda: Draft((), "", (), ended=False))  # what the passes made so far read
+    cuts: list[int] = field(default_factory=list)  # of all passes made so far
+    scores: list[float] = field(default_factory=list)
+    passes: list[Scores] = field(default_factory=list)
+    failed: bool = False  # in a pass before the last: nothing behind that prefix can stand
+    complete: bool = False  # the complete draft was judged
+    _look_at: int = 0
+
+    def looks(self, written: int) -> bool:
+        """Whether to look for cuts at this length: that reads the whole text, so not at every token of a long one."""
+        if written < self._look_at:
+            return False
+        self._look_at = written + max(1, written // 64)
+        return True
+
+    def continues(self, draft: Draft) -> bool:
+        """Whether `draft` begins with the tokens that the passes were made of."""
+        return draft.tokens[: len(self.asked.tokens)] == self.asked.tokens
+
+    def ready(self, draft: Draft) -> list[Callable[[], None]]:
+        """Passes for the full chunks of a draft still being written."""
+        new = sure_cuts(self.segmenter, draft)[len(self.cuts) :]
+        return [self._pass(draft, probes) for probes in self._chunks(new) if len(probes) == self.chunk]
+
+    def rest(self, draft: Draft) -> list[Callable[[], None]]:
+        """Passes for what is left of a finished draft, the one that decides about the whole of it among them."""
+        cuts = replace(self.segmenter, max_cuts=sys.maxsize).cuts(draft)
+        probes = self._chunks([cut for cut in cuts if cut > len(self.asked.tokens)])
+        return [self._pass(draft, chunk, last=chunk is probes[-1]) for chunk in probes]
+
+    @property
+    def stands(self) -> int:
+        """Draft tokens that are sure to stand."""
+        segments = self.boundary.keep(list(self.scores))  # a copy: a pass may be adding to it
+        return self.cuts[segments - 1] if segments else 0
+
+    def _chunks(self, cuts: list[int]) -> list[list[int]]:
+        return [cuts[i : i + self.chunk] for i in range(0, len(cuts), self.chunk)]
+
+    def _pass(self, draft: Draft, probes: list[int], last: bool = False) -> Callable[[], None]:
+        n = probes[-1]
+        self.cuts += probes
+        self.asked = Draft(
+            draft.tokens[:n], draft.text[: draft.ends[n - 1]], draft.ends[:n], ended=last and draft.ended
+        )
+        return partial(self._run, self.asked, list(self.cuts), probes, last)
+
+    def _run(self, draft: Draft, cuts: Sequence[int], probes: Sequence[int], last: bool) -> None:
+        if self.failed:
+            return
+        scores = self.judge.score(self.session, draft, cuts, probes)
+        self.passes.append(scores)
+        self.scores += scores.values
+        self.failed = not last and self.boundary.keep(self.scores) < len(self.scores)
+        self.complete = last
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedVerification(DraftVerification):
+    """outer=parse_streamed: finished segments are judged while the draft model writes on.
+
+    chunk    segments per judge pass: fewer find an error sooner, more let the target read its weights less often
+    overlap  "auto": drafting and judging at the same time where the target is on CUDA; "always", "never"
+
+    The boundary rule has to be one whose decision about a prefix no later score changes: first_failure or smoothed.
+    """
+
+    chunk: int = 2
+    overlap: str = "auto"
+
+    def __post_init__(self) -> None:
+        DraftVerification.__post_init__(self)
+        if not 1 <= self.chunk <= self.segmenter.max_cuts:
+            raise ConfigError(
+                f"outer.chunk={self.chunk}; expected 1 to {self.segmenter.max_cuts}, the segmenter's max_cuts."
+            )
+        if self.overlap not in ("auto", "always", "never"):
+            raise ConfigError(f"outer.overlap={self.overlap!r}; expected auto, always or never.")
+        if not isinstance(self.boundary, FINAL):
+            raise ConfigError(
+                f"outer=parse_streamed cannot stop a draft under the boundary rule {type(self.boundary).__name__}: a "
+                "later score may change what it says of earlier prefixes. Use boundary=first_failure or smoothed, or "
+                "outer=parse."
+            )
+
+    def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
+        meter, drafter = work.meter, drafter_of(work)
+        judging = Judging(self.judge, self.segmenter, self.boundary, self.chunk, work.target.session)
+        before = {phase: meter.seconds(phase) for phase in ("draft", "judge")}
+        handed = 0  # tokens of the draft that are in the answer
+        with self._lane(work) as lane:
+            with meter.span("draft"), lane.drafting():
+                writing = drafter.begin(work.answer, limit)
+            more = writing is not None
+            while writing and more:
+                with meter.span("draft"), lane.drafting():
+                    more = self._write_on(writing, judging, lane)
+                with meter.span("judge"):
+                    if not more:
+                        lane.wait()
+                        self._judge_rest(work, writing, judging, lane)
+                    elif lane.waits():
+                        lane.wait()
+                taken = work.answer.extend(judging.asked.tokens[handed : judging.stands], Author.DRAFT)
+                handed += len(taken)
+                if taken:
+                    yield Author.DRAFT, taken
+                more = more and not judging.failed and work.answer.stop is None
+            with meter.span("judge"):
+                lane.wait()
+        yield from self._conclude(work, writing, judging, handed, facts, before)
+
+    def _write_on(self, writing: Writing, judging: Judging, lane: Lane) -> bool:
+        """Let the draft model write until text may have been decided about; whether it has more to write."""
+        known = len(judging.scores)
+        while writing.step():
+            if judging.failed or lane.waits() or len(judging.scores) > known:
+                return True
+            if judging.looks(writing.written):
+                draft = writing.draft()
+                if not judging.continues(draft):
+                    return False
+                for judge_pass in judging.ready(draft):
+                    lane.submit(judge_pass)
+                if lane.waits():
+                    return True
+        return False
+
+    def _judge_rest(self, work: Work, writing: Writing, judging: Judging, lane: Lane) -> None:
+        """The draft is finished. If no prefix of it has failed, judge what is left of it."""
+        draft = writing.draft(final=True)
+        if not judging.continues(draft):
+            work.notes.add(RECODED)
+        elif not judging.failed:
+            for judge_pass in judging.rest(draft):
+                lane.submit(judge_pass)
+            lane.wait()
+
+    def _conclude(
+        self,
+        work: Work,
+        writing: Writing | None,
+        judging: Judging,
+        handed: int,
+        facts: dict[str, Any],
+        before: dict[str, float],
+    ) -> Iterator[Written]:
+        """Settle the session on what stands, hand out the rest of it and note what the round was."""
+        draft = writing.draft(final=True) if writing else judging.asked
+        if not judging.continues(draft):
+            draft = judging.asked
+        taken: list[int] = []
+        facts |= {"judged_tokens": 0, "draft_ended": draft.ended}
+        if judging.passes:
+            scores = judging.scores
+            segments, whole = self._decide(scores, draft) if judging.complete else (self.boundary.keep(scores), False)
+            cut = judging.cuts[segments - 1] if segments else 0
+            with work.meter.span("judge"):
+                work.target.session.keep_draft(cut)
+            work.target.note_refused(draft.tokens[cut:])
+            rest = [*draft.tokens[handed:cut], *([self.end_token] if whole else [])]
+            taken = work.answer.extend(rest, Author.DRAFT)
+            cuts, read = judging.cuts[: len(scores)], judging.cuts[len(scores) - 1]
+            unread = [len(draft.tokens)] if len(draft.tokens) > read else []  # written, never judged
+            kept = handed + len(taken)
+            facts |= self._facts(draft, cuts + unread, [*scores, *([None] * len(unread))], judging.passes, kept)
+            facts |= {"accepted_whole": whole, "judged_tokens": read, "kept_tokens": kept}
+            self._count_passes(work, judging.passes)
+        facts |= {f"{phase}_s": work.meter.seconds(phase) - start for phase, start in before.items()}
+        self._count_draft(work, len(draft.tokens) + draft.ended, handed + len(taken), facts)
+        if taken:
+            yield Author.DRAFT, taken
+
+    def _lane(self, work: Work) -> Lane:
+        target, draft = work.target.session.model, drafter_of(work).model
+        if self.overlap == "never" or (self.overlap == "auto" and target.device.type != "cuda"):
+            return InTurn()
+        if target.hf is draft.hf:
+            work.notes.add(ONE_MODEL)
+            return InTurn()
+        return Beside(target.device, draft.device)
