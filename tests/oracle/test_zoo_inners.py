@@ -1,4 +1,4 @@
-"""Every inner speculator as its YAML has it, on the embedded models: no token differs from `inner=none`, at any policy."""
+"""Every inner speculator as its YAML has it, on the embedded models: no token is another than with `inner=none`."""
 
 from pathlib import Path
 
