@@ -42,7 +42,8 @@ test-weights: setup  ## the tests on a real pair: PARSEDEC_MODELS=DIR make test-
 
 bench: setup  ## the figures of the README on the embedded models, about half an hour on two cores
 	$(BIN)/python experiments/overhead.py runtime=cpu
-	$(BIN)/python experiments/compare.py runtime=cpu
+	$(BIN)/python experiments/compare.py runtime=cpu arms=zoo
+	$(BIN)/python experiments/compare.py runtime=cpu arms=inner
 	$(BIN)/python experiments/compare.py runtime=cpu arms=refused
 	$(BIN)/python experiments/compare.py runtime=cpu arms=thresholds
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from parsedec.backends import open_session
+from parsedec.checkpoints import Version, version_of
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
@@ -31,8 +32,8 @@ from parsedec.text import common_prefix
 from parsedec.types import Needs, Outcome, Seen, Tree
 
 
-@cache
-def load_once(source: str, dtype: str, device: str, backend: str) -> LanguageModel:
+@lru_cache(maxsize=8)
+def _load_version(source: str, _version: Version, dtype: str, device: str, backend: str) -> LanguageModel:
     """A speculator is bound once per arm; the arms of a process share its model."""
     return load(source, dtype=dtype, device=device, backend=backend)
 
@@ -130,7 +131,9 @@ def drafting_model(
 ) -> LanguageModel:
     """The model that `inner` drafts with - `model`, or the stack's draft model - if its vocabulary is the target's."""
     if isinstance(model, str):
-        model = load_once(model, str(target.dtype).removeprefix("torch."), str(target.device), target.backend)
+        model = _load_version(
+            model, version_of(model), str(target.dtype).removeprefix("torch."), str(target.device), target.backend
+        )
     model = model or draft
     if model is None:
         raise IncompatibleStack(f"inner={inner} has no model to draft with; set inner.model or draft.")

@@ -49,6 +49,19 @@ def find_file(source: str | Path, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+Version = tuple[tuple[str, int, int], ...]
+
+
+def version_of(source: str | Path) -> Version:
+    """Which version of a folder this is, for caches of loaded weights: training writes one more than once.
+
+    Empty for a hub id and for a single file.
+    """
+    folder = Path(source).expanduser()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a `.safetensors` or pickled file whose names begin with `prefix`, on the CPU.
 

@@ -111,7 +111,7 @@ class LanguageModel:
                     f"{limit} (the model's max_position_embeddings). Lower it or leave it out."
                 )
             limit = context_limit
-        return cls(
+        model = cls(
             name=name or hf.config.name_or_path or type(hf).__name__,
             hf=hf.eval(),
             tokenizer=tokenizer,
@@ -122,6 +122,8 @@ class LanguageModel:
             backend=backend,
             compiled=compiled,
         )
+        model.__dict__["end_ids"] = model.end_ids  # as the checkpoint has them, whatever is set aside for a while later
+        return model
 
     @cached_property
     def device(self) -> torch.device:

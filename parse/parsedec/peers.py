@@ -78,6 +78,7 @@ class HfGenerate:
         target, sampler = session.model, work.target.sampler
         assistant = self._assistant(work, target, sampler)
         follow = Follow(answer, session.length)
+        wanted = settings(target, sampler.settings, min(answer.remaining, session.room))
         with ExitStack() as stack:
             stack.enter_context(clean_settings(target.hf))
             arguments: dict[str, Any] = {}
@@ -97,7 +98,7 @@ class HfGenerate:
                 sequence = target.hf.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
-                    generation_config=settings(target, sampler.settings, min(answer.remaining, session.room)),
+                    generation_config=wanted,
                     streamer=watch,
                     **arguments,
                 )

@@ -11,7 +11,7 @@ import tiny
 from every_draw import relative
 from parsedec import Parse, Sampling, StopReason, TargetOnly
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import SELECTS_LAYERS
+from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.peers import HfGenerate, clean_settings, settings
 from parsedec.sampling import Sampler
 from parsedec.types import Outcome, Seen
@@ -230,6 +230,16 @@ def test_nothing_of_the_models_is_changed(tiny_target):
     assert [model.hf.generation_config for model in models] == configs
     assert [config.to_dict() for config in configs] == contents
     assert not tiny_target.hf._forward_pre_hooks
+
+
+def test_end_tokens_only_the_checkpoint_names_end_an_answer(tiny_target):
+    plain = Parse(tiny_target, outer=TargetOnly()).generate(TEXT, max_new_tokens=24).tokens
+    hf = copy.deepcopy(tiny_target.hf)
+    hf.generation_config.eos_token_id = [1, plain[5]]
+    model = LanguageModel.wrap(hf, tiny_target.tokenizer)
+    baseline = Parse(model, outer=HfGenerate()).generate(TEXT, max_new_tokens=24)
+    assert (baseline.tokens, baseline.stop) == (plain[: plain.index(plain[5]) + 1], StopReason.END_TOKEN)
+    assert Parse(model, outer=TargetOnly()).generate(TEXT, max_new_tokens=24).tokens == baseline.tokens
 
 
 def test_filters_that_are_off_are_named():

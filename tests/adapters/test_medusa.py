@@ -444,3 +444,11 @@ def test_the_outer_level_and_the_draft_model_can_use_it():
     assert [r.kept_tokens for r in fast.rounds] == [r.kept_tokens for r in plain.rounds]
     assert fast.counters.target_calls < plain.counters.target_calls
     assert sum(fast.counters.accepted_by_depth) > 0
+
+
+def test_heads_that_were_trained_again_are_loaded_again(tmp_path):
+    target = tiny.model("llama")
+    for seed in (0, 1):
+        heads = random_heads(seed=seed)
+        save_heads(heads, tmp_path)
+        torch.testing.assert_close(Medusa(heads=str(tmp_path)).bind(target, None).stack.heads.weight, heads.weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.model import load
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic, first_wrong_line, solution
 from parsedec.training.answers import clean, injected, mark
@@ -119,7 +119,12 @@ def test_sampled_drafts_repeat_with_the_seed_and_are_kept(zoo, tmp_path):
     settings = dict(max_new_tokens=24, batch=8, seed=4)
     pool = load_or_sample(tmp_path / "drafts.json", zoo, PROBLEMS[:6], passes, **settings)
     assert pool == sample_pool(zoo, PROBLEMS[:6], passes, **settings)
-    assert pool == load_or_sample(tmp_path / "drafts.json", None, [], [], **settings)
+    stored = (tmp_path / "drafts.json").read_text()
+    assert pool == load_or_sample(tmp_path / "drafts.json", zoo, PROBLEMS[:6], passes, **settings)
+    assert (tmp_path / "drafts.json").read_text() == stored
+    for others in ((zoo, PROBLEMS[1:7], passes), (zoo, PROBLEMS[:6], passes[:2])):
+        with pytest.raises(OutputExistsError, match="other prompts"):
+            load_or_sample(tmp_path / "drafts.json", *others, **settings)
     assert max(map(len, pool)) > 1
     assert all(len(answers) == len(set(answers)) for answers in pool)
 

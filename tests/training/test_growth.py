@@ -36,6 +36,16 @@ def test_a_grown_model_says_the_same(draft, texts):
             torch.testing.assert_close(taller.hf(ids).logits, draft.hf(ids).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_other_families_grow_as_well(family):
+    model = tiny.model(family)
+    taller = grown(model, 2, 0, [[2, 20 + i, 30, 40, 3, 9, 12 + i] for i in range(12)])
+    assert taller.num_layers == model.num_layers + 2
+    with torch.inference_mode():
+        ids = torch.tensor([[2, 15, 16, 17, 3, 30]])
+        torch.testing.assert_close(taller.hf(ids).logits, model.hf(ids).logits, rtol=0, atol=0)
+
+
 def test_the_first_new_layer_looks_one_position_back(draft, texts):
     """On texts it was not set up with, most of the attention goes there; random attention would give it 1/n."""
     taller = grown(draft, 1, 0, texts[:16])

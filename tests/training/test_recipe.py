@@ -106,7 +106,7 @@ def test_a_head_for_ones_own_prompts(tmp_path):
     own = [f"recipe.prompts={file}", "recipe.evaluation.held_out=2"]
     record = run_recipe(composed("zoo_medusa", tmp_path / "run", *own))
     assert record["evaluation"]["problems"] == 2
-    assert len(json.loads((tmp_path / "run" / "answers.json").read_text())) == 7
+    assert len(json.loads((tmp_path / "run" / "answers.json").read_text())["answers"]) == 7
     with pytest.raises(ConfigError, match="held_out=9"):
         run_recipe(composed("zoo_medusa", tmp_path / "more", *own, "recipe.evaluation.held_out=9"))
     file.write_text('{"question": "?"}')
@@ -114,8 +114,9 @@ def test_a_head_for_ones_own_prompts(tmp_path):
         run_recipe(composed("zoo_medusa", tmp_path / "wrong", *own))
 
 
-def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    run_recipe(composed("zoo_eagle3", tmp_path / "unbroken"))
+@pytest.mark.parametrize("recipe", HEADS)
+def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(recipe, tmp_path, monkeypatch):
+    run_recipe(composed(recipe, tmp_path / "unbroken"))
     step = Trainer.train_step
 
     def interrupted(self, batch):
@@ -125,11 +126,20 @@ def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(tmp_path, monkeypat
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(composed("zoo_eagle3", tmp_path / "broken"))
+        run_recipe(composed(recipe, tmp_path / "broken"))
     monkeypatch.setattr(Trainer, "train_step", step)
-    run_recipe(composed("zoo_eagle3", tmp_path / "broken", "resume=true"))
-    for name in ("model/model.safetensors", "answers.json"):
+    run_recipe(composed(recipe, tmp_path / "broken", "resume=true"))
+    weights = next((tmp_path / "unbroken" / "model").glob("*.safetensors")).name
+    for name in (f"model/{weights}", "answers.json"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_answers_to_other_prompts_are_not_taken_over(tmp_path):
+    run_recipe(composed("zoo_medusa", tmp_path))
+    (tmp_path / "record.json").unlink()
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(OutputExistsError, match="other prompts"):
+        run_recipe(composed("zoo_medusa", tmp_path, "recipe.task.seed=9"))
 
 
 def test_unknown_kinds_are_refused(tmp_path):

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 
+from parsedec.checkpoints import Version, version_of
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
@@ -29,7 +30,6 @@ from parsedec_adapters.eagle3.tree import Drafted, grow
 log = logging.getLogger(__name__)
 
 FEWEST_LAYERS = 7  # below that EAGLE's default taps coincide
-Version = tuple[tuple[str, int, int], ...]  # name, time and size of a directory's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Eagle3:
         """The head with the overrides, in the target's dtype, on its device."""
         if not isinstance(self.head, EagleHead):
             source, where = str(self.head), (target.dtype, target.device)
-            return _load_once(source, _version_of(source), self.rope_theta, self.norm_before_residual, *where)
+            return _load_once(source, version_of(source), self.rope_theta, self.norm_before_residual, *where)
         head = with_overrides(self.head, self.rope_theta, self.norm_before_residual)
         if (head.fc.weight.dtype, head.fc.weight.device) != (target.dtype, target.device):
             head = copy.deepcopy(head).to(target.device, target.dtype)
@@ -155,13 +155,6 @@ def _load_once(
     """A speculator is bound once per arm; the arms of a process share its head. A version is loaded once."""
     head = load_head(source, rope_theta=rope_theta, norm_before_residual=norm_before_residual)
     return head.to(device, dtype).requires_grad_(False)
-
-
-def _version_of(source: str) -> Version:
-    """Which version of a directory this is: training writes a head more than once. Empty for a hub id."""
-    folder = Path(source).expanduser()
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 def _fitting_taps(head: EagleHead, override: Sequence[int] | None, target: LanguageModel) -> tuple[int, ...]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from parsedec.checkpoints import DAMAGE, find_file, read_tensors
+from parsedec.checkpoints import DAMAGE, Version, find_file, read_tensors, version_of
 from parsedec.errors import IncompatibleStack
 from parsedec_adapters.medusa.heads import HEADS_FILE, MedusaHeads
 
@@ -34,9 +34,13 @@ WHOLE_MODELS = (
 )
 
 
-@cache
 def load_once(source: str) -> MedusaHeads:
     """A speculator is bound once per arm; the arms of a process share its weights."""
+    return _load_version(source, version_of(source))
+
+
+@lru_cache(maxsize=8)
+def _load_version(source: str, _version: Version) -> MedusaHeads:
     return load_heads(source)
 
 

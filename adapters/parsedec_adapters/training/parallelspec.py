@@ -27,8 +27,9 @@ def chosen_positions(texts: Texts, share: float) -> Tensor:
 def known_rows(texts: Texts, positions: Tensor) -> tuple[Tensor, Tensor]:
     """For guesses about the tokens behind `positions` [G]: which are about an answer, and flat rows; both [B, G]."""
     batch, length = texts.ids.shape
+    positions = positions.to(texts.answers.device)
     inside = positions.clamp(max=length - 1)
-    about = texts.answers[:, inside] & (positions < length).to(texts.answers.device)
+    about = texts.answers[:, inside] & (positions < length)
     return about, torch.arange(batch, device=inside.device)[:, None] * length + inside
 
 

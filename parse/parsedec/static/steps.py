@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn.functional import embedding
 
@@ -77,7 +76,7 @@ class Steps:
         if self._memory is None:
             return None
         try:
-            aside = torch.cuda.Stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
@@ -132,7 +131,7 @@ class Step:
         self._load(ids, start, positions, sees)
         if not self._tried:
             self._tried = True
-            with torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY):
+            with _many_shapes() if self._steps.compiled else nullcontext():
                 self._graph = self._steps.captured(self._call)
                 if self._graph is None:
                     return self._call()
@@ -170,3 +169,11 @@ class Step:
         angles = (self._cos.index_select(0, positions), self._sin.index_select(0, positions))
         attend = BucketRows(self._views, start + self._row, network.weights.scale, mask)
         return network.forward(embedding(ids, network.weights.embedding), angles, attend, rows, self.taps)
+
+
+def _many_shapes() -> AbstractContextManager[Any]:
+    """Compile for as many buckets as there are."""
+    from torch._dynamo import config  # takes a second to import, and only compiled steps need it
+
+    changed: AbstractContextManager[Any] = config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)
+    return changed

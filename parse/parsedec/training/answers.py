@@ -52,7 +52,7 @@ def mark(
     else:
         kept = next((k for k, good in enumerate(right) if not good), len(right))
         # + 1: the line break behind the last right line is still right
-        taught = cuts[kept - 1] + 1 if teach_until_error and kept else 0
+        taught = min(cuts[kept - 1] + 1, len(draft.tokens)) if teach_until_error and kept else 0
     return Answer(draft.tokens, tuple(cuts), tuple(right), taught, *_soundness(draft, score))
 
 

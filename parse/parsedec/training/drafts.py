@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from parsedec.errors import OutputExistsError
 from parsedec.experiment.record import write_text
 from parsedec.model import LanguageModel
 from parsedec.tasks.base import Problem, Task
@@ -67,11 +69,18 @@ def sample_pool(
 
 def load_or_sample(path: Path, draft: LanguageModel, problems: Sequence[Problem], passes: Sequence[DraftPass],
                    *, max_new_tokens: int, batch: int, seed: int) -> Pool:  # fmt: skip
-    """The pool of an interrupted run, or a new one, stored at `path`."""
+    """The pool of an interrupted run, or a new one, stored at `path` with what it is an answer to."""
+    asked = hashlib.sha256(repr([draft.name, [p.prompt for p in problems], passes, max_new_tokens, seed]).encode())
     if path.exists():
-        return [[(tuple(tokens), ended) for tokens, ended in answers] for answers in json.loads(path.read_text())]
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict) or stored.get("asked") != asked.hexdigest():
+            raise OutputExistsError(
+                f"{path} holds answers to other prompts, or by another model or settings. Choose another folder "
+                "(output=DIR), or delete the file."
+            )
+        return [[(tuple(tokens), ended) for tokens, ended in answers] for answers in stored["answers"]]
     pool = sample_pool(draft, problems, passes, max_new_tokens=max_new_tokens, batch=batch, seed=seed)
-    write_text(json.dumps(pool, separators=(",", ":")), path)
+    write_text(json.dumps({"asked": asked.hexdigest(), "answers": pool}, separators=(",", ":")), path)
     return pool
 
 

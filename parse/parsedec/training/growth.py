@@ -31,9 +31,14 @@ def grown(model: LanguageModel, layers: int, seed: int, texts: Sequence[Sequence
     old = config.num_hidden_layers
     config.num_hidden_layers = old + layers
     torch.manual_seed(seed)  # transformers draws the new weights from the global generator
-    hf: Any = type(model.hf)(config).to(model.device)
-    hf.load_state_dict(model.hf.state_dict(), strict=False)
     try:
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = [*kinds, *kinds[-1:] * layers]
+        hf: Any = type(model.hf)(config).to(model.device)
+        missing, unknown = hf.load_state_dict(model.hf.state_dict(), strict=False)
+        strays = [name for name in missing if not any(f"layers.{old + i}." in name for i in range(layers))]
+        if unknown or strays:
+            raise AttributeError(f"weights that do not fit: {[*unknown, *strays][:3]}")
         new = list(hf.base_model.layers[old:])
         for layer in new:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -79,11 +84,13 @@ def _ids(hf: Any, text: Sequence[int]) -> Tensor:
 def _look_back(attention: Any, constant: Tensor) -> None:
     """Make every head attend one position back, and pass on what it finds there."""
     d, config = attention.head_dim, attention.config
-    speeds = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2) / d)  # radians a position, [d / 2]
-    weights = torch.zeros(d // 2)
+    device = constant.device
+    steps = torch.arange(0, d, 2, device=device) / d
+    speeds = config.rope_parameters["rope_theta"] ** -steps  # radians a position, [d / 2]
+    weights = torch.zeros(d // 2, device=device)
     weights[:4], weights[-1] = FAST, SLOWEST
     weights *= SHARPNESS * d**0.5
-    zero = torch.zeros(d // 2)
+    zero = torch.zeros_like(weights)
     query = torch.cat([weights.abs().sqrt(), zero])  # rotation i turns components i and i + d / 2
     key = torch.cat([weights.sign() * weights.abs().sqrt() * turned for turned in (speeds.cos(), speeds.sin())])
     for projection, vector in ((attention.q_proj, query), (attention.k_proj, key)):

@@ -2,7 +2,7 @@
 
 The target answers the recipe's problems by itself; then, step by step, it reads some of those answers again and shows
 the head what the head would see while guessing - hidden states, tokens - and what the right guesses were: its own
-distribution over the next token at every later position. Any target that can be loaded will do.
+distribution over the next token at every later position. Any attention model that can be loaded will do.
 
     loss = sum over depths d of decay^(d-1) · mean CE(target's distribution, guess made d tokens ahead)
 
@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from parsedec.chat import closing_token
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel, load
@@ -34,7 +35,9 @@ from parsedec.tasks.base import Problem
 from parsedec.tasks.jsonl import read_prompts
 from parsedec.training.drafts import Pool, load_or_sample
 from parsedec.training.generation import prompts
-from parsedec.training.loop import Loss, Schedule
+from parsedec.training.loop import Loss, Schedule, check_output
+
+DEEPEST = 1024  # guesses behind one root that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class Distillation:
     def __init__(self, target: LanguageModel, head: Head, *, decay: float, autocast: bool = True) -> None:
         if not 0 < decay <= 1:
             raise ConfigError(f"recipe.decay={decay}; expected above 0 and at most 1.")
+        check_output(target)
         self.target = target
         self.head = head
         self.decay = decay
@@ -196,7 +200,7 @@ class HeadJob:
         self.texts = TextBatches(
             contexts=prompts(target, problems),
             pool=pool,
-            end_id=target.end_ids[0],
+            end_id=closing_token(target),
             pad_id=target.tokenizer.pad_token_id or 0,
             positions=recipe.positions,
             seed=cfg.seed,
@@ -207,9 +211,14 @@ class HeadJob:
         self.objective = Distillation(target, self.head, decay=recipe.decay, autocast=preset.autocast)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from DataLoader(
-            self.texts, batch_size=None, sampler=range(start, stop), num_workers=self.cfg.preset.workers
+        loader = DataLoader(
+            self.texts,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.cfg.preset.workers,
+            generator=torch.Generator(),  # its own: a loader that draws from the global one would shift a resumed run
         )
+        yield from loader
 
     def finish(self) -> dict[str, Any]:
         self.head.save(self.folder / "model")
@@ -239,7 +248,7 @@ def acceptance(cfg: DictConfig, folder: Path, problems: Sequence[Problem]) -> di
     target = load(recipe.target, dtype="float32", device=cfg.preset.device)
     speculator = instantiate(recipe.evaluation.speculator)(**{recipe.evaluation.weights: str(folder)})
     engine = Parse(target, inner=speculator)
-    steps, tokens, offered, accepted = [], [], np.zeros(64, int), np.zeros(64, int)
+    steps, tokens, offered, accepted = [], [], np.zeros(DEEPEST, int), np.zeros(DEEPEST, int)
     for problem in problems:
         counters = engine.generate(problem.prompt, max_new_tokens=recipe.max_new_tokens).counters
         steps.append(counters.inner_steps)

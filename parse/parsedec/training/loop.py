@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.model import LanguageModel
 from parsedec.training.checkpoint import load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,11 @@ class Trainer:
             group["lr"] = self.schedule.rate_at(self.step)
         self.objective.trained.train()
         losses = list(self.objective.losses(batch))
+        if not losses:
+            raise ConfigError(
+                f"batch {self.step} has nothing to learn from: none of its tokens can be guessed. Enlarge the draft "
+                "vocabulary if there is one; else look at the answers."
+            )
         mean = torch.stack([loss.weight * loss.total / max(1, loss.labels) for loss in losses]).sum()
         self.optimiser.zero_grad()
         torch.autograd.backward(mean)
@@ -188,3 +194,16 @@ class Trainer:
         log.info("step %d/%d  %s  %.2f s/step  %.0f min left", self.step, self.schedule.steps, facts, step_s,
                  left / 60)  # fmt: skip
         return entry
+
+
+def check_output(model: LanguageModel) -> None:
+    """The loop applies decoder and output matrix by itself; a model that does more in between is refused."""
+    config = model.hf.config.get_text_config()
+    extra = [
+        name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, name, None)
+    ]
+    if extra:
+        raise IncompatibleStack(
+            f"{model.name} changes its logits by {extra}, which the training loop does not do; expected a model whose "
+            "logits are its output matrix times the last hidden state. Choose another target."
+        )

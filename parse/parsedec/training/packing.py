@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from parsedec import masks
-from parsedec.chat import label_tokens, suffix_text
+from parsedec.chat import closing_token, label_tokens, suffix_text
 from parsedec.errors import IncompatibleStack
 from parsedec.judge import how_to_ask
 from parsedec.model import LanguageModel
@@ -132,7 +132,7 @@ class Packer:
         return cls(
             suffix=tuple(model.encode(text)),
             label_ids=(right, wrong),
-            end_id=model.end_ids[0],
+            end_id=closing_token(model),
             pad_id=model.tokenizer.pad_token_id or 0,
             windows=tuple(model.windows.items()),
             dtype=dtype,

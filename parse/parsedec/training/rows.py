@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from parsedec.errors import ConfigError
@@ -160,4 +161,5 @@ class Batches(Dataset[Batch]):
 
 def stream(batches: Batches, start: int, stop: int, workers: int) -> Iterator[Batch]:
     """Batches start..stop-1, made by `workers` other processes (0: by this one)."""
-    yield from DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers)
+    own = torch.Generator()  # a loader that draws from the global one would shift a resumed run
+    yield from DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers, generator=own)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel
-from parsedec.training.loop import Loss, Schedule
+from parsedec.training.loop import Loss, Schedule, check_output
 from parsedec.training.packing import IGNORED, Batch
 
 
@@ -54,7 +54,7 @@ class SolveAndJudge:
     def __init__(
         self, model: LanguageModel, weights: Optimisation, *, autocast: bool = True, compiled: bool = False
     ) -> None:
-        _check_head(model)
+        check_output(model)
         if any(not 0 < layer < model.num_layers for layer in weights.hints):
             raise ConfigError(
                 f"hints={list(weights.hints)} for the {model.num_layers} layers of {model.name}; expected layers "
@@ -114,16 +114,3 @@ class _Probe(nn.Sequential):
         nn.init.zeros_(read.weight)  # no draw: the weights of a run do not depend on whether it has probes
         nn.init.zeros_(read.bias)
         super().__init__(nn.LayerNorm(hidden, elementwise_affine=False), read)
-
-
-def _check_head(model: LanguageModel) -> None:
-    """The loop applies decoder and output matrix by itself; a model that does more in between is refused."""
-    config = model.hf.config.get_text_config()
-    extra = [
-        name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, name, None)
-    ]
-    if extra:
-        raise IncompatibleStack(
-            f"{model.name} changes its logits by {extra}, which the training loop does not do; expected a model whose "
-            "logits are its output matrix times the last hidden state. Choose another target."
-        )
