@@ -46,8 +46,8 @@ def grown(model: LanguageModel, layers: int, seed: int, texts: Sequence[Sequence
         _look_back(new[0].self_attn, _constant(hf, old, new[0].input_layernorm, texts))
     except AttributeError as missing:
         raise ConfigError(
-            f"recipe.grow={layers}: {type(model.hf).__name__} has not the layers this knows how to add ({missing}); expected "
-            "layers of the Llama type. Use recipe.grow=0."
+            f"recipe.grow={layers}: {type(model.hf).__name__} has not the layers this knows how to add ({missing}); "
+            "expected layers of the Llama type. Use recipe.grow=0."
         ) from missing
     return LanguageModel.wrap(hf, model.tokenizer, name=model.name, judge_card=model.judge_card)
 
