@@ -64,7 +64,7 @@ class LanguageModel:
     """A Hugging Face causal LM, its tokenizer, and the facts about both that the engine relies on.
 
     name             what records and error messages call it
-    hf               the model, in eval mode
+    hf               the model, in eval mode. What is read off it is remembered: move or change it before it is wrapped
     tokenizer        its tokenizer
     context_limit    most tokens a request may hold, prompt included
     chat_template    Jinja text that replaces the tokenizer's own, or None
