@@ -10,14 +10,12 @@ from transformers import PreTrainedModel
 
 from parsedec.errors import IncompatibleStack
 from parsedec.model import LanguageModel
+from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.session import Session
 from parsedec.static.session import StaticSession
 from parsedec.static.weights import static_obstacle
 
 log = logging.getLogger(__name__)
-
-# As in `selftest`: the largest difference of two right computations, in standard deviations of the logits
-ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 _obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
@@ -49,11 +47,9 @@ def runs_static(model: LanguageModel) -> bool:
 
 def _disagreement(model: LanguageModel) -> str | None:
     """A forward that gives something else than the model's own, e.g. because a hook changes what a module returns."""
-    ids = torch.randint(model.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = random_tokens(model, 9, 0)
     session = StaticSession(model)
     session.feed(ids[:6])
-    ours = torch.stack([session.feed(ids[6:8]), session.feed(ids[8:])]).float()
-    with torch.inference_mode():
-        plain = model.hf(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -2:].float()
-    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, 0.3) * float(plain.std())
-    return None if error <= allowed else f"a forward of its own (logits differ by {error:.2g})"
+    ours = torch.stack([session.feed(ids[6:8]), session.feed(ids[8:])])
+    error = excess(model, ours, plain_logits(model, ids, last=2))
+    return None if error is None else f"a forward of its own (logits differ by {error:.2g})"

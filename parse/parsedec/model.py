@@ -122,7 +122,7 @@ class LanguageModel:
             backend=backend,
             compiled=compiled,
         )
-        model.__dict__["end_ids"] = model.end_ids  # as the checkpoint has them, whatever is set aside for a while later
+        _ = model.end_ids  # read now and remembered: `generation_config` may be set aside for a while
         return model
 
     @cached_property

@@ -17,11 +17,9 @@ from torch import Tensor
 from parsedec.backends import open_session, runs_static
 from parsedec.errors import IncompatibleStack
 from parsedec.model import LanguageModel
+from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.types import JudgePath
 
-# Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32;
-# deep models in bfloat16 reach a tenth. A mask or cache that is not honoured is off by about one.
-ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.3}
 LONGEST_WINDOW = 512  # sliding windows beyond this are not crossed by the test: it would take too long on a CPU
 
 _results: WeakKeyDictionary[LanguageModel, dict[tuple[object, ...], str | None]] = WeakKeyDictionary()
@@ -55,40 +53,29 @@ def _remembered(model: LanguageModel, key: tuple[object, ...], test: Callable[[]
 
 def _decoding_error(model: LanguageModel) -> str | None:
     """Two requests in turn, in steps of several tokens and of one."""
-    texts = [_tokens(model, 20, seed) for seed in (0, 1)]
+    texts = [random_tokens(model, 20, seed) for seed in (0, 1)]
     sessions = [open_session(_roomy(model)) for _ in texts]
     for start, stop in ((0, 12), (12, 15), (15, 16), (16, 19)):
         for session, ids in zip(sessions, texts, strict=True):
             session.feed(ids[start:stop])
     stepwise = torch.stack([session.feed(ids[19:]) for session, ids in zip(sessions, texts, strict=True)])
-    return _difference(model, stepwise, torch.stack([_plain(model, ids) for ids in texts]), "stepwise")
+    return _difference(model, stepwise, torch.cat([plain_logits(model, ids) for ids in texts]), "stepwise")
 
 
 def _probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
     windows = [window for window in model.windows.values() if window and window <= LONGEST_WINDOW]
-    prompt, draft, cuts = _tokens(model, 12 + max(windows, default=0), 0), _tokens(model, 24, 1), [7, 16, 24]
+    prompt = random_tokens(model, 12 + max(windows, default=0), 0)
+    draft, cuts = random_tokens(model, 24, 1), [7, 16, 24]
     session = open_session(_roomy(model))
     session.feed(prompt)
     probes = session.judge(draft, cuts, suffix, path=path).probe_logits
-    plain = torch.stack([_plain(model, [*prompt, *draft[:cut], *suffix]) for cut in cuts])
+    plain = torch.cat([plain_logits(model, [*prompt, *draft[:cut], *suffix]) for cut in cuts])
     return _difference(model, probes, plain, f"{path}")
 
 
 def _difference(model: LanguageModel, ours: Tensor, plain: Tensor, what: str) -> str | None:
-    ours, plain = ours.float(), plain.float()
-    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, 0.3) * float(plain.std())
-    return None if error <= allowed else f"{what} logits differ from plain forwards by {error:.2g}"
-
-
-def _plain(model: LanguageModel, ids: Sequence[int]) -> Tensor:
-    """Logits after the last token, of one forward without a cache [V]."""
-    with torch.inference_mode():
-        logits: Tensor = model.hf(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
-    return logits[0, -1]
-
-
-def _tokens(model: LanguageModel, n: int, seed: int) -> list[int]:
-    return torch.randint(model.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    error = excess(model, ours, plain)
+    return None if error is None else f"{what} logits differ from plain forwards by {error:.2g}"
 
 
 def _roomy(model: LanguageModel) -> LanguageModel:

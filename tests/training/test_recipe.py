@@ -52,6 +52,21 @@ def composed(recipe, output, *more):
         return compose("train", [f"recipe={recipe}", *COMMON, *SETTINGS[recipe], f"output={output}", *more])
 
 
+def interrupted(cfg, at, monkeypatch):
+    """A run that Ctrl-C ends before step `at`."""
+    step = Trainer.train_step
+
+    def interrupting(self, batch):
+        if self.step == at:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(cfg)
+
+
 def test_every_recipe_is_tried_here():
     assert sorted(SETTINGS) == RECIPES
 
@@ -117,17 +132,7 @@ def test_a_head_for_ones_own_prompts(tmp_path):
 @pytest.mark.parametrize("recipe", HEADS)
 def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(recipe, tmp_path, monkeypatch):
     run_recipe(composed(recipe, tmp_path / "unbroken"))
-    step = Trainer.train_step
-
-    def interrupted(self, batch):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(composed(recipe, tmp_path / "broken"))
-    monkeypatch.setattr(Trainer, "train_step", step)
+    interrupted(composed(recipe, tmp_path / "broken"), 3, monkeypatch)
     run_recipe(composed(recipe, tmp_path / "broken", "resume=true"))
     weights = next((tmp_path / "unbroken" / "model").glob("*.safetensors")).name
     for name in (f"model/{weights}", "answers.json"):
@@ -151,19 +156,8 @@ def test_an_interrupted_recipe_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     unbroken = composed("zoo_target", tmp_path / "unbroken")
     broken = composed("zoo_target", tmp_path / "broken")
     run_recipe(unbroken)
-
-    step = Trainer.train_step
-
-    def interrupted(self, batch):
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(broken)
+    interrupted(broken, 2, monkeypatch)
     assert json.loads((tmp_path / "broken" / "record.json").read_text())["status"] == "interrupted"
-    monkeypatch.setattr(Trainer, "train_step", step)
     with pytest.raises(OutputExistsError, match="recipe"):
         run_recipe(composed("zoo_target", tmp_path / "broken", "resume=true", "recipe.optimisation.rate=1"))
     record = run_recipe(composed("zoo_target", tmp_path / "broken", "resume=true"))

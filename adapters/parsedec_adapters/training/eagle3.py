@@ -94,8 +94,7 @@ class Eagle3Training:
             hidden = torch.cat([out[:, :1], out[:, :-1]], dim=1)
 
     def save(self, folder: Path) -> None:
-        save_head(self.module.to(torch.bfloat16), folder)
-        self.module.float()
+        save_head(self.module, folder)
 
 
 def _visible(rows: int, j: int) -> Tensor:
@@ -103,9 +102,7 @@ def _visible(rows: int, j: int) -> Tensor:
     back = torch.arange(rows)[:, None] - torch.arange(rows)[None]  # how far before a row a key's row is
     # the first rows have no draft behind them and see themselves: a row that sees nothing would be no distribution
     early = (torch.arange(rows)[:, None] < j) & (back == 0)
-    return torch.cat([back >= j, *(back == j - i for i in range(1, j)), *([back == 0] if j else [])], dim=1) | (
-        torch.cat([early, torch.zeros(rows, j * rows, dtype=torch.bool)], dim=1)
-    )
+    return torch.cat([(back >= j) | early, *(back == j - i for i in range(1, j + 1))], dim=1)
 
 
 def _config(target: LanguageModel, draft_vocab: int, taps: tuple[int, ...]) -> HeadConfig:

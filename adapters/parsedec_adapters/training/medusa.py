@@ -51,5 +51,4 @@ class MedusaTraining:
 
     def save(self, folder: Path) -> None:
         layout = "v0.1" if self._base is None else "legacy"
-        save_heads(self.module.to(torch.bfloat16), folder, layout=layout, base_model=self._target)
-        self.module.float()
+        save_heads(self.module, folder, layout=layout, base_model=self._target)

@@ -59,5 +59,4 @@ class ParallelSpecTraining:
             yield Guess(slot + 1, head(features[:, :, slot][about]), rows[about])
 
     def save(self, folder: Path) -> None:
-        save_head(self.module.to(torch.bfloat16), folder)
-        self.module.float()
+        save_head(self.module, folder)

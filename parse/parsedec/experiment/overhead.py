@@ -30,13 +30,13 @@ from transformers import PreTrainedModel
 
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
+from parsedec.experiment.summary import resampled
 from parsedec.experiment.table import grid, origin, printed, tier
 from parsedec.model import LanguageModel
 
 PARTS = ("prefill", "target", "drafter", "speculator", "engine")
 NETWORKS = PARTS[:3]
 PROTOCOL = ("start", "propose", "commit", "rewind", "note_refused")
-RESAMPLES = 2000
 HEADS = ("inner", "steps", "ms a step", "target", "drafter", "speculator", "engine", "overhead", "of a target step")
 
 Row = dict[str, Any]  # of one request, as it is stored
@@ -180,11 +180,11 @@ def summarise_steps(rows: Mapping[str, Sequence[Row]], seed: int = 0) -> dict[st
     first = next(iter(facts.values()))
     if any(fact[:, 0].sum() == 0 for fact in facts.values()):
         raise ConfigError("no tree was verified; overhead per step needs longer answers. Raise max_new_tokens.")
-    draws = np.random.default_rng(seed).integers(len(first), size=(RESAMPLES, len(first)))
+    draws = resampled(len(first), seed)
     unit, units = _per_step(first.sum(0))[0], _per_step(first[draws].sum(1))[..., 0]
     summary = {}
     for name, fact in facts.items():
-        a_step, sampled = _per_step(fact.sum(0)), _per_step(fact[draws].sum(1))  # [4], [RESAMPLES, 4]
+        a_step, sampled = _per_step(fact.sum(0)), _per_step(fact[draws].sum(1))  # [4], [resamples, 4]
         overhead, overheads = a_step[2:].sum(), sampled[:, 2:].sum(-1)
         summary[name] = {
             "problems": len(fact),
@@ -241,8 +241,8 @@ def measure_generate(
 def summarise_generate(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     """Ratio of seconds, engine over generate (both wrote the same tokens), with a 95 % bootstrap interval."""
     seconds = np.array([[row["engine_s"], row["generate_s"]] for row in rows])  # [n, 2]
-    draws = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
-    sums, total = seconds[draws].sum(1), seconds.sum(0)  # [RESAMPLES, 2], [2]
+    draws = resampled(len(rows), seed)
+    sums, total = seconds[draws].sum(1), seconds.sum(0)  # [resamples, 2], [2]
     return {
         "problems": len(rows),
         "tokens": sum(row["tokens"] for row in rows),

@@ -46,7 +46,7 @@ def summarise(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     summary |= {key: sum(result[group][name] for result in results) for key, (group, name) in SUMMED.items()}
     for key in ("offered_by_depth", "accepted_by_depth"):
-        summary[key] = _by_depth([result["counters"].get(key) or () for result in results])
+        summary[key] = sum_by_depth([result["counters"].get(key) or () for result in results])
     trees, guessed = summary["inner_steps"], sum(summary["offered_by_depth"])
     summary["tau"] = (trees + sum(summary["accepted_by_depth"])) / trees if trees and guessed else None
     summary["tokens_per_s"] = summary["new_tokens"] / summary["wall_s"] if summary["wall_s"] else None
@@ -64,6 +64,11 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
+def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
+    """Bootstrap draws over n problems: indices [resamples, n]."""
+    return np.random.default_rng(seed).integers(n, size=(resamples, n))
+
+
 def compare(
     baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, float] | None:
@@ -78,7 +83,7 @@ def compare(
     if not pairs:
         return None
     rows = np.array([[*_facts(a), *_facts(b)] for a, b in pairs], dtype=float)  # [n, 6]
-    draws = np.random.default_rng(seed).integers(len(rows), size=(resamples, len(rows)))
+    draws = resampled(len(rows), seed, resamples)
     samples = np.stack([_ratios(rows[draw].sum(0), len(rows)) for draw in draws])  # [resamples, 3]
     low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
     estimate = _ratios(rows.sum(0), len(rows))
@@ -99,7 +104,7 @@ def _ratios(sums: np.ndarray, n: int) -> np.ndarray:
     return np.array([tokens_b / wall_b / (tokens_a / wall_a), wall_a / wall_b, (right_b - right_a) / n])
 
 
-def _by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
+def sum_by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
     """Sums by place; requests do not all get equally deep."""
     return [sum(level) for level in zip_longest(*counts, fillvalue=0)]
 

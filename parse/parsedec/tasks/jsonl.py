@@ -103,15 +103,21 @@ def read_prompts(path: str | Path) -> list[Problem]:
     return problems
 
 
-def _parse(line: bytes, where: str) -> Problem:
+def _object(line: bytes, where: str, form: str) -> dict[str, Any]:
+    """The JSON object of a line."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as bad:
         raise TaskDataError(
-            f"{where} is not JSON in UTF-8 ({bad}): {_shorten(line)}; expected {_FORM}. Repair or remove the line."
+            f"{where} is not JSON in UTF-8 ({bad}): {_shorten(line)}; expected {form}. Repair or remove the line."
         ) from bad
     if not isinstance(row, dict):
-        raise TaskDataError(f"{where} holds {_shorten(line)}; expected an object {_FORM}. Repair or remove the line.")
+        raise TaskDataError(f"{where} holds {_shorten(line)}; expected an object {form}. Repair or remove the line.")
+    return row
+
+
+def _parse(line: bytes, where: str) -> Problem:
+    row = _object(line, where, _FORM)
     wrong = [key for key, ok in _checks(row).items() if not ok]
     if wrong:
         raise TaskDataError(

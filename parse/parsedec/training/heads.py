@@ -30,14 +30,13 @@ from torch.utils.data import DataLoader, Dataset
 from parsedec.chat import closing_token
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
+from parsedec.experiment.summary import resampled, sum_by_depth
 from parsedec.model import LanguageModel, load
 from parsedec.tasks.base import Problem
 from parsedec.tasks.jsonl import read_prompts
 from parsedec.training.drafts import Pool, load_or_sample
 from parsedec.training.generation import prompts
 from parsedec.training.loop import Loss, Schedule, check_output
-
-DEEPEST = 1024  # guesses behind one root that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Head(Protocol):
         """All guesses about the answers, with a gradient, depth by depth."""
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint that the speculator's loader reads."""
+        """Write the checkpoint that the speculator's loader reads, in the module's dtype."""
 
 
 class NewHead(Protocol):
@@ -148,9 +147,8 @@ class TextBatches(Dataset[tuple[Tensor, Tensor]]):
     pad_id: int
     positions: int
     seed: int
-    _by_length: list[tuple[list[int], int]] = field(
-        init=False
-    )  # (context, answer and end token; length of the context)
+    # context with answer and end token, and the length of the context
+    _by_length: list[tuple[list[int], int]] = field(init=False)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"{self.seed}/{step}")
@@ -221,6 +219,7 @@ class HeadJob:
         yield from loader
 
     def finish(self) -> dict[str, Any]:
+        self.head.module.to(torch.bfloat16)  # as it is to be shipped; the checkpoint beside it keeps float32
         self.head.save(self.folder / "model")
         return {"evaluation": acceptance(self.cfg, self.folder / "model", self.unseen)}
 
@@ -248,22 +247,19 @@ def acceptance(cfg: DictConfig, folder: Path, problems: Sequence[Problem]) -> di
     target = load(recipe.target, dtype="float32", device=cfg.preset.device)
     speculator = instantiate(recipe.evaluation.speculator)(**{recipe.evaluation.weights: str(folder)})
     engine = Parse(target, inner=speculator)
-    steps, tokens, offered, accepted = [], [], np.zeros(DEEPEST, int), np.zeros(DEEPEST, int)
-    for problem in problems:
-        counters = engine.generate(problem.prompt, max_new_tokens=recipe.max_new_tokens).counters
-        steps.append(counters.inner_steps)
-        tokens.append(counters.inner_steps + sum(counters.accepted_by_depth))
-        offered[: len(counters.offered_by_depth)] += counters.offered_by_depth
-        accepted[: len(counters.accepted_by_depth)] += counters.accepted_by_depth
-    rows = np.array([tokens, steps])
-    draws = np.random.default_rng(cfg.seed).integers(len(problems), size=(2000, len(problems)))
-    samples = rows[0][draws].sum(1) / rows[1][draws].sum(1)
-    depth = int(np.flatnonzero(offered).max(initial=-1)) + 1
+    counters = [engine.generate(problem.prompt, max_new_tokens=recipe.max_new_tokens).counters for problem in problems]
+    offered, accepted = (
+        sum_by_depth([getattr(one, name) for one in counters]) for name in ("offered_by_depth", "accepted_by_depth")
+    )
+    steps = np.array([one.inner_steps for one in counters])
+    tokens = steps + np.array([sum(one.accepted_by_depth) for one in counters])
+    draws = resampled(len(problems), cfg.seed)
+    samples = tokens[draws].sum(1) / steps[draws].sum(1)
     return {
         "problems": len(problems),
-        "target_calls": int(rows[1].sum()),
-        "tau": float(rows[0].sum() / rows[1].sum()),
+        "target_calls": int(steps.sum()),
+        "tau": float(tokens.sum() / steps.sum()),
         "tau_interval": [float(x) for x in np.percentile(samples, [2.5, 97.5])],
-        "offered_by_depth": offered[:depth].tolist(),
-        "accepted_by_depth": accepted[:depth].tolist(),
+        "offered_by_depth": offered,
+        "accepted_by_depth": accepted,
     }

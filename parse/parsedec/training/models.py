@@ -42,7 +42,6 @@ class ModelJob:
         self.cfg = cfg
         self.folder = folder
         self.model = new_model(cfg)
-        self.rows = make_batches(cfg, self.model, instantiate(cfg.recipe.task), folder)
         freeze(self.model, cfg.recipe.freeze)
         self.schedule = instantiate(cfg.recipe.optimisation)
         self.objective = SolveAndJudge(
@@ -50,7 +49,10 @@ class ModelJob:
         )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        return stream(self.rows, start, stop, self.cfg.preset.workers)
+        if start >= stop:  # nothing to train: no drafts need be sampled for it
+            return iter(())
+        rows = make_batches(self.cfg, self.model, instantiate(self.cfg.recipe.task), self.folder)
+        return stream(rows, start, stop, self.cfg.preset.workers)
 
     def finish(self) -> dict[str, Any]:
         export(self.model, self.folder / "model")
