@@ -35,7 +35,7 @@ JUDGING = [
 ]  # fmt: skip
 HEAD = ["recipe.positions=600", "recipe.optimisation.steps=8"]
 SETTINGS = {
-    "zoo_base": [*MODEL, *JUDGING],
+    "zoo_base": MODEL,
     "zoo_target": [*MODEL, *JUDGING],
     "zoo_draft": MODEL,
     "zoo_eagle3": [*HEAD, "recipe.head.passes=2"],
