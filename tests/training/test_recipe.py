@@ -91,8 +91,10 @@ def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
     model = load(tmp_path / "model")
     assert model.dtype is torch.bfloat16
     taken_over = load(composed(recipe, tmp_path).recipe.shape.tokenizer).judge_card
-    calibrated = {"threshold": 0.5, "full_threshold": 0.5}  # the only threshold tried
-    assert model.judge_card == (replace(taken_over, **calibrated) if taken_over else None)
+    if recipe == "zoo_target":  # the one that judges
+        assert taken_over is not None
+        taken_over = replace(taken_over, threshold=0.5, full_threshold=0.5)  # the only threshold tried
+    assert model.judge_card == taken_over
     assert model.tokenizer.chat_template
     with pytest.raises(OutputExistsError, match="resume"):
         run_recipe(composed(recipe, tmp_path))
