@@ -52,9 +52,10 @@ golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR ma
 
 ZOO := outputs/zoo
 TRAIN := $(BIN)/python experiments/train.py resume=true
-zoo: setup  ## train the embedded models and heads again, about five hours of one core; goes on after a kill
-	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft
-	$(TRAIN) recipe=zoo_base output=$(ZOO)/base
+zoo: setup  ## train the embedded models and heads again, about three hours of one core; goes on after a kill
+	test -d $(ZOO)/tokenizer/tokenizer || $(BIN)/python experiments/tokenizer.py output=$(ZOO)/tokenizer
+	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
+	$(TRAIN) recipe=zoo_base output=$(ZOO)/base recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
 	$(TRAIN) recipe=zoo_target output=$(ZOO)/target recipe.init=$(ZOO)/base/model recipe.drafts.model=$(ZOO)/draft/model
 	for head in eagle3 medusa parallelspec; do \
 	  $(TRAIN) recipe=zoo_$$head output=$(ZOO)/$$head recipe.target=$(ZOO)/target/model || exit 1; done
