@@ -12,6 +12,7 @@ from parsedec.answer import Answer
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
 from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, PromptError
+from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, LabelJudge
@@ -125,7 +126,7 @@ class Parse:
         return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits)
 
     def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
-        answer, meter = Answer(self.target, limits), Meter(self.target.device)
+        answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
         target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
         if self.outer.prefill:
             with meter.span("prefill"):
