@@ -14,13 +14,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from parsedec.backends import runs_static
 from parsedec.errors import ConfigError, ParsedecError
-from parsedec.fibers import Fiber
-from parsedec.joint import Pass
+from parsedec.fibers import Fiber, current
+from parsedec.inner import NoSpeculation
+from parsedec.joint import Pass, joint_obstacle
 from parsedec.streamed import StreamedVerification
 from parsedec.types import Limits, Result, Sampling
 
@@ -60,48 +63,65 @@ class BatchResult:
         return tokens / self.wall_s if self.wall_s > 0 else 0.0
 
 
-def answers(
-    engine: Parse,
-    prompts: Sequence[Prompt],
-    *,
-    size: int,
-    limits: Limits,
-    sampling: Sampling,
-    generators: Sequence[torch.Generator] | None,
-) -> Iterator[tuple[int, Result | ParsedecError]]:
-    """(place, answer) of every prompt, as they are finished. What is wrong with all of them is raised at once."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ConfigError(f"prompts={prompts!r}; expected a list of prompts. Use generate for a single one.")
-    if not isinstance(size, int) or size < 1:
-        raise ConfigError(f"size={size!r}; expected the number of requests answered at a time, at least 1.")
-    if generators is None and not sampling.greedy:
-        raise ConfigError(
-            f"temperature={sampling.temperature} needs a torch.Generator for every request: generators=[…]."
-        )
-    if generators is not None and (len(generators) != len(prompts) or len(set(map(id, generators))) < len(prompts)):
-        raise ConfigError(
-            f"{len(set(map(id, generators)))} generators for {len(prompts)} prompts; expected one of its own for each, "
-            "so that no request's text depends on the others."
-        )
-    own = _for_batches(engine)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The requests of a batch: prompts, and what they share. `size` of them are answered at a time."""
 
-    def answering(i: int) -> Callable[[], Result | ParsedecError]:
-        def answer() -> Result | ParsedecError:
+    prompts: Sequence[Prompt]
+    size: int
+    limits: Limits
+    sampling: Sampling
+    generators: Sequence[torch.Generator] | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not isinstance(self.prompts, Sequence):
+            raise ConfigError(f"prompts={self.prompts!r}; expected a list of prompts. Use generate for a single one.")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(f"size={self.size!r}; expected how many requests to answer at a time, at least 1.")
+        if self.generators is None:
+            if not self.sampling.greedy:
+                raise ConfigError(
+                    f"temperature={self.sampling.temperature} needs a torch.Generator for every request: generators=[…]"
+                )
+            return
+        own = len(set(map(id, self.generators)))
+        if own != len(self.prompts) or len(self.generators) != own:
+            raise ConfigError(
+                f"{len(self.generators)} generators, {own} different ones, are given for {len(self.prompts)} prompts; "
+                "expected one of its own for each, so that no request's text depends on the others."
+            )
+
+    def answers(self, engine: Parse) -> Iterator[tuple[int, Result | ParsedecError]]:
+        """(place, answer) of every prompt, as they are finished."""
+        own = _for_batches(engine)
+
+        def answer(i: int) -> Result | ParsedecError:
             try:
                 result = own.generate(
-                    prompts[i],
-                    max_new_tokens=limits.max_new_tokens,
-                    stop=limits.stop,
-                    sampling=sampling,
-                    generator=generators[i] if generators else None,
+                    self.prompts[i],
+                    max_new_tokens=self.limits.max_new_tokens,
+                    stop=self.limits.stop,
+                    sampling=self.sampling,
+                    generator=self.generators[i] if self.generators else None,
                 )
             except ParsedecError as error:
                 return _named(error, i)
-            return replace(result, notes=tuple(sorted({*result.notes, *_notes(engine, size)})))
+            return replace(result, notes=tuple(sorted({*result.notes, *self._notes(own)})))
 
-        return answer
+        return in_company([partial(answer, i) for i in range(len(self.prompts))], self.size)
 
-    return in_company([answering(i) for i in range(len(prompts))], size)
+    def _notes(self, engine: Parse) -> Iterator[str]:
+        """What a reader of a result should know; asked for in the request's own fiber, at its end."""
+        yield f"answered in a batch, {self.size} at a time: all seconds but those to the first token are shares"
+        fiber = current()
+        if fiber is not None and not fiber.asked:
+            yield "nothing of this request could be computed together with others"
+        for model in (engine.target, engine.draft):
+            if model is not None and not runs_static(model) and (obstacle := joint_obstacle(model)):
+                yield f"{model.name} computes one request after another: it has {obstacle}"
+        for inner in (engine.inner, engine.draft_inner):
+            if inner is not None and not isinstance(inner, NoSpeculation):
+                yield f"{type(inner).__name__} guesses for one request after another; passes of whole models are shared"
 
 
 def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Iterator[tuple[int, T]]:
@@ -152,10 +172,6 @@ def _for_batches(engine: Parse) -> Parse:
     twin = copy.copy(engine)
     twin.outer = replace(engine.outer, overlap="never")
     return twin
-
-
-def _notes(engine: Parse, size: int) -> list[str]:
-    return [f"answered in a batch of up to {size}: seconds but those to the first token are this request's share"]
 
 
 def _named(error: ParsedecError, i: int) -> ParsedecError:

@@ -25,11 +25,13 @@ class Fiber(Generic[T]):
     """`body` in a thread of its own.
 
     question  what it waits for; None before it was started and once it has ended
+    asked     how often it has asked
     spent     seconds: while it ran, and what `charge` added - its share of the passes made for it
     """
 
     def __init__(self, body: Callable[[], T]) -> None:
         self.question: Any = None
+        self.asked = 0
         self.spent = 0.0
         self._body = body
         self._answer: Any = None
@@ -73,6 +75,7 @@ class Fiber(Generic[T]):
     def ask(self, question: Any) -> Any:
         """Pause until there is an answer; to be called by the body."""
         self.question = question
+        self.asked += 1
         self._paused.release()
         self._go.acquire()
         if self._closed:
@@ -97,7 +100,7 @@ class Fiber(Generic[T]):
         _here.fiber = self
         try:
             self._result.append(self._body())
-        except BaseException as error:  # whatever it is, the caller of `result` gets it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller of `result` gets it
             self._error = error
         finally:
             self.question = None

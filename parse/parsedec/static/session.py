@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parsedec import fibers, masks
+from parsedec.joint import Output
 from parsedec.model import LanguageModel
 from parsedec.session import Session
 from parsedec.staged import stage_draft
-from parsedec.joint import Output
 from parsedec.static.attention import probes_allowed, rows_behind
 from parsedec.static.joint import StaticPass
 from parsedec.static.memory import Lease, Pool
