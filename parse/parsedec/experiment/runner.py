@@ -91,15 +91,13 @@ def _answers(
         "sampling": settings.sampling,
     }
     generators = [torch.Generator().manual_seed(settings.seed * 1_000_003 + index) for index, _ in problems]
+    prompts, started = [problem.prompt for _, problem in problems], time.time()
     if settings.batch > 1:
-        started = time.time()
-        prompts = [problem.prompt for _, problem in problems]
         for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):
             yield _request(arm, task, problems[i][1], answer, started)
         return
     for (_, problem), generator in zip(problems, generators, strict=True):
         started = time.time()
-        answer: Result | ParsedecError
         try:
             answer = arm.engine.generate(problem.prompt, generator=generator, **options)
         except ParsedecError as error:
