@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
+from parsedec.batch import Batch, BatchResult
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, PromptError
+from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, ParsedecError, PromptError
+from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, LabelJudge
@@ -124,8 +127,51 @@ class Parse:
         ids = self._target_ids(prompt)
         return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        size: int = 16,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> BatchResult:
+        """Answer many requests, `size` at a time: their passes of the models are made together (`batch`).
+
+        prompts     each as in `generate`
+        generators  for sampled decoding, one a request
+
+        Every request gets the answer it would get by itself, rounding aside; a gate that learns from earlier requests
+        may have seen others. What is wrong with one request is its answer, and costs the others nothing; what is wrong
+        with all of them is raised. Nothing else may run the models meanwhile.
+        """
+        start = time.perf_counter()
+        answers = dict(
+            self.stream_batch(
+                prompts, size=size, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, generators=generators
+            )
+        )
+        wall = time.perf_counter() - start
+        return BatchResult(answers=tuple(answers[i] for i in range(len(prompts))), wall_s=wall)
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        size: int = 16,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Iterator[tuple[int, Result | ParsedecError]]:
+        """As `generate_batch`, but (place, answer) of every request as soon as it is finished."""
+        limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
+        batch = Batch(prompts=prompts, size=size, limits=limits, sampling=sampling or Sampling(), generators=generators)
+        return batch.answers(self)
+
     def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
-        answer, meter = Answer(self.target, limits), Meter(self.target.device)
+        answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
         target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
         if self.outer.prefill:
             with meter.span("prefill"):
@@ -230,7 +276,10 @@ def _messages(prompt: Prompt) -> list[Message]:
         raise PromptError(f"the prompt is {prompt!r}; expected a user message, a list of messages, or token ids.")
     malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
     if malformed:
-        raise PromptError(f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}.")
+        raise PromptError(
+            f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}. Several prompts are for "
+            "generate_batch."
+        )
     if not messages or not str(messages[-1]["content"]).strip():
         raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
     return list(messages)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from parsedec import kv, masks
+from parsedec import fibers, kv, masks
 from parsedec.errors import IncompatibleStack, PromptError
+from parsedec.joint import HfPass, Output, joint_obstacle
 from parsedec.model import LanguageModel
 from parsedec.staged import JudgeRows, Staged, check_cuts, stage_draft
 from parsedec.types import JudgePath, Seen, Tree
@@ -205,9 +206,12 @@ class Session:
         """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
         self.calls += 1
         self.rows += len(ids)
-        where = None if positions is None else positions[None]
-        logits, taps = self.model.forward([ids], self._cache, keep=keep, positions=where, mask=mask, taps=self.taps)
-        return logits[0], None if taps is None else taps[0]
+        wanted = HfPass(self.model, self._cache, ids, keep, positions, mask, self.taps)
+        request = fibers.current()
+        if request is None or joint_obstacle(self.model):
+            return wanted.alone()
+        out: Output = request.ask(wanted)
+        return out
 
     def _read_pending(self, end: int) -> None:
         """Read the pending tokens before position `end`."""

@@ -251,7 +251,11 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTimes:
-    """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims."""
+    """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims.
+
+    In a batch a request is charged what it computed alone and, by rows, its share of the passes made with others: the
+    seconds of all requests add up to the batch's. Only `first_token_s` is the time that had passed.
+    """
 
     prefill_s: float
     draft_s: float

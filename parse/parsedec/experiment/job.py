@@ -87,7 +87,7 @@ def run_job(
 
 def _settings(cfg: DictConfig) -> Settings:
     limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
-    return Settings(limits=limits, sampling=build_sampling(cfg), seed=cfg.seed, warmup=cfg.warmup)
+    return Settings(limits=limits, sampling=build_sampling(cfg), seed=cfg.seed, warmup=cfg.warmup, batch=cfg.batch)
 
 
 def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Arms over problems: every problem goes through every arm before the next one, so that drift hits all alike."""
+"""Arms over problems: every problem, or every batch of them, goes through every arm before the next one, so that drift
+hits all alike."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.record import to_json
 from parsedec.gate import GateHistory
 from parsedec.tasks.base import Problem, Task
-from parsedec.types import Limits, Sampling
+from parsedec.types import Limits, Result, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,13 @@ class Settings:
     sampling: Sampling
     seed: int
     warmup: int  # requests answered before counting, not recorded
+    batch: int = 1  # requests answered at a time; arms then alternate by so many
 
     def __post_init__(self) -> None:
-        for name in ("seed", "warmup"):
+        for name, least in (("seed", 0), ("warmup", 0), ("batch", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{name}={value!r}; expected a whole number, 0 or more.")
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r}; expected a whole number, {least} or more.")
 
 
 def run_arms(
@@ -61,38 +63,59 @@ def run_arms(
     answered = {(arm.name, request["id"]) for arm in arms for request in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
-            _answer(arm, task, problem, settings, 0)
+            for _ in _answers(arm, task, [(0, problem)], settings):
+                pass
         arm.engine.history = GateHistory()  # warm-up is absent from what the gate has seen, too
-    for index, problem in enumerate(problems):
-        for turn in range(len(arms)):
-            arm = arms[(index + turn) % len(arms)]  # rotating: no arm always runs on warmer caches
-            if (arm.name, problem.id) in answered:
-                continue
-            arm.requests.append(_answer(arm, task, problem, settings, index))
-            after_each(arm.name)
+    # one arm has nothing to alternate with: who has finished makes room for the next problem of all
+    together = settings.batch if len(arms) > 1 or settings.batch == 1 else max(1, len(problems))
+    for turn, start in enumerate(range(0, len(problems), together)):
+        some = list(enumerate(problems))[start : start + together]
+        for i in range(len(arms)):
+            arm = arms[(turn + i) % len(arms)]  # rotating: no arm always runs on warmer caches
+            left = [(index, problem) for index, problem in some if (arm.name, problem.id) not in answered]
+            before = len(arm.requests)
+            for request in _answers(arm, task, left, settings):
+                arm.requests.append(request)
+                after_each(arm.name)
+            order = {problem.id: index for index, problem in left}
+            arm.requests[before:] = sorted(arm.requests[before:], key=lambda request: order[request["id"]])
 
 
-def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+def _answers(
+    arm: Arm, task: Task, problems: Sequence[tuple[int, Problem]], settings: Settings
+) -> Iterator[dict[str, Any]]:
+    """The requests of some problems, as they are answered; each problem comes with its number in the task."""
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.limits.max_new_tokens,
+        "stop": settings.limits.stop,
+        "sampling": settings.sampling,
+    }
+    generators = [torch.Generator().manual_seed(settings.seed * 1_000_003 + index) for index, _ in problems]
+    prompts, started = [problem.prompt for _, problem in problems], time.time()
+    if settings.batch > 1:
+        for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):
+            yield _request(arm, task, problems[i][1], answer, started)
+        return
+    for (_, problem), generator in zip(problems, generators, strict=True):
+        started = time.time()
+        try:
+            answer = arm.engine.generate(problem.prompt, generator=generator, **options)
+        except ParsedecError as error:
+            answer = error
+        yield _request(arm, task, problem, answer, started)
+
+
+def _request(arm: Arm, task: Task, problem: Problem, answer: Result | ParsedecError, at: float) -> dict[str, Any]:
     request: dict[str, Any] = {"id": problem.id, "prompt": problem.prompt, "reference": problem.reference}
-    started = time.time()
-    try:
-        result = arm.engine.generate(
-            problem.prompt,
-            max_new_tokens=settings.limits.max_new_tokens,
-            stop=settings.limits.stop,
-            sampling=settings.sampling,
-            generator=generator,
-        )
-    except ParsedecError as error:
-        log.warning("%s, %s: %s", arm.name, problem.id, error)
-        return request | {"correct": False, "detail": "", "error": f"{type(error).__name__}: {error}", "result": None}
-    score = task.score(problem, result.text)
+    if isinstance(answer, ParsedecError):
+        log.warning("%s, %s: %s", arm.name, problem.id, answer)
+        return request | {"correct": False, "detail": "", "error": f"{type(answer).__name__}: {answer}", "result": None}
+    score = task.score(problem, answer.text)
     return request | {
         "correct": score.correct,
         "detail": score.detail,
         "error": None,
-        "at": started,
+        "at": at,
         "first_wrong_line": score.first_wrong_line,
-        "result": to_json(result),
+        "result": to_json(answer),
     }

@@ -93,11 +93,12 @@ DEPTH_CAPTION = (
 
 def caption(record: dict[str, Any]) -> str:
     """Tier, machine, versions, commit, seed and counts: what a reader needs to weigh the figures."""
-    n = record["arms"][0]["summary"]["requests"]
+    n, batch = record["arms"][0]["summary"]["requests"], record["config"].get("batch", 1)
+    shared = f"Answered {batch} at a time; seconds are the requests' shares. " if batch > 1 else ""
     return (
         f"Tier: {tier(record)}. n = {n}, seed {record['config']['seed']}, at most {record['config']['max_new_tokens']} "
         "new tokens; 95 % intervals (Wilson; paired bootstrap for speed-ups). In time: the baseline's seconds over the "
-        f"arm's for the same requests. {origin(record)}"
+        f"arm's for the same requests. {shared}{origin(record)}"
     )
 
 

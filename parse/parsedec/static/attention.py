@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from parsedec.static.memory import Buffers
+from parsedec.static.memory import Buffers, Lease
 
 
 class Rows:
@@ -41,6 +41,17 @@ class Rows:
         self._slots[2 * layer + 1].copy_(v.transpose(0, 1)[None])
         keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
         return attention(q, keys, values, self._mask, self._causal, self._scale)
+
+
+def rows_behind(lease: Lease, rows: int, allowed: Tensor | None) -> Rows:
+    """The attention of so many rows behind those of a lease.  allowed  [R, columns] bool; None: causal"""
+    weights, start = lease.pool.weights, lease.rows
+    mask = None
+    if allowed is not None:
+        mask = additive(allowed, weights.dtype, weights.device)
+    elif rows > 1 and start:
+        mask = causal_mask(start, rows, weights.dtype, weights.device)
+    return Rows(lease.writable(rows), start, rows, weights.scale, mask)
 
 
 class BucketRows:

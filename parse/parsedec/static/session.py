@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parsedec import masks
+from parsedec import fibers, masks
+from parsedec.joint import Output
 from parsedec.model import LanguageModel
 from parsedec.session import Session
 from parsedec.staged import stage_draft
-from parsedec.static.attention import Rows, additive, causal_mask, probes_allowed
+from parsedec.static.attention import probes_allowed, rows_behind
+from parsedec.static.joint import StaticPass
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
 from parsedec.static.steps import ROWS, Steps
@@ -97,15 +99,19 @@ class StaticSession(Session):
         wanted, parts = len(ids) - keep, []
         for start in range(0, len(ids), self._machine.block):
             block = ids[start : start + self._machine.block]
-            parts.append(self._run(block, keep=min(len(block), max(0, start + len(block) - wanted))))
+            parts.append(self.run(block, keep=min(len(block), max(0, start + len(block) - wanted))))
         return _joined(parts)
+
+    @property
+    def network(self) -> Network:
+        return self._machine.network
 
     @torch.inference_mode()
     def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         self.rows += tree.size
         positions = torch.tensor(tree.depths()) + self.cached
-        return self._run(list(tree.tokens), positions=positions, allowed=masks.tree_mask(self.cached, tree.parents))
+        return self.run(list(tree.tokens), positions=positions, allowed=masks.tree_mask(self.cached, tree.parents))
 
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
@@ -138,14 +144,14 @@ class StaticSession(Session):
         texts, verdicts = [], []
         last = len(tokens) % block  # the draft's last rows share a block with the first probes
         for start in range(0, len(tokens) - last, block):
-            texts.append(self._run(tokens[start : start + block]))
+            texts.append(self.run(tokens[start : start + block]))
         first = 0
         while last or first < len(ends):
             room = max(0 if last else 1, (block - last) // size)
             some = ends[first : first + room]
             ids = tokens[len(tokens) - last :] + list(suffix) * len(some)
             before = self._lease.rows
-            logits, taps = self._run(
+            logits, taps = self.run(
                 ids,
                 positions=_block_positions(before, last, some, size),
                 allowed=probes_allowed(before, last, some, size),
@@ -159,7 +165,7 @@ class StaticSession(Session):
         text_logits, text_taps = _joined(texts) if texts else (verdicts[0][:0], None)
         return text_logits, text_taps, torch.cat(verdicts)
 
-    def _run(
+    def run(
         self,
         ids: list[int],
         *,
@@ -171,6 +177,9 @@ class StaticSession(Session):
 
         positions  [R], None: plainly onwards;  allowed  [R, columns] bool, None: causal;  keep  None: logits of all
         """
+        if (request := fibers.current()) is not None:
+            joint: Output = request.ask(StaticPass(self, self._lease, ids, positions, allowed, keep, self.taps))
+            return joint
         network, lease, rows = self._machine.network, self._lease, len(ids)
         weights, start = network.weights, lease.rows
         if self._steps is not None and rows <= ROWS[-1] and not isinstance(keep, Tensor):
@@ -178,18 +187,13 @@ class StaticSession(Session):
             logits, taps = self._steps.run(lease, ids, at, None if allowed is None else allowed[:, start:], self.taps)
             return logits[rows - (rows if keep is None else keep) :], taps
         network.positions.reach(start + rows)
-        buffers = lease.writable(rows)
-        mask = None
-        if allowed is not None:
-            mask = additive(allowed, weights.dtype, weights.device)
-        elif rows > 1 and start:
-            mask = causal_mask(start, rows, weights.dtype, weights.device)
+        attend = rows_behind(lease, rows, allowed)
         if isinstance(keep, Tensor):
             keep = keep.to(weights.device)
         out = network.forward(
             network.embed(ids),
             network.angles(start if positions is None else positions.to(weights.device), rows),
-            Rows(buffers, start, rows, weights.scale, mask),
+            attend,
             rows if keep is None else keep,
             self.taps,
         )
