@@ -1,8 +1,8 @@
-"""Other people's decoding loops as outer levels, so that a comparison can time them in the same process.
+"""outer=hf_generate: Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
+assisted generation; Leviathan et al. 2023, arXiv 2211.17192).
 
-`outer=hf_generate` is Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
-assisted generation; Leviathan et al. 2023, arXiv 2211.17192). It gets the same prompt, limits, end tokens, stop strings
-and sampling settings, and its tokens are counted by the same code as everyone's.
+It gets the same prompt, limits, end tokens, stop strings and sampling settings as everyone, and its tokens are counted
+by the same code.
 """
 
 from __future__ import annotations
