@@ -32,11 +32,15 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all arms share: the same limits, sampling and seeds."""
+    """What all arms share: the same limits, sampling and seeds.
+
+    seeds   every problem is answered once with each of them; none: once, with `seed`
+    """
 
     limits: Limits
     sampling: Sampling
     seed: int
+    seeds: Sequence[int] = ()
     warmup: int  # requests answered before counting, not recorded
 
     def __post_init__(self) -> None:
@@ -44,6 +48,17 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}; expected a whole number, 0 or more.")
+        if len(set(self.seeds)) < len(self.seeds) or any(not isinstance(s, int) or s < 0 for s in self.seeds):
+            raise ConfigError(f"seeds={list(self.seeds)}; expected whole numbers, 0 or more, each once.")
+        if len(self.seeds) > 1 and self.sampling.greedy:
+            raise ConfigError(
+                f"seeds={list(self.seeds)} with temperature 0: every seed would give the same answer. Set "
+                "sampling.temperature, or leave seeds out."
+            )
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(self.seeds) or (self.seed,)
 
 
 def run_arms(
@@ -58,23 +73,26 @@ def run_arms(
     after_each  called with the arm's name after every request, e.g. to save and to show progress
     A request that cannot be run (too long, say) is recorded with its error and counts as wrong.
     """
-    answered = {(arm.name, request["id"]) for arm in arms for request in arm.requests}
+    seeds = settings.all_seeds
+    answered = {(arm.name, request["id"], request.get("seed", seeds[0])) for arm in arms for request in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
-            _answer(arm, task, problem, settings, 0)
+            _answer(arm, task, problem, settings, 0, seeds[0])
         arm.engine.history = GateHistory()  # warm-up is absent from what the gate has seen, too
-    for index, problem in enumerate(problems):
+    asked = ((index, problem, seed) for index, problem in enumerate(problems) for seed in seeds)
+    for number, (index, problem, seed) in enumerate(asked):
         for turn in range(len(arms)):
-            arm = arms[(index + turn) % len(arms)]  # rotating: no arm always runs on warmer caches
-            if (arm.name, problem.id) in answered:
+            arm = arms[(number + turn) % len(arms)]  # rotating: no arm always runs on warmer caches
+            if (arm.name, problem.id, seed) in answered:
                 continue
-            arm.requests.append(_answer(arm, task, problem, settings, index))
+            arm.requests.append(_answer(arm, task, problem, settings, index, seed))
             after_each(arm.name)
 
 
-def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: int, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     request: dict[str, Any] = {"id": problem.id, "prompt": problem.prompt, "reference": problem.reference}
+    request["seed"] = seed
     started = time.time()
     try:
         result = arm.engine.generate(

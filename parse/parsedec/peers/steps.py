@@ -59,7 +59,8 @@ class DraftSteps:
 
 @dataclass(frozen=True, slots=True)
 class OwnStep:
-    """A step the target wrote: its tokens, the end token included, their text, and whether they close the answer."""
+    """A step the target wrote: its tokens, an end token included, the text before that, and whether it closes the
+    answer."""
 
     tokens: tuple[int, ...]
     text: str
@@ -86,7 +87,7 @@ class OwnWriting:
     def step(self) -> OwnStep:
         tokens = tuple(self._growing.tokens)
         ended = self.text.stop is StopReason.END_TOKEN and len(tokens) == len(self.text.tokens)
-        return OwnStep(tokens, self.text.model.decode(tokens), ended)
+        return OwnStep(tokens, self.text.model.decode(tokens[:-1] if ended else tokens), ended)
 
 
 def write_own(target: Decoder, answer: Answer, segmenter: Segmenter, limit: int) -> OwnStep:
