@@ -104,7 +104,7 @@ class Echo:
 
 
 def test_a_run_answers_every_problem_with_every_seed_and_goes_on_where_it_stopped():
-    problems = [Problem(str(i), [9, 30 + i], "") for i in range(2)]
+    problems = [Problem(id=str(i), prompt=[9, 30 + i], reference="") for i in range(2)]
     options = dict(limits=Limits(max_new_tokens=3), sampling=Sampling(temperature=2.0), seed=0, warmup=0)
     engine = Parse(tiny.model("llama"), outer=TargetOnly())
 
@@ -205,8 +205,8 @@ def test_entropy_is_that_of_plain_forwards(tiny_target):
 
 
 def test_the_ceiling_is_reached_up_to_a_constant_where_it_is_known():
-    """A target that chooses among b tokens with equal chances: of a tree of P guesses the best depth reached is the mean
-    number of levels of the full b-ary tree, which grows as ln P / ln b - and the bound as (1 + 1/ln b + ...) of that."""
+    """A target that chooses among b tokens with equal chances: the full b-ary tree always holds the right path, so
+    that its depth is reached with P guesses; the bound is above it and grows with ln P as it does."""
     for b in (2, 4):
         m = math.log(b)
         entropy = {"tokens": 3, "nats": 3 * m, "squared": 3 * m * m}

@@ -118,8 +118,8 @@ ANALYSIS: Section = (
 )
 ANALYSIS_CAPTION = (
     "n = {n}. Cost model: prefill, drafted tokens and tokens written by the target at the pace at which draft model "
-    "and inner level decode alone in this run, and the judge's passes as they were; ceiling: the draft model's pace over "
-    "the target's, every draft kept and judged for nothing. Token-level ceiling (arXiv 2512.11718): most guesses "
+    "and inner level decode alone in this run, and the judge's passes as they were; ceiling: the draft model's pace "
+    "over the target's, every draft kept and judged for nothing. Token-level ceiling (arXiv 2512.11718): most guesses "
     "per call that a lossless speculator with P rows per call gets right on average, but for a constant; {entropy}"
 )
 
