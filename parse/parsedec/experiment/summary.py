@@ -135,7 +135,7 @@ def compare(
 def mcnemar(better: int, worse: int) -> float:
     """Two-sided exact p-value of a split of better + worse fair coins (McNemar 1947)."""
     n, few = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / (1 << n))
 
 
 def _asked(request: dict[str, Any]) -> tuple[str, int | None]:
