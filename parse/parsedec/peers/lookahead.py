@@ -233,14 +233,14 @@ class Comparison:
 def _write_until_done(
     branches: Branches, writings: list[OwnWriting], wanted: int, acceptance: Acceptance, sampler: Sampler
 ) -> None:
-    """Write a token in every branch until the wanted one is done. Finished ones are read on with the token they end in,
-    since a batch has no holes."""
+    """Write a token in every branch until the wanted one is done; the last token of each is then still to be read.
+    Finished ones are read on with the token they end in, since a batch has no holes."""
     root = Tree.chain([0])
     while not writings[wanted].done:
+        if writings[wanted].text.tokens:
+            branches.step([writing.text.tokens[-1] for writing in writings])
         for branch, writing in enumerate(writings):
             if not writing.done:
                 _, token = acceptance.accept(root, branches.logits[branch][None], sampler)
                 writing.text.extend([token], Author.TARGET)
                 writing.push(token)
-        if not writings[wanted].done:
-            branches.step([writing.text.tokens[-1] for writing in writings])
