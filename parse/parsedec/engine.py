@@ -124,7 +124,7 @@ class Parse:
         """
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
         sampler = Sampler(sampling or Sampling(), generator)
-        ids = self._target_ids(prompt)
+        ids = self.target_ids(prompt)
         return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits)
 
     def generate_batch(
@@ -231,7 +231,8 @@ class Parse:
         _check_length(self.draft, own)
         return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance)
 
-    def _target_ids(self, prompt: Prompt) -> list[int]:
+    def target_ids(self, prompt: Prompt) -> list[int]:
+        """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
         ids = _ids(prompt) or prompt_ids(self.target, _messages(prompt))
         wrong = [i for i in ids if not 0 <= i < self.target.vocab_size]
         if wrong:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from parsedec import fibers, kv, masks
+from parsedec.branches import Branches
 from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.joint import HfPass, Output, joint_obstacle
 from parsedec.model import LanguageModel
@@ -177,6 +178,21 @@ class Session:
         if cut and cut - 1 not in self._staged.known:
             raise ValueError(f"keep_draft({cut}): the logits there are not known; expected 0 or one of the cuts")
         self._keep_rows(list(range(cut)))
+
+    def fan_out(self, draft: Sequence[int], cuts: Sequence[int]) -> Branches:
+        """Read a draft and branch behind each of `cuts`, 0 for before the draft; nothing is committed.
+
+        `keep_draft` then commits up to one of the cuts, or all of it. What the branches read is theirs.
+        """
+        self._drop_staged()
+        self._check_room(len(draft))
+        n = len(draft)
+        self._read_in_segments(draft, sorted({*cuts, n} - {0}), 0)
+        assert self._staged is not None and self._logits is not None  # noqa: PT018
+        states = [self._staged.snapshots[cut] for cut in cuts] if self.model.recurrent else []
+        wide = kv.widen(self._cache, states, [n - cut for cut in cuts])
+        logits = torch.stack([self._staged.known[cut - 1] if cut else self._logits for cut in cuts])
+        return Branches(self.model, wide, self.cached + n, [self.cached + cut for cut in cuts], logits)
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` committed tokens."""

@@ -39,6 +39,13 @@ class Draft:
         """Text of tokens[start:stop]."""
         return self.text[self.ends[start - 1] if start else 0 : self.ends[stop - 1] if stop else 0]
 
+    def part(self, start: int, stop: int) -> Draft:
+        """tokens[start:stop] as a draft of their own, which is ended if the draft ends there."""
+        offset = self.ends[start - 1] if start else 0
+        ends = tuple(end - offset for end in self.ends[start:stop])
+        ended = self.ended and stop == len(self.tokens)
+        return Draft(self.tokens[start:stop], self.piece(start, stop), ends, ended)
+
 
 class TextStream:
     """Text of a token sequence that grows: `push` returns what new tokens added.

@@ -19,7 +19,7 @@ from parallel_heads import new_head
 from parsedec.engine import Parse
 from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
 from parsedec.gate import GateHistory
-from parsedec.model import LanguageModel
+from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
 from parsedec.text import Draft
 from parsedec.types import Sampling, Tree
@@ -37,6 +37,7 @@ NEEDS = {  # settings without a default
     "inner/eagle3": ["inner.head={problems.parent}/eagle3"],
     "inner/medusa": ["inner.heads={problems.parent}/medusa"],
     "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
+    "outer/lookahead": ["equivalence=equal"],  # the tiny vocabulary has no Same and Different
     "inner/pard": ["inner.model=null", "inner.mask_token=4"],
     "task/gsm8k": ["task.path={problems}", "task.n=1"],
     "task/humaneval": ["task.path={problems}", "task.n=1"],
@@ -54,6 +55,10 @@ OURS = {  # parameters that are not for users: filled in by bind, or what makes 
     "SelfEarlyExit": {"drafter"},
     "Medusa": {"stack"},
     "PrefixVerification": {"end_token"},
+    "Cascade": {"verification"},
+    "SpecReason": {"end_token"},
+    "LookaheadReasoning": {"end_token"},
+    "LabelEquivalence": {"label_ids"},
     "StreamedVerification": {"end_token"},
     "Lines": {"pattern"},
     "Paragraphs": {"pattern"},
@@ -112,6 +117,11 @@ def is_judge(cfg):
 def is_outer(cfg):
     bound = instantiate(cfg.outer).bind(tiny.model("llama"))
     return isinstance(bound.needs_draft, bool)
+
+
+def is_equivalence(cfg):
+    bound = instantiate(cfg.equivalence).bind(load("zoo:draft", device="cpu"))
+    return bound.compare("So 3 + 4 = 7.", "so 3+4=7.").score == 1 and bound.compare("3", "4").score < 1
 
 
 def is_segmenter(cfg):
@@ -173,6 +183,7 @@ BUILDS = {
     "preset": is_preset,
     "judge": is_judge,
     "outer": is_outer,
+    "equivalence": is_equivalence,
     "segmenter": is_segmenter,
     "runtime": is_runtime,
     "task": is_task,

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import build_sampling, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
@@ -48,19 +49,20 @@ def run_job(
         "provenance": provenance(),
         "resumed_from": earlier["provenance"] if earlier else None,
     }
+    models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
     saved = time.monotonic()
 
     def save(status: str) -> None:
         nonlocal record, saved
         # the bootstrap takes longer than a request on small models: not between the requests that are timed
-        record = head | {"status": status} | _results(arms, None if status == "running" else baseline)
+        record = head | {"status": status} | _results(arms, models, None if status == "running" else baseline)
         write_record(record, folder / "record.json")
         saved = time.monotonic()
 
     status = "failed"
     try:
-        left = sum(len(problems) - len(arm.requests) for arm in arms)
+        left = sum(len(problems) * len(settings.all_seeds) - len(arm.requests) for arm in arms)
         with progress(left) as step:
 
             def after_each(name: str) -> None:
@@ -69,6 +71,8 @@ def run_job(
                     save("running")
 
             run_arms(arms, task, problems, settings, after_each)
+        if first := next((arm for arm in arms if arm.name == baseline), None):
+            head["entropy"] = measure_entropy(first.engine, first.requests, settings.sampling)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -87,12 +91,26 @@ def run_job(
 
 def _settings(cfg: DictConfig) -> Settings:
     limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
-    return Settings(limits=limits, sampling=build_sampling(cfg), seed=cfg.seed, warmup=cfg.warmup, batch=cfg.batch)
+    seeds = tuple(cfg.seeds or ())
+    return Settings(
+        limits=limits,
+        sampling=build_sampling(cfg),
+        seed=cfg.seed,
+        seeds=seeds,
+        warmup=cfg.warmup,
+        batch=cfg.batch,
+    )
 
 
-def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:
+def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None) -> dict[str, Any]:
     listed = [
-        {"name": arm.name, "description": arm.description, "summary": summarise(arm.requests), "requests": arm.requests}
+        {
+            "name": arm.name,
+            "description": arm.description,
+            "models": models[arm.name],
+            "summary": summarise(arm.requests),
+            "requests": arm.requests,
+        }
         for arm in arms
     ]
     results: dict[str, Any] = {"arms": listed}

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,11 +33,15 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all arms share: the same limits, sampling and seeds."""
+    """What all arms share: the same limits, sampling and seeds.
+
+    seeds   every problem is answered once with each of them; none: once, with `seed`
+    """
 
     limits: Limits
     sampling: Sampling
     seed: int
+    seeds: Sequence[int] = ()
     warmup: int  # requests answered before counting, not recorded
     batch: int = 1  # requests answered at a time; arms then alternate by so many
 
@@ -46,6 +50,25 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r}; expected a whole number, {least} or more.")
+        if len(set(self.seeds)) < len(self.seeds) or any(not isinstance(s, int) or s < 0 for s in self.seeds):
+            raise ConfigError(f"seeds={list(self.seeds)}; expected whole numbers, 0 or more, each once.")
+        if len(self.seeds) > 1 and self.sampling.greedy:
+            raise ConfigError(
+                f"seeds={list(self.seeds)} with temperature 0: every seed would give the same answer. Set "
+                "sampling.temperature, or leave seeds out."
+            )
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(self.seeds) or (self.seed,)
+
+
+class Asked(NamedTuple):
+    """A problem, its number in the task, and the seed it is answered with."""
+
+    index: int
+    problem: Problem
+    seed: int
 
 
 def run_arms(
@@ -60,53 +83,55 @@ def run_arms(
     after_each  called with the arm's name after every request, e.g. to save and to show progress
     A request that cannot be run (too long, say) is recorded with its error and counts as wrong.
     """
-    answered = {(arm.name, request["id"]) for arm in arms for request in arm.requests}
+    seeds = settings.all_seeds
+    answered = {(arm.name, request["id"], request.get("seed", seeds[0])) for arm in arms for request in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
-            for _ in _answers(arm, task, [(0, problem)], settings):
+            for _ in _answers(arm, task, [Asked(0, problem, seeds[0])], settings):
                 pass
         arm.engine.history = GateHistory()  # warm-up is absent from what the gate has seen, too
+    asked = [Asked(index, problem, seed) for index, problem in enumerate(problems) for seed in seeds]
     # one arm has nothing to alternate with: who has finished makes room for the next problem of all
-    together = settings.batch if len(arms) > 1 or settings.batch == 1 else max(1, len(problems))
-    for turn, start in enumerate(range(0, len(problems), together)):
-        some = list(enumerate(problems))[start : start + together]
+    together = settings.batch if len(arms) > 1 or settings.batch == 1 else max(1, len(asked))
+    for turn, start in enumerate(range(0, len(asked), together)):
         for i in range(len(arms)):
             arm = arms[(turn + i) % len(arms)]  # rotating: no arm always runs on warmer caches
-            left = [(index, problem) for index, problem in some if (arm.name, problem.id) not in answered]
+            some = asked[start : start + together]
+            left = [one for one in some if (arm.name, one.problem.id, one.seed) not in answered]
             before = len(arm.requests)
             for request in _answers(arm, task, left, settings):
                 arm.requests.append(request)
                 after_each(arm.name)
-            order = {problem.id: index for index, problem in left}
-            arm.requests[before:] = sorted(arm.requests[before:], key=lambda request: order[request["id"]])
+            order = {(one.problem.id, one.seed): place for place, one in enumerate(left)}
+            arm.requests[before:] = sorted(arm.requests[before:], key=lambda r: order[r["id"], r["seed"]])
 
 
-def _answers(
-    arm: Arm, task: Task, problems: Sequence[tuple[int, Problem]], settings: Settings
-) -> Iterator[dict[str, Any]]:
-    """The requests of some problems, as they are answered; each problem comes with its number in the task."""
+def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -> Iterator[dict[str, Any]]:
+    """The requests of some problems, as they are answered."""
     options: dict[str, Any] = {
         "max_new_tokens": settings.limits.max_new_tokens,
         "stop": settings.limits.stop,
         "sampling": settings.sampling,
     }
-    generators = [torch.Generator().manual_seed(settings.seed * 1_000_003 + index) for index, _ in problems]
-    prompts, started = [problem.prompt for _, problem in problems], time.time()
+    generators = [torch.Generator().manual_seed(one.seed * 1_000_003 + one.index) for one in asked]
+    prompts, started = [one.problem.prompt for one in asked], time.time()
     if settings.batch > 1:
         for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):
-            yield _request(arm, task, problems[i][1], answer, started)
+            yield _request(arm, task, asked[i], answer, started)
         return
-    for (_, problem), generator in zip(problems, generators, strict=True):
+    for one, generator in zip(asked, generators, strict=True):
         started = time.time()
         try:
-            answer = arm.engine.generate(problem.prompt, generator=generator, **options)
+            answer = arm.engine.generate(one.problem.prompt, generator=generator, **options)
         except ParsedecError as error:
             answer = error
-        yield _request(arm, task, problem, answer, started)
+        yield _request(arm, task, one, answer, started)
 
 
-def _request(arm: Arm, task: Task, problem: Problem, answer: Result | ParsedecError, at: float) -> dict[str, Any]:
+def _request(arm: Arm, task: Task, asked: Asked, answer: Result | ParsedecError, at: float) -> dict[str, Any]:
+    problem = asked.problem
     request: dict[str, Any] = {"id": problem.id, "prompt": problem.prompt, "reference": problem.reference}
+    request["seed"] = asked.seed
     if isinstance(answer, ParsedecError):
         log.warning("%s, %s: %s", arm.name, problem.id, answer)
         return request | {"correct": False, "detail": "", "error": f"{type(answer).__name__}: {answer}", "result": None}

@@ -1,8 +1,8 @@
-"""Other people's decoding loops as outer levels, so that a comparison can time them in the same process.
+"""outer=hf_generate: Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
+assisted generation; Leviathan et al. 2023, arXiv 2211.17192).
 
-`outer=hf_generate` is Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
-assisted generation; Leviathan et al. 2023, arXiv 2211.17192). It gets the same prompt, limits, end tokens, stop strings
-and sampling settings, and its tokens are counted by the same code as everyone's.
+It gets the same prompt, limits, end tokens, stop strings and sampling settings as everyone, and its tokens are counted
+by the same code.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class HfGenerate:
             if answer.limits.stop:
                 arguments["stopping_criteria"] = [follow]
             stack.enter_context(seeded(sampler))
-            watch = stack.enter_context(Watch(work))
+            watch = stack.enter_context(Watch(work, assistant))
             prompt = torch.tensor([session.tokens], device=target.device)
             with torch.inference_mode():
                 sequence = target.hf.generate(
@@ -147,13 +147,14 @@ class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 
 
 class Watch(BaseStreamer):  # type: ignore[misc]
-    """Takes the time of the first token and counts what the target does, while `generate` runs.
+    """Takes the time of the first token and counts what target and assistant do, while `generate` runs.
 
     Counting reads shapes only; nothing is copied and nothing waits for the device.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, assistant: LanguageModel | None) -> None:
         self._work = work
+        self._assistant = assistant
         self._prompt = work.target.session.length
         self._rows = 0  # of the latest forward
         self._puts = 0  # the prompt, then the tokens of each step
@@ -162,6 +163,9 @@ class Watch(BaseStreamer):  # type: ignore[misc]
     def __enter__(self) -> Watch:
         hook = self._work.target.session.model.hf.register_forward_pre_hook(self._count, with_kwargs=True)
         self._spans.callback(hook.remove)
+        if self._assistant is not None and self._assistant.hf is not self._work.target.session.model.hf:
+            hook = self._assistant.hf.register_forward_pre_hook(self._count_draft, with_kwargs=True)
+            self._spans.callback(hook.remove)
         self._phase = self._spans.enter_context(ExitStack())
         self._phase.enter_context(self._work.meter.span("prefill"))
         return self
@@ -187,9 +191,20 @@ class Watch(BaseStreamer):  # type: ignore[misc]
 
     def _count(self, module: object, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         session = self._work.target.session
-        self._rows = (args[0] if args else kwargs["input_ids"]).shape[1]
+        self._rows = _rows(args, kwargs)
         session.calls += 1
         session.rows += self._rows
+
+    def _count_draft(self, module: object, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        assert self._work.drafter is not None
+        session = self._work.drafter.decoder.session
+        session.calls += 1
+        session.rows += _rows(args, kwargs)
+
+
+def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Rows of a forward of batch 1."""
+    return int((args[0] if args else kwargs["input_ids"]).shape[1])
 
 
 def settings(model: LanguageModel, sampling: Sampling, new_tokens: int) -> GenerationConfig:
