@@ -102,9 +102,7 @@ class Parse:
         Raises PromptError for a prompt that cannot be run; the engine stays usable.
         """
         result = None
-        for delta in self.stream(
-            prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, generator=generator
-        ):
+        for delta in self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, False):
             result = delta.result or result
         assert result is not None
         return result
@@ -122,10 +120,15 @@ class Parse:
 
         What is wrong with the request is raised here; the work begins with the first piece that is asked for.
         """
-        limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
+        return self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, True)
+
+    def _begin(
+        self, prompt: Prompt, limits: Limits, sampling: Sampling | None, generator: torch.Generator | None, spelt: bool
+    ) -> Iterator[Delta]:
+        """`spelt`: each piece has its text; decoding it takes longer than all else the engine does in a step."""
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self.target_ids(prompt)
-        return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits)
+        return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits, spelt)
 
     def generate_batch(
         self,
@@ -170,7 +173,9 @@ class Parse:
         batch = Batch(prompts=prompts, size=size, limits=limits, sampling=sampling or Sampling(), generators=generators)
         return batch.answers(self)
 
-    def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
+    def _answer(
+        self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits, spelt: bool
+    ) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
         target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
         if self.outer.prefill:
@@ -183,7 +188,7 @@ class Parse:
         author = Author.TARGET
         for author, tokens in self.outer.run(work):
             meter.saw_token()
-            piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
+            piece = Delta(text=text.push(*tokens) if spelt else "", tokens=tuple(tokens), author=author)
             with meter.away():
                 yield piece
         self.history.add_answer(len(answer.tokens))

@@ -10,8 +10,8 @@ Shapes in this file:  C cached columns before the pass, N draft rows, K probes, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,15 +65,12 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
 
     Returns [N, C + N] bool.
     """
-    n = len(parents)
-    sees = np.zeros((n, context + n), dtype=bool)
-    sees[:, :context] = True
-    nodes = sees[:, context:]
-    for node, parent in enumerate(parents):  # in numpy: a tensor operation a node would cost more than the draft
-        if parent >= 0:
-            nodes[node] = nodes[parent]
-        nodes[node, node] = True
-    return torch.from_numpy(sees)
+    n, rows = len(parents), list[bytearray]()
+    for node, parent in enumerate(parents):  # in bytes: a tensor operation a node would cost more than the draft
+        row = bytearray(b"\1" * context + bytes(n) if parent < 0 else rows[parent])
+        row[context + node] = 1
+        rows.append(row)
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(n, context + n)
 
 
 def for_model(
@@ -101,6 +98,13 @@ def for_model(
         if window is not None:
             distance = rows_at.to(device)[:, None] - columns_at.to(device)[None, :]  # [R, C + R]
             visible = allowed & (distance < window)
-        nothing = torch.zeros((), dtype=dtype, device=device)
-        masks[kind] = torch.where(visible, nothing, torch.finfo(dtype).min)[None, None]
+        masks[kind] = torch.where(visible, *_added(dtype, device))[None, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+@cache
+def _added(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added to a score that counts, and to one that does not: [] each."""
+    with torch.inference_mode(False):  # made once, and for training passes, too
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return zero, torch.full_like(zero, torch.finfo(dtype).min)

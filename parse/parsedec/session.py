@@ -80,8 +80,11 @@ class Session:
             wanted -= len(rows)
         if len(parts) == 1:
             return Seen(parts[0])
-        none = self._tap_rows[-1][:0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
-        return Seen(torch.cat([none, *reversed(parts)]))
+        if not parts:
+            parts = [
+                self._tap_rows[-1][:0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
+            ]
+        return Seen(torch.cat(parts[::-1]))
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
@@ -110,6 +113,8 @@ class Session:
         """Read a tree of guesses whose node 0 is the last committed token, which is pending.
 
         Returns the logits after every node [N, V]; `keep` then commits the accepted path.
+
+        Rows are read depth-first: the path of the likelier siblings then stands in one piece, and keeping it is a cut.
         """
         self._drop_staged()
         self._check_room(tree.depth)
@@ -117,21 +122,25 @@ class Session:
         if self.pending != [tree.tokens[0]]:
             raise ValueError(f"tree root is {tree.tokens[0]}, the pending tokens {self.pending}; expected the same")
         base = kv.snapshot(self._cache) if self.model.recurrent and tree.size > 1 else None
+        laid, row_of = tree.depth_first()
         if tree.is_chain:
             logits, taps = self._forward(list(tree.tokens), keep=tree.size)
         else:
-            logits, taps = self._read_branching(tree)
-        taps = self._commit_read(1, logits, taps)
-        self._staged = Staged(list(tree.tokens[1:]), dict(enumerate(logits[1:])), taps)
+            logits, taps = self._read_branching(laid)
+        self.cached += 1
+        self._logits = logits[0]  # a view: the logits of the last pass are alive in any case
+        if taps is not None:
+            self._tap_rows.append(taps[:1])
+        self._staged = Staged(list(laid.tokens[1:]), logits[1:], taps, row_of)
         if base is not None:
             self._staged.before = (base, [tree.tokens[0]])
-        return logits
+        return logits if laid is tree else logits.index_select(0, torch.tensor(row_of, device=logits.device))
 
     def keep(self, path: Sequence[int]) -> None:
         """Commit the accepted path of the staged tree: node indices from the root on."""
         if self._staged is None or self._staged.logprobs is not None or not path or path[0] != 0:
             raise ValueError(f"keep({list(path)}) needs a staged tree and a path that starts at its root, node 0")
-        self._keep_rows([node - 1 for node in path[1:]])
+        self._keep_rows([self._staged.row_of[node] - 1 for node in path[1:]])
 
     def judge(
         self,
@@ -243,7 +252,7 @@ class Session:
                 f"{self.model.name} has {obstacle}; a branching tree cannot be verified on it. "
                 "Choose an inner speculator that drafts chains, or inner=none."
             )
-        positions = torch.tensor(tree.depths()) + self.cached
+        positions = torch.tensor([self.cached + depth for depth in tree.depths()])
         return self._forward(
             list(tree.tokens),
             keep=tree.size,
@@ -320,12 +329,12 @@ class Session:
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
         windows = self.model.windows
-        columns_at = positions[:0]  # read only where there is a window
+        rows_at = columns_at = positions  # read only where there is a window
         if any(windows.values()):
-            columns_at = torch.cat([torch.arange(self.cached), positions])
+            rows_at, columns_at = positions[-len(allowed) :], torch.cat([torch.arange(self.cached), positions])
         return masks.for_model(
             allowed,
-            positions[-allowed.shape[0] :],
+            rows_at,
             columns_at,
             windows=windows,
             dtype=self.model.dtype,
@@ -346,10 +355,10 @@ class Session:
         staged = self._staged
         assert staged is not None
         self._staged = None
-        total = len(staged.tokens)
+        total, in_one_piece = len(staged.tokens), rows == list(range(len(rows)))
         if self.model.recurrent and len(rows) < total:
             self._restore(staged, rows)
-        elif rows == list(range(len(rows))):
+        elif in_one_piece:
             kv.cut_tail(self._cache, total - len(rows))
         else:
             kv.keep_rows(self._cache, self.cached, rows)
@@ -358,7 +367,9 @@ class Session:
         if rows:
             self._logits = staged.known[rows[-1]]
             if staged.taps is not None:
-                self._tap_rows.append(staged.taps[rows])
+                if staged.row_of:  # the root's are there; one piece with what follows is quicker to show
+                    self._tap_rows.pop()
+                self._tap_rows.append(staged.kept_taps(rows))
 
     def _restore(self, staged: Staged, rows: list[int]) -> None:
         """Recurrent models: back to the snapshot after len(rows) rows, or to before the pass to read them again."""

@@ -36,8 +36,9 @@ class Staged:
     """Rows in the cache behind the committed ones: the guesses of a tree, or a judged draft.
 
     tokens     N ids, row i holding tokens[i]
-    known      row -> logits after it, where they may be needed
-    taps       [N, L, H]
+    known      row -> logits after it, where they may be needed; of a tree all of them, [N, V]
+    taps       [N, L, H]; of a tree [1 + N, L, H], the root's first
+    row_of     of a tree: the row of the pass in which every node was read, the root's being 0
     logprobs   [N] of a judged draft
     last       [V], logits after the last row of a judged draft: a longer draft goes on from there
     snapshots  recurrent models: rows kept -> cache after them
@@ -45,8 +46,9 @@ class Staged:
     """
 
     tokens: list[int]
-    known: dict[int, Tensor]
+    known: dict[int, Tensor] | Tensor
     taps: Tensor | None
+    row_of: Sequence[int] = ()
     logprobs: Tensor | None = None
     last: Tensor | None = None
     snapshots: dict[int, DynamicCache] = field(default_factory=dict)
@@ -60,6 +62,14 @@ class Staged:
         n = len(self.tokens)
         begins = self.logprobs is not None and list(draft[:n]) == self.tokens
         return n if begins and all(cut - 1 in self.known for cut in cuts if cut <= n) else 0
+
+    def kept_taps(self, rows: Sequence[int]) -> Tensor:
+        """Taps of the rows that are kept, those of a tree's root in front of them."""
+        assert self.taps is not None
+        at = [0, *(row + 1 for row in rows)] if self.row_of else list(rows)
+        if at == list(range(len(at))):
+            return self.taps[: len(at)]
+        return self.taps.index_select(0, torch.tensor(at, device=self.taps.device))
 
 
 def stage_draft(
@@ -82,10 +92,11 @@ def stage_draft(
     logprobs = token_logprobs(torch.cat([entry[None], logits[:-1]]), tokens)
     # clones: a view would keep the whole [M, V] matrix alive until the next pass
     known = {cut - 1: logits[cut - 1 - done].clone() for cut in cuts if cut > done}
-    staged = Staged(list(tokens), known, taps, logprobs, logits[-1].clone())
+    staged = Staged(list(tokens), known, taps, logprobs=logprobs, last=logits[-1].clone())
     if before is None:
         return staged
     assert before.logprobs is not None
+    assert isinstance(before.known, dict)
     staged.tokens = before.tokens + staged.tokens
     staged.known = before.known | known
     staged.taps = None if before.taps is None or taps is None else torch.cat([before.taps, taps])

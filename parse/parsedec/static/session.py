@@ -110,7 +110,7 @@ class StaticSession(Session):
     def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         self.rows += tree.size
-        positions = torch.tensor(tree.depths()) + self.cached
+        positions = torch.tensor([self.cached + depth for depth in tree.depths()])
         return self.run(list(tree.tokens), positions=positions, allowed=masks.tree_mask(self.cached, tree.parents))
 
     def _read_packed(
