@@ -127,7 +127,8 @@ def is_acceptance(cfg):
 def is_runtime(cfg):
     runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
     built = [instantiate(node) for node in (cfg.target, cfg.draft.model)]
-    return runs and all((m.backend, m.compiled) == (cfg.runtime.backend, cfg.runtime.compiled) for m in built)
+    names = ("backend", "compiled", "judge_kernel")
+    return runs and all(getattr(m, name) == cfg.runtime[name] for m in built for name in names)
 
 
 def is_task(cfg):
