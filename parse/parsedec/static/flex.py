@@ -51,7 +51,8 @@ class FlexRows:
 @cache
 def compiled() -> Callable[..., Tensor]:
     """One function for all buckets; each is compiled when it is first met."""
-    return torch.compile(uncompiled, dynamic=False, recompile_limit=BUCKETS)
+    compiling: Callable[..., Callable[..., Tensor]] = torch.compile  # its overloads leave the limit out (torch 2.13)
+    return compiling(uncompiled, dynamic=False, recompile_limit=BUCKETS)
 
 
 def uncompiled(q: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
