@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Tensor:
+def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int, first: int = 0) -> Tensor:
     """Let K probes, each judging a longer prefix of one draft, share a single forward pass (PARSE, design 3).
 
     Columns are context | draft | probe 0 | probe 1 | …; rows are the draft and then the probes.
@@ -33,11 +33,11 @@ def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Te
         probe1     x x    x x x    . .      x .
                    x x    x x x    . .      x x
 
-    Returns [N + K*S, C + N + K*S] bool.
+    Returns [N + K*S, C + N + K*S] bool; without the `first` rows of the draft, if they were read before.
     """
     probes = len(cuts)
-    causal = torch.ones(draft, draft, dtype=torch.bool).tril()  # [N, N]
-    top = torch.cat([causal, torch.zeros(draft, probes * suffix, dtype=torch.bool)], dim=1)
+    causal = torch.arange(draft) <= torch.arange(first, draft)[:, None]  # [N - first, N]
+    top = torch.cat([causal, torch.zeros(draft - first, probes * suffix, dtype=torch.bool)], dim=1)
     reads_draft = torch.arange(draft) < torch.tensor(cuts, dtype=torch.long)[:, None]  # [K, N]
     own = torch.ones(suffix, suffix, dtype=torch.bool).tril()  # [S, S]
     bottom = torch.cat(

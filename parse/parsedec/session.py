@@ -31,6 +31,8 @@ from parsedec.types import JudgePath, Seen, Tree
 
 # Forked probes copy the cache once each; a batch holds at most so many cached positions in all
 FORKED_COLUMNS = 1 << 16
+# Rows of a packed pass at a time: its mask is as high as the pass, and as wide as that and the cache
+PACKED_ROWS = 4096
 
 
 class Session:
@@ -271,6 +273,8 @@ class Session:
             )
         lead = len(self.pending)  # none once a part of the draft is staged
         tokens = [*self.pending, *draft[done:]]
+        if len(tokens) + len(suffix) * len(probes) > PACKED_ROWS and (tokens or len(probes) > 1):
+            return self._read_in_blocks(draft, cuts, suffix, probes, done)
         ends = [lead + cut for cut in probes]  # the pending tokens are a prefix that every probe sees
         n, new, s = lead + len(draft), len(tokens), len(suffix)
         positions = masks.probe_positions(self.cached, n, ends, s)  # of the staged rows, too: they are columns here
@@ -278,13 +282,25 @@ class Session:
             tokens + list(suffix) * len(probes),
             keep=torch.tensor([*range(new), *(new + s * (k + 1) - 1 for k in range(len(probes)))]),
             positions=positions[done:],
-            mask=self._mask(masks.probe_mask(self.cached, n, ends, s)[done:], positions),
+            mask=self._mask(masks.probe_mask(self.cached, n, ends, s, first=done), positions),
         )
         kv.cut_tail(self._cache, s * len(probes))
         taps = self._commit_read(lead, logits, None if taps is None else taps[:new])
         if done < len(draft):
             self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:new], taps)
         return logits[new:]
+
+    def _read_in_blocks(
+        self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
+    ) -> Tensor:
+        """The same in passes of fewer rows: the draft causally, then the probes."""
+        for stop in [*range(done + PACKED_ROWS, len(draft), PACKED_ROWS), len(draft)]:
+            if done < stop:
+                self._read_in_segments(draft[:stop], [cut for cut in cuts if cut <= stop], done)
+                done = stop
+        step = max(1, PACKED_ROWS // len(suffix))
+        groups = [probes[i : i + step] for i in range(0, len(probes), step)]
+        return torch.cat([self._read_packed(draft, cuts, suffix, group, done) for group in groups])
 
     def _read_in_segments(self, draft: Sequence[int], cuts: Sequence[int], done: int) -> None:
         """Stage what is new of the draft causally; for recurrent models in segments, with a snapshot at every cut."""

@@ -43,12 +43,14 @@ NEEDS = {  # settings without a default
     "task/humaneval": ["task.path={problems}", "task.n=1"],
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
-PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train"}  # groups of another command than run.py
+# groups and members of another command than run.py
+PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay"}
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
     "LabelJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
     "DraftModel": {"vocab"},
     "HfAssisted": {"target"},
+    "ScriptedJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
     "ParallelSpec": {"target"},
     "Pard": {"vocab"},
     "Scripted": {"vocab", "oracle"},
@@ -86,7 +88,7 @@ def chosen(member, problems, *more):
     """The configuration with one member of a group chosen and given what it has no default for."""
     group, name = member.split("/")
     needs = [setting.format(problems=problems) for setting in NEEDS.get(member, [])]
-    config = PRIMARY.get(group, "config")
+    config = PRIMARY.get(member, PRIMARY.get(group, "config"))
     device = [] if config == "train" else ["runtime.device=cpu"]
     return composed(*device, f"{group}={name}", *needs, *more, config=config)
 
@@ -131,13 +133,15 @@ def is_segmenter(cfg):
 
 def is_acceptance(cfg):
     tree, logits = Tree.chain([3, 1]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
-    return instantiate(cfg.acceptance).accept(tree, logits, Sampler(Sampling())) == ([0, 1], 0)
+    sampler = Sampler(Sampling(), torch.Generator().manual_seed(0))
+    return instantiate(cfg.acceptance).accept(tree, logits, sampler) == ([0, 1], 0)
 
 
 def is_runtime(cfg):
     runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
     built = [instantiate(node) for node in (cfg.target, cfg.draft.model)]
-    return runs and all((m.backend, m.compiled) == (cfg.runtime.backend, cfg.runtime.compiled) for m in built)
+    names = ("backend", "compiled", "judge_kernel")
+    return runs and all(getattr(m, name) == cfg.runtime[name] for m in built for name in names)
 
 
 def is_task(cfg):
@@ -148,12 +152,13 @@ def is_task(cfg):
 
 def are_arms(cfg):
     assert cfg.baseline in cfg.arms
-    return all(is_arm(arm) for arm in cfg.arms.values())
+    config = "replay" if cfg.target.source.startswith("replay:") else "config"
+    return all(is_arm(arm, config) for arm in cfg.arms.values())
 
 
-def is_arm(arm):
+def is_arm(arm, config):
     build = build_draft_alone if arm.get("model") == "draft" else build_engine
-    return isinstance(build(composed("runtime.device=cpu", *arm.overrides)), Parse)
+    return isinstance(build(composed("runtime.device=cpu", *arm.overrides, config=config)), Parse)
 
 
 def is_recipe(cfg):
@@ -227,9 +232,9 @@ def test_unknown_setting_of_a_run_is_refused(config, setting):
 @pytest.mark.parametrize("member", EXPERIMENTS)
 def test_experiment_composes_for_the_command_in_its_header(member):
     header = (CONF / f"{member}.yaml").read_text()
-    command = re.search(rf"experiments/(run|compare)\.py experiment={Path(member).stem}\b", header)
+    command = re.search(rf"experiments/(run|compare|replay|floors)\.py experiment={Path(member).stem}\b", header)
     assert command, "no command in its header"
-    config = {"run": "config", "compare": "compare"}[command[1]]
+    config = {"run": "config", "compare": "compare", "replay": "replay", "floors": "floors"}[command[1]]
     cfg, default = (composed(*overrides, config=config) for overrides in ([member.replace("/", "=")], []))
     assert set(cfg) == set(default)  # it sets what is there and adds nothing
     assert cfg != default

@@ -205,7 +205,9 @@ def origin(record: dict[str, Any]) -> str:
 
 def tier(record: dict[str, Any]) -> str:
     """Which kind of evidence this is; the kinds are never mixed in one table."""
-    return "zoo" if str(record["config"]["target"]["source"]).startswith("zoo:") else "real checkpoints"
+    source = str(record["config"]["target"]["source"])
+    kinds = {"zoo:": "zoo", "replay:": "replay (random weights, scripted decisions: speed and nothing else)"}
+    return next((kind for prefix, kind in kinds.items() if source.startswith(prefix)), "real checkpoints")
 
 
 def sections(record: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:

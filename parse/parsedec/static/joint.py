@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from parsedec.joint import Output
-from parsedec.static.attention import Rows, rows_behind
+from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease
+from parsedec.static.network import Attend
 
 if TYPE_CHECKING:
     from parsedec.static.session import StaticSession
@@ -32,6 +33,7 @@ class StaticPass:
     ids: list[int]
     positions: Tensor | None
     allowed: Tensor | None
+    block: Block | None
     keep: Tensor | int | None
     taps: tuple[int, ...]
 
@@ -53,7 +55,12 @@ class StaticPass:
         return [passes[0].alone()] if len(passes) == 1 else _forward(passes)
 
     def alone(self) -> Output:
-        return self.session.run(self.ids, positions=self.positions, allowed=self.allowed, keep=self.keep)
+        return self.session.run(
+            self.ids, positions=self.positions, allowed=self.allowed, block=self.block, keep=self.keep
+        )
+
+    def attention(self) -> Attend:
+        return attention_behind(self.lease, self.rows, self.allowed, self.block, self.session.model.judge_kernel)
 
     def kept(self) -> Tensor:
         """The rows whose logits are wanted."""
@@ -65,7 +72,7 @@ class StaticPass:
 class JointRows:
     """Attention of a joint forward: rows bounds[i] to bounds[i + 1] attend as parts[i] does."""
 
-    def __init__(self, parts: Sequence[Rows], bounds: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[Attend], bounds: Sequence[int]) -> None:
         self._parts = [(part, a, b) for part, (a, b) in zip(parts, pairwise(bounds), strict=True)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def _forward(passes: Sequence[StaticPass]) -> list[Output]:
     logits, shown = network.forward(
         network.embed([i for one in passes for i in one.ids]),
         network.angles(torch.cat(positions).to(device), bounds[-1]),
-        JointRows([rows_behind(one.lease, one.rows, one.allowed) for one in passes], bounds),
+        JointRows([one.attention() for one in passes], bounds),
         torch.cat(keep).to(device),
         taps,
     )

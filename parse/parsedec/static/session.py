@@ -11,7 +11,7 @@ Shapes in this file:  R rows, N draft rows, K probes, S suffix rows a probe, V v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -24,8 +24,8 @@ from parsedec.joint import Output
 from parsedec.model import LanguageModel
 from parsedec.session import Session
 from parsedec.staged import stage_draft
-from parsedec.static.attention import probes_allowed, rows_behind
 from parsedec.static.joint import StaticPass
+from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
 from parsedec.static.steps import ROWS, Steps
@@ -116,54 +116,56 @@ class StaticSession(Session):
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
     ) -> Tensor:
-        lead = len(self.pending)
+        """In blocks of rows, each staged when it was read: logits of all rows at once would be [N, V]."""
         tokens = [*self.pending, *draft[done:]]
+        ends = [self.cached + len(self.pending) + cut for cut in probes]
         self.calls += 1
         self.rows += len(tokens) + len(suffix) * len(probes)
-        ends = [self.cached + lead + cut for cut in probes]
-        logits, taps, probe_logits = self._run_probes(tokens, suffix, ends)
-        taps = self._commit_read(lead, logits, taps)
-        if done < len(draft):
-            self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:], taps)
-        return probe_logits
+        verdicts = []
+        for rows, logits, taps in self._judge_blocks(tokens, suffix, ends):
+            lead = min(len(self.pending), rows)
+            if rows:
+                taps = self._commit_read(lead, logits, None if taps is None else taps[:rows])
+            if rows > lead:
+                stop = done + rows - lead
+                within = [cut for cut in cuts if cut <= stop]
+                self._staged = stage_draft(
+                    self._staged, self._logits, draft[done:stop], within, logits[lead:rows], taps
+                )
+                done = stop
+            verdicts.append(logits[rows:])
+        return torch.cat(verdicts)
 
     def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
         self.calls += 1
         self.rows += len(suffix) * len(probes)  # and nothing is copied for the branches
-        return self._run_probes([], suffix, [self.cached + cut for cut in probes])[2]
+        blocks = self._judge_blocks([], suffix, [self.cached + cut for cut in probes])
+        return torch.cat([logits for _, logits, _ in blocks])
 
     @torch.inference_mode()
-    def _run_probes(
+    def _judge_blocks(
         self, tokens: list[int], suffix: Sequence[int], ends: list[int]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Rows of a draft, which stay in the cache, and probes behind columns `ends`, which do not.
 
-        Returns logits [N, V] and taps [N, L, H] of the draft rows, and the probes' logits [K, V].
+        Yields for every block how many rows of the draft it holds, their logits and then those of its probes' last rows
+        [rows + probes, V], and taps [all rows, L, H].
         """
-        block, size = self._machine.block, len(suffix)
-        texts, verdicts = [], []
-        last = len(tokens) % block  # the draft's last rows share a block with the first probes
-        for start in range(0, len(tokens) - last, block):
-            texts.append(self.run(tokens[start : start + block]))
-        first = 0
-        while last or first < len(ends):
-            room = max(0 if last else 1, (block - last) // size)
+        size, first, start = self._machine.block, 0, 0
+        while start < len(tokens) or first < len(ends):
+            text = tokens[start : start + size]
+            start += len(text)
+            # the draft's last rows share a block with the first probes
+            room = 0 if start < len(tokens) else max(0 if text else 1, (size - len(text)) // len(suffix))
             some = ends[first : first + room]
-            ids = tokens[len(tokens) - last :] + list(suffix) * len(some)
-            before = self._lease.rows
+            first += len(some)
+            block = Block(self._lease.rows, len(text), tuple(some), len(suffix))
+            last = range(len(text) + len(suffix) - 1, block.rows, len(suffix))
             logits, taps = self.run(
-                ids,
-                positions=_block_positions(before, last, some, size),
-                allowed=probes_allowed(before, last, some, size),
-                keep=torch.tensor([*range(last), *(last + size * (k + 1) - 1 for k in range(len(some)))]),
+                text + list(suffix) * len(some), block=block, keep=torch.tensor([*range(len(text)), *last])
             )
-            self._lease.rows = before + last
-            if last:
-                texts.append((logits[:last], None if taps is None else taps[:last]))
-            verdicts.append(logits[last:])
-            first, last = first + len(some), 0
-        text_logits, text_taps = _joined(texts) if texts else (verdicts[0][:0], None)
-        return text_logits, text_taps, torch.cat(verdicts)
+            self._lease.rows = block.text
+            yield len(text), logits, taps
 
     def run(
         self,
@@ -171,14 +173,18 @@ class StaticSession(Session):
         *,
         positions: Tensor | None = None,
         allowed: Tensor | None = None,
+        block: Block | None = None,
         keep: Tensor | int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block of rows behind those of the lease, which grows by it.
 
         positions  [R], None: plainly onwards;  allowed  [R, columns] bool, None: causal;  keep  None: logits of all
+        block      rows of a judge pass, in place of positions and allowed
         """
+        if block is not None:
+            positions = block.positions()
         if (request := fibers.current()) is not None:
-            joint: Output = request.ask(StaticPass(self, self._lease, ids, positions, allowed, keep, self.taps))
+            joint: Output = request.ask(StaticPass(self, self._lease, ids, positions, allowed, block, keep, self.taps))
             return joint
         network, lease, rows = self._machine.network, self._lease, len(ids)
         weights, start = network.weights, lease.rows
@@ -187,7 +193,7 @@ class StaticSession(Session):
             logits, taps = self._steps.run(lease, ids, at, None if allowed is None else allowed[:, start:], self.taps)
             return logits[rows - (rows if keep is None else keep) :], taps
         network.positions.reach(start + rows)
-        attend = rows_behind(lease, rows, allowed)
+        attend = attention_behind(lease, rows, allowed, block, self.model.judge_kernel)
         if isinstance(keep, Tensor):
             keep = keep.to(weights.device)
         out = network.forward(
@@ -209,12 +215,6 @@ class StaticSession(Session):
     def _go_back(self, length: int) -> None:
         super()._go_back(length)
         self._lease.rows = self.cached
-
-
-def _block_positions(before: int, drafted: int, ends: Sequence[int], suffix: int) -> Tensor:
-    """Positions of a block of a judge pass [R]: the draft goes on, each probe starts right behind its end."""
-    probes = torch.tensor(ends, dtype=torch.long)[:, None] + torch.arange(suffix)
-    return torch.cat([torch.arange(before, before + drafted), probes.flatten()])
 
 
 def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
