@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from parsedec import masks
 from parsedec.model import LanguageModel
 from parsedec.session import Session
-from parsedec.staged import stage_draft
+from parsedec.staged import ProbeRows, joined, stage_draft
 from parsedec.static.attention import Rows, additive, causal_mask, probes_allowed
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
@@ -98,7 +98,7 @@ class StaticSession(Session):
         for start in range(0, len(ids), self._machine.block):
             block = ids[start : start + self._machine.block]
             parts.append(self._run(block, keep=min(len(block), max(0, start + len(block) - wanted))))
-        return _joined(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     @torch.inference_mode()
     def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
@@ -109,19 +109,19 @@ class StaticSession(Session):
 
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
-    ) -> Tensor:
+    ) -> ProbeRows:
         lead = len(self.pending)
         tokens = [*self.pending, *draft[done:]]
         self.calls += 1
         self.rows += len(tokens) + len(suffix) * len(probes)
         ends = [self.cached + lead + cut for cut in probes]
-        logits, taps, probe_logits = self._run_probes(tokens, suffix, ends)
+        logits, taps, verdicts = self._run_probes(tokens, suffix, ends)
         taps = self._commit_read(lead, logits, taps)
         if done < len(draft):
             self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:], taps)
-        return probe_logits
+        return verdicts
 
-    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
+    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         self.calls += 1
         self.rows += len(suffix) * len(probes)  # and nothing is copied for the branches
         return self._run_probes([], suffix, [self.cached + cut for cut in probes])[2]
@@ -129,10 +129,10 @@ class StaticSession(Session):
     @torch.inference_mode()
     def _run_probes(
         self, tokens: list[int], suffix: Sequence[int], ends: list[int]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, ProbeRows]:
         """Rows of a draft, which stay in the cache, and probes behind columns `ends`, which do not.
 
-        Returns logits [N, V] and taps [N, L, H] of the draft rows, and the probes' logits [K, V].
+        Returns logits [N, V] and taps [N, L, H] of the draft rows, and the probes' last rows.
         """
         block, size = self._machine.block, len(suffix)
         texts, verdicts = [], []
@@ -154,10 +154,10 @@ class StaticSession(Session):
             self._lease.rows = before + last
             if last:
                 texts.append((logits[:last], None if taps is None else taps[:last]))
-            verdicts.append(logits[last:])
+            verdicts.append((logits[last:], None if taps is None else taps[last + size - 1 :: size]))
             first, last = first + len(some), 0
-        text_logits, text_taps = _joined(texts) if texts else (verdicts[0][:0], None)
-        return text_logits, text_taps, torch.cat(verdicts)
+        text_logits, text_taps = joined(texts) if texts else (verdicts[0][0][:0], None)
+        return text_logits, text_taps, joined(verdicts)
 
     def _run(
         self,
@@ -211,11 +211,3 @@ def _block_positions(before: int, drafted: int, ends: Sequence[int], suffix: int
     """Positions of a block of a judge pass [R]: the draft goes on, each probe starts right behind its end."""
     probes = torch.tensor(ends, dtype=torch.long)[:, None] + torch.arange(suffix)
     return torch.cat([torch.arange(before, before + drafted), probes.flatten()])
-
-
-def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Logits and taps of several blocks as those of one pass."""
-    if len(parts) == 1:
-        return parts[0]
-    taps = [tap for _, tap in parts if tap is not None]
-    return torch.cat([logits for logits, _ in parts]), torch.cat(taps) if taps else None
