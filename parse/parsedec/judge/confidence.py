@@ -34,7 +34,7 @@ class ConfidenceJudge(PassJudge):
 
     With `judge`, an unsure prefix has that judge's score, and a sure segment changes nothing: its prefix has the score
     of the one before, the first one 1. So the thresholds are those of `judge`. The first probe of a pass is left out
-    only if the whole draft up to it is sure: outer=parse_streamed, which makes several passes, asks somewhat more often.
+    only if the whole draft up to it is sure: outer=parse_streamed, which makes several passes, asks more often.
     Without `judge`, a prefix has the confidence of its least sure segment.
     """
 
