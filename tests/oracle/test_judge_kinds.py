@@ -59,6 +59,10 @@ def path_of(family):
 
 
 def kinds():
+    return list(_kinds())
+
+
+def _kinds():
     for family in tiny.FAMILIES:
         yield pytest.param(family, Session, id=family)
     yield pytest.param("llama", StaticSession, id="llama, static")
@@ -388,7 +392,7 @@ def test_streamed_keeps_what_the_whole_draft_would(family, name, tmp_path):
         ),
     }[name]
     kept = set()
-    for threshold in (0.02, 0.4, 0.5):
+    for threshold in (0.0, 0.005, 0.4, 0.5):  # random models find each other unlikely
         settings = dict(judge=judge, segmenter=GRID, boundary=FirstFailure(threshold=threshold, full_threshold=1.0))
         fused, streamed = (
             Parse(target, draft, outer=outer(**settings)).generate(PROMPT, max_new_tokens=32)
