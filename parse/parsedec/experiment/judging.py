@@ -90,7 +90,9 @@ def summarise(
     """
     first = next(iter(said.values()))
     wanted = share_kept(marked, first.scores, threshold) if kept_share is None else kept_share
-    draws = np.random.default_rng(seed).multinomial(len(marked), [1 / len(marked)] * len(marked), RESAMPLES)  # [R, D]
+    draws = (
+        np.random.default_rng(seed).multinomial(len(marked), [1 / len(marked)] * len(marked), RESAMPLES).astype(float)
+    )
     areas = {name: _areas(marked, verdicts.scores, draws) for name, verdicts in said.items()}
     against = areas[next(iter(said))]
     step = float(np.median(steps))
@@ -174,7 +176,7 @@ def _areas(marked: Sequence[Marked], scores: Sequence[Sequence[float]], draws: F
         pairs = good.sum() * bad.sum()
         return float((good * (np.cumsum(bad) - bad / 2)).sum() / pairs) if pairs else np.nan
 
-    return area(np.ones(len(values))), np.array([area(drawn[owner].astype(float)) for drawn in draws])
+    return area(np.ones(len(values))), np.array([area(drawn[owner]) for drawn in draws])
 
 
 def _interval(values: Floats) -> list[float]:

@@ -128,8 +128,8 @@ def fit_probes(
                 "apart. Give more problems, or a draft model that errs now and then."
             )
     found = {}
-    for key, states in train.by.items():
-        found[key] = fit_probe((states, train.right), (unseen.by[key], unseen.right), strengths)
+    for key, rows in train.by.items():
+        found[key] = fit_probe((rows, train.right), (unseen.by[key], unseen.right), strengths)
         after_each("probes")
     return found
 
