@@ -17,10 +17,10 @@ from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, P
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
-from parsedec.judge import Judge, LabelJudge
+from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
-from parsedec.outer import Outer, PrefixVerification, TargetOnly, Work
+from parsedec.outer import AsksJudge, Outer, PrefixVerification, TargetOnly, Work
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
 from parsedec.text import StopText, TextStream
@@ -75,6 +75,7 @@ class Parse:
         self.target = target
         self.draft = draft
         self.outer: Outer = chosen.bind(target)
+        self.judge_needs = _judge_needs(self.outer, target, draft)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
         self.acceptance: Acceptance = acceptance or Siblings()
@@ -177,7 +178,8 @@ class Parse:
         self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits, spelt: bool
     ) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
-        target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
+        layers = self.judge_needs.hidden_layers
+        target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance, layers)
         if self.outer.prefill:
             with meter.span("prefill"):
                 target.session.feed(ids)
@@ -234,7 +236,8 @@ class Parse:
         else:
             own = prompt_ids(self.draft, _messages(prompt))
         _check_length(self.draft, own)
-        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance)
+        recorded = self.judge_needs.draft_logprobs
+        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
@@ -266,6 +269,18 @@ def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageMod
             f"{model.num_layers}. Was the head trained for another model?"
         )
     return bound
+
+
+def _judge_needs(outer: Outer, target: LanguageModel, draft: LanguageModel | None) -> JudgeNeeds:
+    """What the judge of a bound outer level reads, if there is one and this pair can give it."""
+    needs = outer.judge.needs if isinstance(outer, AsksJudge) else JudgeNeeds()
+    if needs.draft_logprobs and draft is not None and not target.same_vocabulary(draft):
+        raise IncompatibleStack(
+            f"the judge reads the draft model's probabilities token by token, but {draft.name} and {target.name} have "
+            "different vocabularies, so there is none for each of the target's tokens. Use another judge, e.g. "
+            "judge=label or judge=logprob."
+        )
+    return needs
 
 
 def _ids(prompt: Prompt) -> list[int]:

@@ -23,10 +23,10 @@ from transformers import DynamicCache
 
 from parsedec import fibers, kv, masks
 from parsedec.branches import Branches
-from parsedec.errors import IncompatibleStack, PromptError
+from parsedec.errors import IncompatibleStack, JudgeError, PromptError
 from parsedec.joint import HfPass, Output, joint_obstacle
 from parsedec.model import LanguageModel
-from parsedec.staged import JudgeRows, Staged, check_cuts, stage_draft
+from parsedec.staged import JudgeRows, ProbeRows, Staged, check_cuts, joined, stage_draft
 from parsedec.types import JudgePath, Seen, Tree
 
 # Forked probes copy the cache once each; a batch holds at most so many cached positions in all
@@ -157,30 +157,39 @@ class Session:
 
         draft    N tokens that would follow the committed ones
         cuts     ascending positions in 1..N at which the draft may be kept; their next-token logits are remembered
-        suffix   S tokens, appended once per probe
+        suffix   S tokens, appended once per probe; none: what the draft's own rows show at the probed cuts
         probes   the cuts to judge in this pass (default: all)
 
-        Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes. A draft that
-        begins with the staged one is read from there on: only its new rows are computed, and those of the probes.
+        Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes. Without
+        suffix or probes: N rows, causally. A draft that begins with the staged one is read from there on: only its new
+        rows are computed, and those of the probes.
         """
         if not self.tokens:
             raise PromptError("a draft was judged on an empty session; feed the prompt first.")
         probes = list(cuts if probes is None else probes)
-        check_cuts(len(draft), cuts, probes, suffix)
+        check_cuts(len(draft), cuts, probes)
+        if not suffix or not probes:
+            path = JudgePath.CAUSAL
+        elif path is JudgePath.CAUSAL:
+            raise JudgeError(f"a causal pass has no probes, but a suffix of {len(suffix)} tokens was given.")
         self._check_room(len(draft) + len(suffix))
         before = self.rows
         done = self._staged.reusable(draft, cuts) if self._staged else 0
         if not done:
             self._drop_staged()
         if path is JudgePath.PACKED:
-            probe_logits = self._read_packed(draft, cuts, suffix, probes, done)
-        else:
-            if done < len(draft):
-                self._read_in_segments(draft, cuts, done)
-            probe_logits = self._probe_forked(suffix, probes)
-        assert self._staged is not None
-        assert self._staged.logprobs is not None
-        return JudgeRows(probe_logits.float(), self._staged.logprobs, self.rows - before, path)
+            logits, taps = self._read_packed(draft, cuts, suffix, probes, done)
+        elif done < len(draft):
+            self._read_causally(draft, cuts, done)
+        staged = self._staged
+        assert staged is not None
+        assert staged.logprobs is not None
+        at_cuts = staged.taps_at(probes)
+        if path is JudgePath.FORKED:
+            logits, taps = self._probe_forked(suffix, probes)
+        elif path is JudgePath.CAUSAL:
+            logits, taps = staged.logits_at(probes), at_cuts
+        return JudgeRows(logits.float(), staged.logprobs, self.rows - before, path, taps, at_cuts)
 
     def keep_draft(self, cut: int) -> None:
         """Commit the first `cut` tokens of the judged draft: 0 or one of the cuts the pass was told of."""
@@ -198,7 +207,7 @@ class Session:
         self._drop_staged()
         self._check_room(len(draft))
         n = len(draft)
-        self._read_in_segments(draft, sorted({*cuts, n} - {0}), 0)
+        self._read_causally(draft, sorted({*cuts, n} - {0}), 0)
         assert self._staged is not None and self._logits is not None  # noqa: PT018
         states = [self._staged.snapshots[cut] for cut in cuts] if self.model.recurrent else []
         wide = kv.widen(self._cache, states, [n - cut for cut in cuts])
@@ -264,8 +273,8 @@ class Session:
 
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
-    ) -> Tensor:
-        """Probes and what of the draft is not staged yet in one pass; stages it, returns the probes' logits [K, V]."""
+    ) -> ProbeRows:
+        """Probes and what of the draft is not staged yet in one pass; stages it, returns the probes' last rows."""
         if obstacle := self.model.mask_obstacle:
             raise IncompatibleStack(
                 f"{self.model.name} has {obstacle}; the packed judge pass would be wrong on it. "
@@ -278,58 +287,60 @@ class Session:
         ends = [lead + cut for cut in probes]  # the pending tokens are a prefix that every probe sees
         n, new, s = lead + len(draft), len(tokens), len(suffix)
         positions = masks.probe_positions(self.cached, n, ends, s)  # of the staged rows, too: they are columns here
+        verdicts = [new + s * (k + 1) - 1 for k in range(len(probes))]
         logits, taps = self._forward(
             tokens + list(suffix) * len(probes),
-            keep=torch.tensor([*range(new), *(new + s * (k + 1) - 1 for k in range(len(probes)))]),
+            keep=torch.tensor([*range(new), *verdicts]),
             positions=positions[done:],
             mask=self._mask(masks.probe_mask(self.cached, n, ends, s, first=done), positions),
         )
         kv.cut_tail(self._cache, s * len(probes))
-        taps = self._commit_read(lead, logits, None if taps is None else taps[:new])
+        read = self._commit_read(lead, logits, None if taps is None else taps[:new])
         if done < len(draft):
-            self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:new], taps)
-        return logits[new:]
+            self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:new], read)
+        return logits[new:], None if taps is None else taps[verdicts]
 
     def _read_in_blocks(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
-    ) -> Tensor:
+    ) -> ProbeRows:
         """The same in passes of fewer rows: the draft causally, then the probes."""
         for stop in [*range(done + PACKED_ROWS, len(draft), PACKED_ROWS), len(draft)]:
             if done < stop:
-                self._read_in_segments(draft[:stop], [cut for cut in cuts if cut <= stop], done)
+                self._read_causally(draft[:stop], [cut for cut in cuts if cut <= stop], done)
                 done = stop
         step = max(1, PACKED_ROWS // len(suffix))
         groups = [probes[i : i + step] for i in range(0, len(probes), step)]
-        return torch.cat([self._read_packed(draft, cuts, suffix, group, done) for group in groups])
+        return joined([self._read_packed(draft, cuts, suffix, group, done) for group in groups])
 
-    def _read_in_segments(self, draft: Sequence[int], cuts: Sequence[int], done: int) -> None:
-        """Stage what is new of the draft causally; for recurrent models in segments, with a snapshot at every cut."""
-        if not done:
-            self.feed([])  # the snapshots start behind the committed tokens
+    def _read_causally(self, draft: Sequence[int], cuts: Sequence[int], done: int) -> None:
+        """Stage what is new of the draft behind the pending tokens; for recurrent models in segments, with a snapshot
+        of the state at every cut."""
         recurrent = self.model.recurrent
+        if recurrent and not done:
+            self.feed([])  # the snapshots start behind the committed tokens
         stops = sorted({*(cut for cut in cuts if cut > done), len(draft)}) if recurrent else [len(draft)]
         snapshots = dict(self._staged.snapshots) if self._staged else {}
         if recurrent and not done:
             snapshots[0] = kv.snapshot(self._cache)
-        parts, taps, start = [], [], done
+        lead, parts, start = len(self.pending), [], done
         for stop in stops:
-            logits, tap = self._forward(list(draft[start:stop]), keep=stop - start)
-            parts.append(logits)
-            taps += [] if tap is None else [tap]
+            tokens = [*self.pending, *draft[start:stop]] if start == done else list(draft[start:stop])
+            parts.append(self._forward(tokens, keep=len(tokens)))
             if recurrent:
                 snapshots[stop] = kv.snapshot(self._cache)
             start = stop
-        tap_rows = torch.cat(taps) if taps else None
-        self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, torch.cat(parts), tap_rows)
+        logits, taps = joined(parts)
+        taps = self._commit_read(lead, logits, taps)
+        self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:], taps)
         self._staged.snapshots = snapshots
 
-    def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
-        """Batches of suffixes, each on a copy of the cache that ends at its cut: logits [K, V]."""
+    def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
+        """Batches of suffixes, each on a copy of the cache that ends at its cut: the probes' last rows."""
         assert self._staged is not None
         at_once = max(1, FORKED_COLUMNS // (self.cached + len(self._staged.tokens) + len(suffix)))
-        return torch.cat([self._probe_batch(suffix, probes[i : i + at_once]) for i in range(0, len(probes), at_once)])
+        return joined([self._probe_batch(suffix, probes[i : i + at_once]) for i in range(0, len(probes), at_once)])
 
-    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
+    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         assert self._staged is not None
         n, s, k = len(self._staged.tokens), len(suffix), len(probes)
         branches = [self._staged.snapshots[cut] for cut in probes] if self.model.recurrent else []
@@ -340,8 +351,9 @@ class Session:
         self.rows += s * k
         positions = torch.tensor(probes)[:, None] + self.cached + torch.arange(s)  # [K, S]
         mask = visible.to(self.model.device) if self.model.has_attention else None
-        logits, _ = self.model.forward([list(suffix)] * k, wide, keep=1, positions=positions, mask=mask)
-        return logits[:, -1]
+        ids = [list(suffix)] * k
+        logits, taps = self.model.forward(ids, wide, keep=1, positions=positions, mask=mask, taps=self.taps)
+        return logits[:, -1], None if taps is None else taps[:, -1]
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
         windows = self.model.windows

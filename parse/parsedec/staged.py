@@ -15,20 +15,26 @@ from transformers import DynamicCache
 from parsedec.errors import JudgeError
 from parsedec.types import JudgePath
 
+ProbeRows = tuple[Tensor, Tensor | None]  # logits [K, V] and taps [K, L, H]
+
 
 @dataclass(frozen=True, slots=True)
 class JudgeRows:
     """What one judge pass gives besides the staged draft.
 
-    probe_logits    [K, V] float32, the logits after each probe's last row
+    probe_logits    [K, V] float32, the logits after each probe's last row; without a suffix that is the cut's own row
     draft_logprobs  [N] float32, the model's log-probability of every draft token
     rows            token positions this pass computed
+    probe_taps      [K, L, H] the session's taps at each probe's last row; None where it has none
+    cut_taps        [K, L, H] those at the last token of every probed prefix
     """
 
     probe_logits: Tensor
     draft_logprobs: Tensor
     rows: int
     path: JudgePath
+    probe_taps: Tensor | None = None
+    cut_taps: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -71,6 +77,21 @@ class Staged:
             return self.taps[: len(at)]
         return self.taps.index_select(0, torch.tensor(at, device=self.taps.device))
 
+    def logits_at(self, cuts: Sequence[int]) -> Tensor:
+        """Logits after the first so many tokens of a judged draft [K, V]."""
+        assert self.last is not None
+        return torch.stack([self.known[cut - 1] for cut in cuts]) if cuts else self.last[None][:0]
+
+    def taps_at(self, cuts: Sequence[int]) -> Tensor | None:
+        """Taps of the last of them [K, L, H]."""
+        return None if self.taps is None else self.taps[[cut - 1 for cut in cuts]]
+
+
+def joined(parts: Sequence[ProbeRows]) -> ProbeRows:
+    """Rows of several passes as those of one."""
+    taps = [tap for _, tap in parts if tap is not None]
+    return torch.cat([logits for logits, _ in parts]), torch.cat(taps) if taps else None
+
 
 def stage_draft(
     before: Staged | None,
@@ -112,14 +133,13 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> T
     return torch.cat(parts)
 
 
-def check_cuts(n: int, cuts: Sequence[int], probes: Sequence[int], suffix: Sequence[int]) -> None:
+def check_cuts(n: int, cuts: Sequence[int], probes: Sequence[int]) -> None:
     for name, positions in (("cuts", cuts), ("probes", probes)):
-        if not positions or list(positions) != sorted(set(positions)) or not 1 <= positions[0] <= positions[-1] <= n:
+        ascending = list(positions) == sorted(set(positions)) and all(1 <= position <= n for position in positions)
+        if not ascending or (not positions and name == "cuts"):
             raise JudgeError(
-                f"{name}={list(positions)} for a draft of {n} tokens; expected at least one, strictly "
-                f"ascending, each from 1 to {n}. Check the segmenter."
+                f"{name}={list(positions)} for a draft of {n} tokens; expected strictly ascending ones, each from 1 to "
+                f"{n}, and at least one cut. Check the segmenter."
             )
     if not set(probes) <= set(cuts):
         raise JudgeError(f"probes={list(probes)} are not all among the cuts {list(cuts)}.")
-    if not suffix:
-        raise JudgeError("the verification suffix is empty; expected at least one token. Check judge.question.")

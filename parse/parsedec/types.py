@@ -35,10 +35,12 @@ class Author(StrEnum):
 
 
 class JudgePath(StrEnum):
-    """How the judge's probes were computed: one masked pass, or a batch of forked caches (same scores)."""
+    """How a judge pass was computed: probes in one masked pass or as a batch of forked caches (same scores), or the
+    draft alone, causally, with nothing appended."""
 
     PACKED = "packed"
     FORKED = "forked"
+    CAUSAL = "causal"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 import tiny
 from eagle3_heads import tiny_head
 from medusa_heads import random_heads
+from oracle.test_judge_kinds import probe_folder
 from parallel_heads import new_head
 from parsedec.engine import Parse
 from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
@@ -39,15 +40,23 @@ NEEDS = {  # settings without a default
     "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
     "outer/lookahead": ["equivalence=equal"],  # the tiny vocabulary has no Same and Different
     "inner/pard": ["inner.model=null", "inner.mask_token=4"],
+    "judge/probe": ["judge.weights={problems.parent}/probe"],
+    "judge/combined": ["judge.weights={problems.parent}/probe"],
     "task/gsm8k": ["task.path={problems}", "task.n=1"],
     "task/humaneval": ["task.path={problems}", "task.n=1"],
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
 # groups and members of another command than run.py
 PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay"}
+BOUND = {"suffix", "chosen", "reason", "card"}  # of every judge that reads a pass
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
-    "LabelJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
+    "LabelJudge": {*BOUND, "label_ids"},
+    "DigitJudge": {*BOUND, "digit_ids"},
+    "LogprobJudge": BOUND,
+    "ConfidenceJudge": BOUND,
+    "ProbeJudge": {*BOUND, "weight", "bias"},
+    "CombinedJudge": {"mixture"},
     "DraftModel": {"vocab"},
     "HfAssisted": {"target"},
     "ScriptedJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
@@ -75,6 +84,8 @@ def problems(tmp_path):
     path.write_text(json.dumps(ROW) + "\n")
     save_head(tiny_head(), tmp_path / "eagle3")
     save_heads(random_heads(), tmp_path / "medusa")
+    (tmp_path / "probe").mkdir()
+    probe_folder(tmp_path / "probe", tiny.model("llama"))
     save_parallel_head(new_head(tiny.model("llama")), tmp_path / "parallel")
     return path
 
@@ -112,8 +123,10 @@ def is_inner(cfg):
 
 
 def is_judge(cfg):
-    bound = instantiate(cfg.judge).bind(tiny.model("llama"))
-    return bound.suffix_rows > 0
+    digits = cfg.judge._target_.endswith("DigitJudge")  # which the tiny vocabulary lacks
+    judge = instantiate(cfg.judge)
+    bound = judge.bind(instantiate(cfg.target) if digits else tiny.model("llama"))
+    return type(bound) is type(judge) and (bound.suffix_rows > 0) is not cfg.judge._target_.endswith("LogprobJudge")
 
 
 def is_outer(cfg):
@@ -219,7 +232,11 @@ def test_yaml_lists_every_setting_of_its_class(member):
     """Hydra refuses what a YAML does not list, so a setting left out could not be set."""
     listed = OmegaConf.load(CONF / f"{member}.yaml")
     built = get_object(listed._target_)
-    assert set(listed) - {"_target_"} == set(inspect.signature(built).parameters) - OURS.get(built.__name__, set())
+    entries = [key for entry in listed.get("defaults", []) if not isinstance(entry, str) for key in entry]
+    nested = {key.partition("@")[2].partition(".")[0] for key in entries}  # filled in by members of other groups
+    ours = OURS.get(built.__name__, set())
+    named = set(listed) - {"_target_", "_convert_", "defaults"} | nested
+    assert named == set(inspect.signature(built).parameters) - ours
 
 
 @pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])

@@ -23,7 +23,7 @@ from parsedec import fibers, masks
 from parsedec.joint import Output
 from parsedec.model import LanguageModel
 from parsedec.session import Session
-from parsedec.staged import stage_draft
+from parsedec.staged import ProbeRows, joined, stage_draft
 from parsedec.static.joint import StaticPass
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool
@@ -100,7 +100,7 @@ class StaticSession(Session):
         for start in range(0, len(ids), self._machine.block):
             block = ids[start : start + self._machine.block]
             parts.append(self.run(block, keep=min(len(block), max(0, start + len(block) - wanted))))
-        return _joined(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     @property
     def network(self) -> Network:
@@ -115,7 +115,7 @@ class StaticSession(Session):
 
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
-    ) -> Tensor:
+    ) -> ProbeRows:
         """In blocks of rows, each staged when it was read: logits of all rows at once would be [N, V]."""
         tokens = [*self.pending, *draft[done:]]
         ends = [self.cached + len(self.pending) + cut for cut in probes]
@@ -124,6 +124,7 @@ class StaticSession(Session):
         verdicts = []
         for rows, logits, taps in self._judge_blocks(tokens, suffix, ends):
             lead = min(len(self.pending), rows)
+            verdicts.append(_verdicts(rows, len(suffix), logits, taps))
             if rows:
                 taps = self._commit_read(lead, logits, None if taps is None else taps[:rows])
             if rows > lead:
@@ -133,14 +134,13 @@ class StaticSession(Session):
                     self._staged, self._logits, draft[done:stop], within, logits[lead:rows], taps
                 )
                 done = stop
-            verdicts.append(logits[rows:])
-        return torch.cat(verdicts)
+        return joined(verdicts)
 
-    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
+    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         self.calls += 1
         self.rows += len(suffix) * len(probes)  # and nothing is copied for the branches
         blocks = self._judge_blocks([], suffix, [self.cached + cut for cut in probes])
-        return torch.cat([logits for _, logits, _ in blocks])
+        return joined([_verdicts(rows, len(suffix), logits, taps) for rows, logits, taps in blocks])
 
     @torch.inference_mode()
     def _judge_blocks(
@@ -217,9 +217,6 @@ class StaticSession(Session):
         self._lease.rows = self.cached
 
 
-def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Logits and taps of several blocks as those of one pass."""
-    if len(parts) == 1:
-        return parts[0]
-    taps = [tap for _, tap in parts if tap is not None]
-    return torch.cat([logits for logits, _ in parts]), torch.cat(taps) if taps else None
+def _verdicts(text: int, suffix: int, logits: Tensor, taps: Tensor | None) -> ProbeRows:
+    """The last rows of a block's probes, which stand behind `text` rows of the draft."""
+    return logits[text:], None if taps is None else taps[text + suffix - 1 :: suffix]
