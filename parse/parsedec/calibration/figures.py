@@ -66,7 +66,7 @@ def reliability(drafts: Sequence[Sequence[tuple[float, bool]]], bins: int = BINS
     """
     scores, right = _flat(drafts)
     place = np.minimum((scores * bins).astype(int), bins - 1)  # [m]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i in range(bins):
         here = place == i
         if count := int(here.sum()):

@@ -62,7 +62,7 @@ def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], lo
         exploring = [sample for sample, out in zip(samples, aside, strict=True) if out]
         others = [sample for sample, out in zip(samples, aside, strict=True) if not out]
         grid = thresholds(exploring, goal.points)
-        levels = list(product(range(len(grid)), repeat=2))
+        levels = list(product(range(len(grid)), range(len(grid))))
         pairs = [(grid[a], grid[b]) for a, b in levels]
         path = []
         if exploring and others:

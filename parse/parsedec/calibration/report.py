@@ -91,8 +91,9 @@ def verdict(found: dict[str, Any]) -> str:
     numbers = f"threshold {used['threshold']:.6g}, full_threshold {used['full_threshold']:.6g}"
     if fitted["threshold"] is None:
         head = (
-            f"**No pair of thresholds was shown to keep the goal**: {fitted['reason']} (at least {fitted['least_samples']} "
-            f"samples without an error). No YAML was written. Figures below are at {numbers}, in force without this run."
+            f"**No pair of thresholds was shown to keep the goal**: {fitted['reason']} (at least "
+            f"{fitted['least_samples']} samples without an error). No YAML was written. Figures below are at "
+            f"{numbers}, in force without this run."
         )
     else:
         shown = f"{fitted['errors']} errors in {fitted['counted']} samples, bound {100 * fitted['upper']:.2f} %"
@@ -130,12 +131,13 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             ]
     if "outcome" in found:
         one = found["outcome"]
-        cells += [
-            ["accuracy of the target alone", _interval(one["target_accuracy"]["share"], one["target_accuracy"]["interval"])],
-            ["accuracy with what is kept", _interval(one["accuracy"]["share"], one["accuracy"]["interval"])],
-            ["change", _interval(one["change"]["share"], one["change"]["interval"])],
-            ["spoilt, gained", f"{one['spoilt']}, {one['gained']}"],
-        ]  # fmt: skip
+        for name, key in (
+            ("accuracy of the target alone", "target_accuracy"),
+            ("accuracy with what is kept", "accuracy"),
+            ("change", "change"),
+        ):
+            cells.append([name, _interval(one[key]["share"], one[key]["interval"])])
+        cells.append(["spoilt, gained", f"{one['spoilt']}, {one['gained']}"])
     return cells
 
 

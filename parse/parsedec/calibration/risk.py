@@ -71,8 +71,8 @@ class Goal:
             raise ConfigError(f"goal.points={self.points}; expected at least 2 thresholds to try.")
         if self.method == "crc" and self.of != "requests":
             raise ConfigError(
-                "goal.method=crc bounds the share of all requests, whose errors only grow as thresholds fall; the share "
-                "of the kept ones need not. Set goal.of=requests, or goal.method=fixed_sequence."
+                "goal.method=crc bounds the share of all requests, whose errors only grow as thresholds fall; the "
+                "share of the kept ones need not. Set goal.of=requests, or goal.method=fixed_sequence."
             )
 
     @property
@@ -156,9 +156,9 @@ def choose_path(goal: Goal, losses: Losses, levels: Sequence[tuple[int, int]], a
     if not len(usable):
         return []
     front: list[int] = []
-    for pair in sorted(usable, key=lambda p: (share[p], -gain[p], -sum(levels[p]))):
+    for pair in sorted(usable.tolist(), key=lambda p: (share[p], -gain[p], -sum(levels[p]))):
         if not front or gain[pair] > gain[front[-1]]:
-            front.append(int(pair))
+            front.append(pair)
     at = {level: pair for pair, level in enumerate(levels)}
     top = max(max(level) for level in levels)
     first, usable_set = levels[front[0]], set(usable.tolist())
@@ -184,9 +184,9 @@ def fixed_sequence(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
             f"no pair of thresholds counts the {goal.least} samples that showing the goal takes; label more problems"
         )
     else:
-        first = tested[0]
+        one = tested[0]
         reason = (
-            f"the strictest pair tested made {first['errors']} errors in {first['counted']} samples (p = {first['p']:.3g}, "
+            f"the strictest pair tested made {one['errors']} errors in {one['counted']} samples (p = {one['p']:.3g}, "
             f"expected at most {1 - goal.confidence:.3g}); label more problems, allow more risk, or use a better judge"
         )
     return Fit(chosen=None, tested=tuple(tested), reason=reason)

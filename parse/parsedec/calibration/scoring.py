@@ -72,7 +72,8 @@ class Scorer:
             prompt = self.prompt(problem.prompt)
             if isinstance(self.source, Steps):
                 draft, cuts, labels = self.source.draft(self.target, problem)
-                right, correct = tuple(labels), labels[-1]
+                right: tuple[bool, ...] | None = tuple(labels)
+                correct = labels[-1]
             else:
                 draft = self._draft(problem.prompt, prompt, index)
                 cuts = self.outer.segmenter.cuts(draft)

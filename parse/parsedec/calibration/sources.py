@@ -131,8 +131,8 @@ class StepFile(JsonlTask):
         if not usable or problem.reference not in {str(i) for i in range(-1, len(steps or ()))}:
             raise TaskDataError(
                 f"{self.path}: {problem.id} has {len(steps) if isinstance(steps, list) else steps!r} steps and the "
-                f"label {problem.reference!r}; expected meta.steps to be a list of texts and reference the index of one "
-                "of them, or -1."
+                f"label {problem.reference!r}; expected meta.steps to be a list of texts and reference the index of "
+                "one of them, or -1."
             )
         return problem
 

@@ -22,13 +22,15 @@ def read_calibration(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"calibration={path} cannot be read: {error}. Expected the calibration.yaml of a run of calibrate.py."
         ) from error
-    overrides = found.get("overrides") if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        found = {}
+    overrides = found.get("overrides")
     if not isinstance(overrides, list) or not all(str(o).startswith("boundary") for o in overrides):
         raise ConfigError(
             f"calibration={path} holds no overrides of the group boundary; expected the calibration.yaml of a run of "
             "calibrate.py."
         )
-    return dict(found)
+    return {str(key): value for key, value in found.items()}
 
 
 def warn_of_other_calibration(cfg: DictConfig) -> None:

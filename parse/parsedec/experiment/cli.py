@@ -133,7 +133,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _quoted(value: str) -> str:
-    """A value as Hydra reads it: \' is a quote, and backslashes before a quote, the closing one included, are doubled."""
+    """A value as Hydra reads it: \' is a quote; backslashes before a quote, the closing one included, are doubled."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", r"\'"), value) + "'"
 
 
