@@ -22,7 +22,7 @@ from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SMALL = ["runtime=cpu", "max_new_tokens=160", "goal.risk=0.5", "goal.confidence=0.6", "goal.explore=0.5"]
-CHECKED = ["labels.fit.n=8", "labels.check.n=4", "goal.points=6"]
+CHECKED = ["labels.fit.n=12", "labels.check.n=4", "goal.points=6"]
 ANSWERS = ["labels=answers", "task.split=calibration", "labels.fit.n=5", "labels.check={n: 4, split: test}",
            "goal.points=2", "goal.of=requests"]  # fmt: skip
 

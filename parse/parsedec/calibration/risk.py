@@ -82,6 +82,17 @@ class Goal:
             return math.ceil(1 / self.risk) - 1
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
+    def power(self, errors: np.ndarray, counts: np.ndarray, explored: int, ahead: int) -> np.ndarray:
+        """How likely pairs with so many errors in so many counted samples, of those explored, pass on `ahead` others.
+
+        Shares are smoothed by half a sample: a pair that made no error may still make some. [P]
+        """
+        samples = np.round((counts + 0.5) / (explored + 1) * ahead)
+        most = binom.ppf(1 - self.confidence, samples, self.risk)
+        most = np.where(binom.cdf(most, samples, self.risk) <= 1 - self.confidence, most, most - 1)
+        passes = binom.cdf(most, samples, (errors + 0.5) / (counts + 1))
+        return np.where(samples > 0, passes, 0.0)
+
     def p_value(self, errors: int, of: int) -> float:
         """Largest probability of so few errors if the risk exceeded the goal (exact binomial)."""
         return float(binom.cdf(errors, of, self.risk)) if of else 1.0
@@ -141,29 +152,26 @@ def choose_path(goal: Goal, losses: Losses, levels: Sequence[tuple[int, int]], a
     levels  per pair the ranks of its two thresholds on their grids; a pair is stricter if both are higher
     ahead   samples left to test
 
-    First come pairs ever less strict than the best one without an error, then those that keep the most for the errors
-    they make (the Pareto front of the explored samples). Pairs that count too few samples to be shown anything with
-    are left out: the path would end at them.
+    The first is the strictest of those that are nearly the most likely to pass: stricter ones keep too few drafts to be
+    shown anything with, and the path would end at them. Then come pairs that keep ever more for the same explored
+    errors, then those that keep the most for the errors they make (the Pareto front).
     """
-    errors, counts = losses.errors, losses.counts
+    errors, counts, gain = losses.errors, losses.counts, losses.kept.sum(1)
     share = errors / np.maximum(counts, 1)
-    gain = losses.kept.sum(1)
-    explored = losses.counted.shape[1]
-    expected = np.array([lower_bound(int(count), explored, 0.9) for count in counts]) * ahead
-    usable = np.flatnonzero(expected >= goal.least)
-    if not len(usable):  # too few to be sure: at least those for which it may be enough
-        usable = np.flatnonzero(counts * ahead >= goal.least * explored)
-    if not len(usable):
+    power = goal.power(errors, counts, losses.counted.shape[1], ahead)
+    likely = np.flatnonzero(power >= 0.9 * power.max()) if power.max() > 0 else np.array([], int)
+    if not len(likely):
         return []
-    front: list[int] = []
-    for pair in sorted(usable.tolist(), key=lambda p: (share[p], -gain[p], -sum(levels[p]))):
-        if not front or gain[pair] > gain[front[-1]]:
-            front.append(pair)
-    at = {level: pair for pair, level in enumerate(levels)}
-    top = max(max(level) for level in levels)
-    first, usable_set = levels[front[0]], set(usable.tolist())
-    stricter = [at[min(first[0] + step, top), min(first[1] + step, top)] for step in range(top - min(first), 0, -1)]
-    return [pair for pair in dict.fromkeys(stricter) if pair in usable_set and pair not in front] + front
+    strict: dict[int, int] = {}  # tokens kept -> the strictest pair that keeps so many
+    for pair in likely[share[likely] == share[likely].min()].tolist():
+        kept = int(gain[pair])
+        if kept not in strict or sum(levels[pair]) > sum(levels[strict[kept]]):
+            strict[kept] = pair
+    path = [strict[kept] for kept in sorted(strict)]
+    for pair in sorted(range(len(levels)), key=lambda p: (share[p], -gain[p], -sum(levels[p]))):
+        if gain[pair] > gain[path[-1]] and power[pair] > 0:
+            path.append(pair)
+    return path
 
 
 def fixed_sequence(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
