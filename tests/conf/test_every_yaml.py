@@ -44,10 +44,13 @@ NEEDS = {  # settings without a default
     "judge/combined": ["judge.weights={problems.parent}/probe"],
     "task/gsm8k": ["task.path={problems}", "task.n=1"],
     "task/humaneval": ["task.path={problems}", "task.n=1"],
+    "labels/checker": ["labels.fit.n=2", "labels.check.n=2"],
+    "labels/answers": ["labels.fit.n=20"],
+    "labels/steps": ["labels.path={problems.parent}/steps.jsonl"],
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
 # groups and members of another command than run.py
-PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay"}
+PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay", "labels": "calibrate"}
 BOUND = {"suffix", "chosen", "reason", "card"}  # of every judge that reads a pass
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
@@ -82,6 +85,8 @@ ROW = {"id": "1", "prompt": "def f():", "reference": "3", "meta": {"entry_point"
 def problems(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
+    solved = (ROW | {"id": str(i), "reference": -1, "meta": {"steps": ["w1", "w2"]}} for i in range(20))
+    (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, solved)))
     save_head(tiny_head(), tmp_path / "eagle3")
     save_heads(random_heads(), tmp_path / "medusa")
     (tmp_path / "probe").mkdir()
@@ -191,7 +196,13 @@ def is_preset(cfg):
     return torch.device(device).type in ("cpu", "cuda") and (threads is None or threads >= 1)
 
 
+def are_labels(cfg):
+    assert instantiate(cfg.goal).least > 1
+    return {question.part for question in instantiate(cfg.labels).questions(seed=0)} == {"fit", "check"}
+
+
 BUILDS = {
+    "labels": are_labels,
     "acceptance": is_acceptance,
     "arms": are_arms,
     "target": lambda cfg: is_model(cfg.target),
@@ -240,7 +251,7 @@ def test_yaml_lists_every_setting_of_its_class(member):
 
 
 @pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])
-@pytest.mark.parametrize("config", ["config", "compare"])
+@pytest.mark.parametrize("config", ["config", "compare", "calibrate"])
 def test_unknown_setting_of_a_run_is_refused(config, setting):
     with pytest.raises(ConfigCompositionException, match=setting.split("=")[0]):
         composed(setting, config=config)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
+from parsedec.experiment.calibrated import warn_of_other_calibration
 from parsedec.model import LanguageModel
 from parsedec.outer import TargetOnly
 from parsedec.types import Sampling
@@ -33,6 +34,8 @@ def build_model(cfg: DictConfig) -> LanguageModel:
 def build_engine(cfg: DictConfig) -> Parse:
     """The engine of one configuration."""
     outer = instantiate(cfg.outer)
+    if cfg.calibration is not None and outer.needs_draft:
+        warn_of_other_calibration(cfg)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
     draft = cfg.draft if wants_draft and cfg.draft.model is not None else None
     return Parse(
