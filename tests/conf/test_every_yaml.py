@@ -21,6 +21,7 @@ from parsedec.experiment.build import build_draft_alone, build_engine, build_sam
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
+from parsedec.tasks import OpenEnded
 from parsedec.text import Draft
 from parsedec.types import Sampling, Tree
 from parsedec_adapters.eagle3 import save_head
@@ -38,8 +39,12 @@ NEEDS = {  # settings without a default
     "inner/medusa": ["inner.heads={problems.parent}/medusa"],
     "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
     "inner/pard": ["inner.model=null", "inner.mask_token=4"],
-    "task/gsm8k": ["task.path={problems}", "task.n=1"],
-    "task/humaneval": ["task.path={problems}", "task.n=1"],
+}
+# benchmarks come from the hub where no file is given
+NEEDS |= {
+    f"task/{path.stem}": ["task.path={problems}", "task.n=1"]
+    for path in CONF.glob("task/*.yaml")
+    if "hub" in OmegaConf.load(path)
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
 PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train"}  # groups of another command than run.py
@@ -59,7 +64,12 @@ OURS = {  # parameters that are not for users: filled in by bind, or what makes 
     "Paragraphs": {"pattern"},
     "Sentences": {"pattern"},
 }
-ROW = {"id": "1", "prompt": "def f():", "reference": "3", "meta": {"entry_point": "f", "test": "def check(f): f()"}}
+ROW = {  # a problem of every benchmark at once
+    "id": "1",
+    "prompt": "def f():\n\nA. one\nB. two",
+    "reference": "3",
+    "meta": {"entry_point": "f", "test": "def check(f): f()", "accept": ["A"]},
+}
 
 
 @pytest.fixture
@@ -133,7 +143,8 @@ def is_runtime(cfg):
 def is_task(cfg):
     task = instantiate(cfg.task)
     problem = task.problems()[0]
-    return task.score(problem, "").correct is False and bool(problem.prompt)
+    scored = None if isinstance(task, OpenEnded) else False
+    return task.score(problem, "").correct is scored and bool(problem.prompt)
 
 
 def are_arms(cfg):

@@ -56,9 +56,10 @@ def run_arms(
     """Answer every problem with every arm; requests that an earlier, interrupted run has answered are skipped.
 
     after_each  called with the arm's name after every request, e.g. to save and to show progress
-    A request that cannot be run (too long, say) is recorded with its error and counts as wrong.
+    A request that cannot be run (too long, say) is recorded with its error and counts as wrong. The turns of a
+    conversation follow each other, each arm's with its own answers before them; after an error there is no next turn.
     """
-    answered = {(arm.name, request["id"]) for arm in arms for request in arm.requests}
+    answered = {(arm.name, request["id"]): request for arm in arms for request in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
             _answer(arm, task, problem, settings, 0)
@@ -66,10 +67,14 @@ def run_arms(
     for index, problem in enumerate(problems):
         for turn in range(len(arms)):
             arm = arms[(index + turn) % len(arms)]  # rotating: no arm always runs on warmer caches
-            if (arm.name, problem.id) in answered:
-                continue
-            arm.requests.append(_answer(arm, task, problem, settings, index))
-            after_each(arm.name)
+            asked: Problem | None = problem
+            while asked is not None:
+                request = answered.get((arm.name, asked.id))
+                if request is None:
+                    request = _answer(arm, task, asked, settings, index)
+                    arm.requests.append(request)
+                    after_each(arm.name)
+                asked = asked.next_turn(request["result"]["text"]) if request["result"] else None
 
 
 def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: int) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: i
     started = time.time()
     try:
         result = arm.engine.generate(
-            problem.prompt,
+            problem.asked,
             max_new_tokens=settings.limits.max_new_tokens,
             stop=settings.limits.stop,
             sampling=settings.sampling,
@@ -86,7 +91,8 @@ def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: i
         )
     except ParsedecError as error:
         log.warning("%s, %s: %s", arm.name, problem.id, error)
-        return request | {"correct": False, "detail": "", "error": f"{type(error).__name__}: {error}", "result": None}
+        wrong = None if task.score(problem, "").correct is None else False  # open-ended: nothing is wrong or right
+        return request | {"correct": wrong, "detail": "", "error": f"{type(error).__name__}: {error}", "result": None}
     score = task.score(problem, result.text)
     return request | {
         "correct": score.correct,
