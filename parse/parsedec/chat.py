@@ -22,7 +22,7 @@ def prompt_ids(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
 
 
 def prompt_text(model: LanguageModel, messages: Sequence[Message], *, continued: bool = False) -> str:
-    """The dialogue with the assistant opening; `continued`: its last message is an answer that is to be gone on with."""
+    """The dialogue with the assistant opening; `continued`: its last message is an answer to be gone on with."""
     return _render(model, messages, continued=continued)
 
 

@@ -6,6 +6,7 @@ benchmark files (gsm8k_test.jsonl, …) whose reference solutions must score rig
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -19,9 +20,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import parsedec.tasks.base as base
+import tiny
+from parsedec.engine import Parse
 from parsedec.errors import ConfigError
+from parsedec.experiment.runner import Arm, Settings, run_arms
+from parsedec.experiment.summary import summarise
+from parsedec.outer import TargetOnly
 from parsedec.tasks import Choice, Hub, Maths, OpenEnded, Problem, TaskDataError
 from parsedec.tasks.choice import chosen_letter
+from parsedec.types import Limits, Sampling
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DATA = os.environ.get("PARSEDEC_DATA")
@@ -167,8 +174,6 @@ def test_ten_options_and_the_word_i(empty: Path) -> None:
 
 
 def test_choice_counts_options_and_leaves_broken_questions_out(tmp_path: Path) -> None:
-    import json
-
     prompt = "Which?\nA. odd line in the question\n\nA. one\nB. two\nC. three"
     rows = [
         {"id": "1", "prompt": prompt, "reference": "C", "meta": {}},
@@ -213,6 +218,43 @@ def test_conversation_goes_on_with_the_models_own_answers(empty: Path) -> None:
     assert third.next_turn("3") is None
     assert task.prepare(problem("")).follow_ups == ()
     assert task.score(first, "anything").correct is None
+
+
+def test_every_turn_is_a_request_and_a_resumed_run_finishes_the_conversation(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    rows = [{"id": name, "prompt": "w1 w2", "meta": {"turns": ["w1 w2", "w3"]}} for name in ("a", "b")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = OpenEnded(name="chat", path=path)
+    engine = Parse(tiny.model("llama"), outer=TargetOnly())
+    settings = Settings(limits=Limits(max_new_tokens=6), sampling=Sampling(), seed=0, warmup=0)
+
+    def run(answered: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        arm = Arm("run", engine, requests=answered)
+        run_arms([arm], task, task.problems(), settings, lambda name: None)
+        return arm.requests
+
+    whole = run([])
+    assert [request["id"] for request in whole] == ["a", "a/turn2", "b", "b/turn2"]
+    first = engine.generate("w1 w2", max_new_tokens=6).text
+    turns = [("user", "w1 w2"), ("assistant", first), ("user", "w3")]
+    dialogue = [{"role": role, "content": text} for role, text in turns]
+    assert whole[1]["result"]["text"] == engine.generate(dialogue, max_new_tokens=6).text
+    for interrupted in (1, 2, 3):
+        resumed = run(whole[:interrupted])
+        assert [(r["id"], r["result"]["text"]) for r in resumed] == [(r["id"], r["result"]["text"]) for r in whole]
+    summary = summarise(whole)
+    assert (summary["accuracy"], summary["requests"], summary["errors"]) == (None, 4, 0)
+
+
+def test_failed_turn_of_an_unscored_task_is_no_wrong_answer(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt": "w1 " * 600, "meta": {"turns": ["w1 " * 600, "w3"]}}))
+    arm = Arm("run", Parse(tiny.model("llama"), outer=TargetOnly()))
+    settings = Settings(limits=Limits(max_new_tokens=6), sampling=Sampling(), seed=0, warmup=0)
+    task = OpenEnded(name="chat", path=path)
+    run_arms([arm], task, task.problems(), settings, lambda name: None)
+    assert [(request["id"], request["correct"]) for request in arm.requests] == [("a", None)]
+    assert (summarise(arm.requests)["accuracy"], summarise(arm.requests)["errors"]) == (None, 1)
 
 
 # --- the hub: rows with the columns its datasets document ---

@@ -65,9 +65,11 @@ def _run() -> None:
 
 
 def _with_record(model_args: Any, output: Path) -> dict[str, Any]:
-    """The model's arguments with a new file for its record in the folder of the harness's results."""
+    """The model's arguments with a name for it, and a new file for its record in the folder of the results."""
     given = dict(model_args or {})
     if not all(isinstance(key, str) for key in given):
         raise ConfigError(f"--model_args {model_args!r} are not of the form key=value.")
     folder = output.parent if output.suffix == ".json" else output
-    return {"record": str(folder / f"parsedec_{datetime.now():%Y-%m-%dT%H-%M-%S.%f}.json"), **given}
+    name = given.get("target") or Path(str(given.get("config") or "parsedec")).stem
+    record = folder / f"parsedec_{datetime.now():%Y-%m-%dT%H-%M-%S.%f}.json"
+    return {"model": name, "record": str(record), **given}

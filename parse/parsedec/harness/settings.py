@@ -1,8 +1,8 @@
-"""From the harness's `--model_args` to an engine: they are the overrides of `experiments/run.py`, with two more keys.
+"""From the harness's `--model_args` to an engine: they are the overrides of `experiments/run.py`, with three more keys.
 
-config   a YAML file of such overrides, `inner: draft_model` and `inner.length: 4` or nested; what is given beside it
-         goes before it
+config   a YAML file of such overrides, `inner: draft_model` and `inner.length: 4` or nested; what is given beside wins
 record   file for what the engine did, request by request
+model    what the harness calls the model in its results
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from parsedec.errors import ConfigError
 from parsedec.experiment.build import conf_folder
 from parsedec.experiment.cli import expand_shorthand
 
 log = logging.getLogger(__name__)
-OWN_KEYS = ("config", "record")
+OWN_KEYS = ("config", "record", "model")
 
 
 def composed(arguments: Mapping[str, Any]) -> DictConfig:
@@ -39,17 +41,20 @@ def composed(arguments: Mapping[str, Any]) -> DictConfig:
 
 
 def of_the_harness(additional: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the harness's own options say about the model: `--device` is ours, batches are not."""
+    """What the harness's own options say about the model: `--device` is used, batches are not."""
     given = additional or {}
     if str(given.get("batch_size") or 1) != "1":
         log.warning("batch_size=%s is not used: requests run one at a time", given["batch_size"])
-    return {"runtime.device": given["device"]} if given.get("device") else {}
+    device = given.get("device")
+    if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
+        return {}  # the harness's default is cuda:0 on every machine
+    return {"runtime.device": device}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"config={str(path)!r} cannot be read: {error}. Expected a YAML file of settings, such as 'inner: pard'."
         ) from error
@@ -69,7 +74,7 @@ def _flat(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _written(value: object) -> str:
-    """A value in Hydra's notation. Text that is a plain word or a place stays as it is: it may name a group's member."""
+    """A value in Hydra's notation. A plain word or a place stays as it is: it may name a group's member."""
     if value is None:
         return "null"
     if isinstance(value, bool):
