@@ -22,6 +22,7 @@ from parsedec.experiment.build import build_draft_alone, build_engine, build_sam
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
+from parsedec.tasks import OpenEnded
 from parsedec.text import Draft
 from parsedec.types import Sampling, Tree
 from parsedec_adapters.eagle3 import save_head
@@ -42,11 +43,15 @@ NEEDS = {  # settings without a default
     "inner/pard": ["inner.model=null", "inner.mask_token=4"],
     "judge/probe": ["judge.weights={problems.parent}/probe"],
     "judge/combined": ["judge.weights={problems.parent}/probe"],
-    "task/gsm8k": ["task.path={problems}", "task.n=1"],
-    "task/humaneval": ["task.path={problems}", "task.n=1"],
     "labels/checker": ["labels.fit.n=2", "labels.check.n=2"],
     "labels/answers": ["labels.fit.n=20"],
     "labels/steps": ["labels.path={problems.parent}/steps.jsonl"],
+}
+# benchmarks come from the hub where no file is given
+NEEDS |= {
+    f"task/{path.stem}": ["task.path={problems}", "task.n=1"]
+    for path in CONF.glob("task/*.yaml")
+    if "hub" in OmegaConf.load(path)
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
 # groups and members of another command than run.py
@@ -78,7 +83,12 @@ OURS = {  # parameters that are not for users: filled in by bind, or what makes 
     "Paragraphs": {"pattern"},
     "Sentences": {"pattern"},
 }
-ROW = {"id": "1", "prompt": "def f():", "reference": "3", "meta": {"entry_point": "f", "test": "def check(f): f()"}}
+ROW = {  # a problem of every benchmark at once
+    "id": "1",
+    "prompt": "def f():\n\nA. one\nB. two",
+    "reference": "3",
+    "meta": {"entry_point": "f", "test": "def check(f): f()", "accept": ["A"]},
+}
 
 
 @pytest.fixture
@@ -165,7 +175,8 @@ def is_runtime(cfg):
 def is_task(cfg):
     task = instantiate(cfg.task)
     problem = task.problems()[0]
-    return task.score(problem, "").correct is False and bool(problem.prompt)
+    scored = None if isinstance(task, OpenEnded) else False
+    return task.score(problem, "").correct is scored and bool(problem.prompt)
 
 
 def are_arms(cfg):

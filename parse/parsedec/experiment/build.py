@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ from parsedec.types import Sampling
 log = logging.getLogger(__name__)
 
 _models: dict[str, LanguageModel] = {}
+
+
+def conf_folder() -> Path:
+    """The folder of the configuration groups: beside the package where it is installed, else in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "conf", package.parents[1] / "conf")
+    found = next((place for place in places if (place / "config.yaml").is_file()), None)
+    if found is None:
+        raise ConfigError(f"no configuration groups in {places[0]} or {places[1]}; install parsedec again.")
+    return found
 
 
 def build_model(cfg: DictConfig) -> LanguageModel:

@@ -62,7 +62,8 @@ def run_job(
 
     status = "failed"
     try:
-        left = sum(len(problems) * len(settings.all_seeds) - len(arm.requests) for arm in arms)
+        turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
+        left = sum(turns - len(arm.requests) for arm in arms)
         with progress(left) as step:
 
             def after_each(name: str) -> None:
@@ -126,4 +127,5 @@ def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None) 
 def _title(cfg: DictConfig) -> str:
     names = [str(cfg.target.source), str(cfg.draft.model.source) if cfg.draft.model else "no draft model"]
     target, draft = (name.rsplit("/", 1)[-1].removesuffix(".gguf") for name in names)
-    return f"{target} with {draft} on {str(cfg.task._target_).rsplit('.', 1)[-1]}"
+    task = cfg.task.get("name") or str(cfg.task._target_).rsplit(".", 1)[-1]
+    return f"{target} with {draft} on {task}"

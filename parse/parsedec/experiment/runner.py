@@ -70,6 +70,15 @@ class Asked(NamedTuple):
     problem: Problem
     seed: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.problem.id, self.seed
+
+    def next_turn(self, result: dict[str, Any] | None) -> Asked | None:
+        """What a conversation asks next, this answer before it."""
+        problem = self.problem.next_turn(result["text"]) if result else None
+        return None if problem is None else self._replace(problem=problem)
+
 
 def run_arms(
     arms: Sequence[Arm],
@@ -81,10 +90,11 @@ def run_arms(
     """Answer every problem with every arm; requests that an earlier, interrupted run has answered are skipped.
 
     after_each  called with the arm's name after every request, e.g. to save and to show progress
-    A request that cannot be run (too long, say) is recorded with its error and counts as wrong.
+    A request that cannot be run (too long, say) is recorded with its error and counts as wrong. The turns of a
+    conversation follow each other, each arm's with its own answers before them; after an error there is no next turn.
     """
     seeds = settings.all_seeds
-    answered = {(arm.name, request["id"], request.get("seed", seeds[0])) for arm in arms for request in arm.requests}
+    answered = {(arm.name, r["id"], r.get("seed", seeds[0])): r for arm in arms for r in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
             for _ in _answers(arm, task, [Asked(0, problem, seeds[0])], settings):
@@ -97,13 +107,15 @@ def run_arms(
         for i in range(len(arms)):
             arm = arms[(turn + i) % len(arms)]  # rotating: no arm always runs on warmer caches
             some = asked[start : start + together]
-            left = [one for one in some if (arm.name, one.problem.id, one.seed) not in answered]
-            before = len(arm.requests)
-            for request in _answers(arm, task, left, settings):
-                arm.requests.append(request)
-                after_each(arm.name)
-            order = {(one.problem.id, one.seed): place for place, one in enumerate(left)}
-            arm.requests[before:] = sorted(arm.requests[before:], key=lambda r: order[r["id"], r["seed"]])
+            while some:
+                left = [one for one in some if (arm.name, *one.key) not in answered]
+                order, before = {one.key: place for place, one in enumerate(left)}, len(arm.requests)
+                for request in _answers(arm, task, left, settings):
+                    answered[arm.name, request["id"], request["seed"]] = request
+                    arm.requests.append(request)
+                    after_each(arm.name)
+                arm.requests[before:] = sorted(arm.requests[before:], key=lambda r: order[r["id"], r["seed"]])
+                some = [turned for one in some if (turned := one.next_turn(answered[arm.name, *one.key]["result"]))]
 
 
 def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -> Iterator[dict[str, Any]]:
@@ -114,7 +126,7 @@ def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -
         "sampling": settings.sampling,
     }
     generators = [torch.Generator().manual_seed(one.seed * 1_000_003 + one.index) for one in asked]
-    prompts, started = [one.problem.prompt for one in asked], time.time()
+    prompts, started = [one.problem.asked for one in asked], time.time()
     if settings.batch > 1:
         for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):
             yield _request(arm, task, asked[i], answer, started)
@@ -122,7 +134,7 @@ def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -
     for one, generator in zip(asked, generators, strict=True):
         started = time.time()
         try:
-            answer = arm.engine.generate(one.problem.prompt, generator=generator, **options)
+            answer = arm.engine.generate(one.problem.asked, generator=generator, **options)
         except ParsedecError as error:
             answer = error
         yield _request(arm, task, one, answer, started)
@@ -134,7 +146,8 @@ def _request(arm: Arm, task: Task, asked: Asked, answer: Result | ParsedecError,
     request["seed"] = asked.seed
     if isinstance(answer, ParsedecError):
         log.warning("%s, %s: %s", arm.name, problem.id, answer)
-        return request | {"correct": False, "detail": "", "error": f"{type(answer).__name__}: {answer}", "result": None}
+        wrong = None if task.score(problem, "").correct is None else False  # open-ended: nothing is wrong or right
+        return request | {"correct": wrong, "detail": "", "error": f"{type(answer).__name__}: {answer}", "result": None}
     score = task.score(problem, answer.text)
     return request | {
         "correct": score.correct,
