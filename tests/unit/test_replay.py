@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from parsedec import Parse, TargetOnly
-from parsedec.acceptance import children_of
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError
 from parsedec.experiment import replay
@@ -59,7 +58,7 @@ def test_steps_commit_tau_tokens_on_average():
     for _ in range(3000):
         path, token = rule.accept(tree, logits, sampler)
         assert path == longest[: len(path)]
-        assert all(below in children_of(tree)[above] for above, below in itertools.pairwise(path))
+        assert all(below in tree.children()[above] for above, below in itertools.pairwise(path))
         assert token == path[-1], "the target's own token after the last node"
         counts.append(len(path))
     spread = math.sqrt(sum((c - 4) ** 2 for c in counts) / len(counts))

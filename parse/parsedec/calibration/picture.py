@@ -26,7 +26,7 @@ def draw(record: dict[str, Any], path: Path) -> Path:
     figure.suptitle(record["title"])
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
     os.close(handle)
-    figure.savefig(temporary)  # type: ignore[no-untyped-call]
+    figure.savefig(temporary)
     Path(temporary).chmod(0o644)
     os.replace(temporary, path)
     return path

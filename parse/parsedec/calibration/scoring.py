@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from parsedec.answer import Answer
 from parsedec.backends import open_session
 from parsedec.calibration.samples import Sample
-from parsedec.calibration.sources import Question, Source, Steps
+from parsedec.calibration.sources import Question, Source, Steps, right
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
 from parsedec.engine import Parse
@@ -112,7 +112,7 @@ class Scorer:
             written += [token for token in result.tokens if token not in self.target.end_ids]
         text = self.target.decode(written)
         ends = [text.find(stop) for stop in self.limits.stop if stop in text]
-        return question.task.score(question.problem, text[: min(ends, default=len(text))]).correct
+        return right(question.task, question.problem, text[: min(ends, default=len(text))])
 
     @torch.inference_mode()
     def _draft(self, text: str, prompt: list[int], index: int) -> Draft:

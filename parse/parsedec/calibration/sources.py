@@ -85,7 +85,7 @@ class Answers(Source):
         return divided(fit, check, self.held_out, seed)
 
     def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
-        return None, question.task.score(question.problem, draft.text).correct
+        return None, right(question.task, question.problem, draft.text)
 
     def _with(self, settings: Mapping[str, Any], name: str) -> Task:
         try:
@@ -112,7 +112,15 @@ class Checker(Answers):
                 f"{type(question.task).__name__} says that an answer to {question.problem.id} is wrong but not in "
                 "which line, so it cannot label prefixes. Use labels=answers, or a task that checks lines."
             )
-        return right_prefixes(draft, cuts, score), score.correct
+        return right_prefixes(draft, cuts, score), bool(score.correct)
+
+
+def right(task: Task, problem: Problem, text: str) -> bool:
+    """Whether an answer is right; raises ConfigError for an open-ended question, which no program can score."""
+    correct = task.score(problem, text).correct
+    if correct is None:
+        raise ConfigError(f"{problem.id} is open-ended: no program scores its answers. Calibrate on another task.")
+    return correct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,7 @@ class StepFile(JsonlTask):
     """Solutions with the first wrong step marked (ProcessBench, arXiv 2412.06559): `meta.steps`, and `reference` the
     0-based index of the first wrong one, -1 if all are right. An answer is that index."""
 
-    name: ClassVar[str] = "steps"
+    name: str = "steps"
 
     def score(self, problem: Problem, text: str) -> Score:
         return Score(text.strip() == problem.reference, f"said {text.strip()!r}, expected {problem.reference}")

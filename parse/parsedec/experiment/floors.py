@@ -103,7 +103,7 @@ def weights_of(model: LanguageModel) -> int:
     hf = model.hf
     table_ = hf.get_input_embeddings().weight
     tied = table_.data_ptr() == hf.get_output_embeddings().weight.data_ptr()
-    return sum(p.numel() for p in hf.parameters()) - (0 if tied else table_.numel())
+    return int(sum(p.numel() for p in hf.parameters()) - (0 if tied else table_.numel()))
 
 
 def wide_tree(root: int, guesses: Sequence[int]) -> Tree:
@@ -242,8 +242,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     bars = [
         Bar(
             f"{row['shape'].removeprefix('replay:')}: {row['pass']}",
-            *(1000 * value for value in (median(row["seconds"]), min(row["seconds"]), max(row["seconds"]))),
-            1000 * row["floor_s"],
+            1000 * median(row["seconds"]),
+            low=1000 * min(row["seconds"]),
+            high=1000 * max(row["seconds"]),
+            best=1000 * row["floor_s"],
         )
         for row in record["rows"]
     ]

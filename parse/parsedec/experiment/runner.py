@@ -66,7 +66,7 @@ class Settings:
 class Asked(NamedTuple):
     """A problem, its number in the task, and the seed it is answered with."""
 
-    index: int
+    number: int
     problem: Problem
     seed: int
 
@@ -125,7 +125,7 @@ def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -
         "stop": settings.limits.stop,
         "sampling": settings.sampling,
     }
-    generators = [torch.Generator().manual_seed(one.seed * 1_000_003 + one.index) for one in asked]
+    generators = [torch.Generator().manual_seed(one.seed * 1_000_003 + one.number) for one in asked]
     prompts, started = [one.problem.asked for one in asked], time.time()
     if settings.batch > 1:
         for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):

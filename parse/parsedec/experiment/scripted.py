@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parsedec.acceptance import Accepted, children_of
+from parsedec.acceptance import Accepted
 from parsedec.chat import suffix_text
 from parsedec.errors import ConfigError
 from parsedec.judge import LabelJudge, Scores
@@ -62,11 +62,12 @@ class ScriptedJudge(LabelJudge):
                 "<= 1 and spread >= 0: drafts kept whole count among what is kept."
             )
 
-    def bind(self, target: LanguageModel) -> LabelJudge:
+    def bind(self, target: LanguageModel) -> Self:
         least = len(target.encode(suffix_text(target, "w0")))
         if self.rows < least:
             raise ConfigError(f"judge.rows={self.rows}; {target.name}'s chat template alone takes {least}. Raise it.")
-        return LabelJudge.bind(replace(self, question=" ".join(["w0"] * (self.rows - least + 1))), target)
+        asked = replace(self, question=" ".join(["w0"] * (self.rows - least + 1)))
+        return super(ScriptedJudge, asked).bind(target)
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
         measured = LabelJudge.score(self, session, draft, cuts, probes)
@@ -104,7 +105,7 @@ class ScriptedAcceptance:
 
     def accept(self, tree: Tree, logits: Tensor, sampler: Sampler) -> Accepted:
         best = logits.argmax(-1).tolist()  # of all rows, as a rule that decides by them reads it
-        rate, children, path = rate_for(self.tau, self.depth), children_of(tree), [0]
+        rate, children, path = rate_for(self.tau, self.depth), tree.children(), [0]
         below = [0] * tree.size
         for node in range(tree.size - 1, 0, -1):
             below[tree.parents[node]] = max(below[tree.parents[node]], below[node] + 1)
