@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ def draw(record: dict[str, Any], path: Path) -> Path:
     found = record["calibration"]
     shown = found.get("prefixes") or found["complete"]
     what = "prefixes" if "prefixes" in found else "complete drafts"
-    panels = [lambda axes: _reliability(axes, shown, what), lambda axes: _roc(axes, shown, what)]
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _reliability(axes, shown, what),
+        lambda axes: _roc(axes, shown, what),
+    ]
     if "sweep" in found:
         panels += [lambda axes: _sweep(axes, found), lambda axes: _heat(axes, found["by_position"])]
     figure = Figure(figsize=(10, 4 * (len(panels) // 2)), dpi=110, layout="constrained")

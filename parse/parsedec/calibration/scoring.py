@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from parsedec.answer import Answer
 from parsedec.backends import open_session
 from parsedec.calibration.samples import Sample
-from parsedec.calibration.sources import Question, Source, Steps, right
+from parsedec.calibration.sources import Answers, Question, Source, Steps, right
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
 from parsedec.engine import Parse
@@ -75,6 +75,7 @@ class Scorer:
                 right: tuple[bool, ...] | None = tuple(labels)
                 correct = labels[-1]
             else:
+                assert isinstance(self.source, Answers)
                 draft = self._draft(problem.prompt, prompt, index)
                 cuts = self.outer.segmenter.cuts(draft)
                 right, correct = self.source.label(question, draft, cuts)

@@ -48,10 +48,6 @@ class Source(ABC):
     def questions(self, seed: int) -> list[Question]:
         """Those of `fit`, then those of `check`; ids differ within a part."""
 
-    @abstractmethod
-    def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
-        """What is known to be right of a draft."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(Source):
@@ -85,6 +81,7 @@ class Answers(Source):
         return divided(fit, check, self.held_out, seed)
 
     def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
+        """What is known to be right of a draft."""
         return None, right(question.task, question.problem, draft.text)
 
     def _with(self, settings: Mapping[str, Any], name: str) -> Task:
@@ -189,9 +186,6 @@ class Steps(Source):
             cut = draft.position(offset) if i < len(steps) - 1 else len(draft.tokens)
             right[cut] = wrong < 0 or i < wrong
         return draft, list(right), list(right.values())
-
-    def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
-        raise NotImplementedError("the labels of steps come with their cuts: see draft()")
 
 
 def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Question]:
