@@ -86,7 +86,7 @@ def test_the_judge_keeps_what_the_script_says_and_computes_everything(pair, kind
         assert abs(result.counters.kept_draft_tokens - stands) <= 2, "half a segment of four"
         assert result.judge_path == "packed"
         passes, probes = result.counters.judge_passes, sum(s.score is not None for s in result.rounds[0].segments)
-        assert (passes == 1) == (kind is PrefixVerification)
+        assert passes == 1 or kind is StreamedVerification
         assert result.counters.judge_rows == result.rounds[0].judged_tokens + 24 * probes
 
 
