@@ -285,14 +285,11 @@ def load(
     source         hub id, directory, `.gguf` file, or `zoo:NAME` for a model that ships with parsedec
     dtype          "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
-    attention      "auto" (transformers' choice) or a Hugging Face attention implementation; the packed judge pass
-                   needs "sdpa" or "eager"
+    attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
-    template_args  variables for the template; None: {"enable_thinking": False}, which switches thinking off where a
-                   template knows it
+    template_args  variables for the template; None: {"enable_thinking": False}, for templates that know it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
-    backend        "eager" (Hugging Face's forward), "static" (preallocated caches, few operations; dense families) or
-                   "auto" (static where the model qualifies)
+    backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families) or "auto"
     compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
     judge_kernel   static backend, attention of judge passes: "auto" (by size and device), "sdpa", "cascade", "flex"
 

@@ -14,7 +14,7 @@ SMALL = ["task.n=1", "warmup=0", "max_new_tokens=12", "task.words=8", "runtime.d
 
 def test_a_replay_leaves_record_table_and_plot(tmp_path):
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("parse", "adapters"))
-    more = ["target.source=replay:tiny_draft", "segmenter.delta=3", "judge.kept=0.5", "judge.whole=0", "judge.spread=0"]
+    more = ["target.source=replay:tiny_draft", "segmenter.delta=2", "judge.kept=0.5", "judge.whole=0", "judge.spread=0"]
     done = subprocess.run(
         [sys.executable, ROOT / "experiments" / "replay.py", *SMALL, *more, f"output={tmp_path / 'run'}"], text=True,
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}, capture_output=True,

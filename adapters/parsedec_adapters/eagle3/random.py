@@ -26,7 +26,7 @@ _heads: WeakKeyDictionary[PreTrainedModel, EagleHead] = WeakKeyDictionary()
 class RandomEagle3(Eagle3):
     """`Eagle3` with a head made for the model it is bound to; `head` is a name only."""
 
-    head: str | EagleHead = "random"  # no path is read
+    head: str | EagleHead = "random"
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Eagle3:
         if target.hf not in _heads:

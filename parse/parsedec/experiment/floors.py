@@ -103,7 +103,7 @@ def weights_of(model: LanguageModel) -> int:
     hf = model.hf
     table_ = hf.get_input_embeddings().weight
     tied = table_.data_ptr() == hf.get_output_embeddings().weight.data_ptr()
-    return int(sum(p.numel() for p in hf.parameters()) - (0 if tied else table_.numel()))
+    return sum(int(p.numel()) for p in hf.parameters()) - (0 if tied else int(table_.numel()))
 
 
 def wide_tree(root: int, guesses: Sequence[int]) -> Tree:
@@ -239,14 +239,9 @@ def markdown(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Milliseconds of every pass, with the range of its repeats, and its floor."""
-    bars = [
-        Bar(
-            f"{row['shape'].removeprefix('replay:')}: {row['pass']}",
-            1000 * median(row["seconds"]),
-            low=1000 * min(row["seconds"]),
-            high=1000 * max(row["seconds"]),
-            best=1000 * row["floor_s"],
-        )
-        for row in record["rows"]
-    ]
+    bars = []
+    for row in record["rows"]:
+        middle, low, high = (1000 * of(row["seconds"]) for of in (median, min, max))
+        name = f"{row['shape'].removeprefix('replay:')}: {row['pass']}"
+        bars.append(Bar(name, middle, low, high, 1000 * row["floor_s"]))
     draw_bars(bars, record["title"], "milliseconds a pass", "floor", path)

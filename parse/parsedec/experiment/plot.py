@@ -46,7 +46,7 @@ def draw_bars(bars: Sequence[Bar], title: str, unit: str, best: str, path: Path)
     marked = [(bar.best, place) for place, bar in zip(places, bars, strict=True) if bar.best is not None]
     if marked:
         axes.plot(*zip(*marked, strict=True), "D", color="#c0504d", markersize=5, label=best)
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside lower right", frameon=False)
     axes.set_yticks(places, [bar.name for bar in bars])
     axes.invert_yaxis()
     axes.set_xlabel(unit)
