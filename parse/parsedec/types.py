@@ -116,7 +116,7 @@ class Tree:
         place = [0] * self.size
         for i, node in enumerate(order):
             place[node] = i
-        if place == order:
+        if order == list(range(self.size)):
             return self, place
         tokens, parents = (self.tokens[node] for node in order), (place[self.parents[node]] for node in order[1:])
         return Tree(tuple(tokens), (-1, *parents), None if self.logq is None else self.logq[order]), place

@@ -56,6 +56,8 @@ def test_depth_first_is_the_same_tree_in_another_order():
     for node in range(tree.size):
         assert laid.tokens[place[node]] == tree.tokens[node]
         assert laid.path_to(place[node]) == [place[at] for at in tree.path_to(node)]
+    swapped = Tree((9, 1, 2, 3), (-1, 0, 0, 1)).depth_first()  # an order that is its own inverse
+    assert (swapped[0].tokens, swapped[0].parents, swapped[1]) == ((9, 1, 3, 2), (-1, 0, 1, 0), [0, 1, 3, 2])
     assert laid.depth_first() == (laid, list(range(6)))
     assert laid.depth_first()[0] is laid
 
