@@ -214,7 +214,7 @@ def _row(judge: dict[str, Any]) -> list[str]:
         judge["path"],
         f"{judge['auc']:.4f} [{low:.4f}, {high:.4f}]",
         f"{judge['auc_difference']:+.4f} [{less:+.4f}, {more:+.4f}]",
-        f"{at['threshold']:.3g}",
+        f"{at['threshold']:.4g}",
         f"{100 * at['kept_share']:.1f} %",
         _percent(at["exact"], at["wrong_drafts"]),
         _percent(at["never_later"], at["wrong_drafts"]),
