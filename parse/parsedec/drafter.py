@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
-from parsedec.inner import Decoder, InnerSpeculator
+from parsedec.inner import InnerSpeculator
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
+from parsedec.remote.stack import open_decoder
 from parsedec.sampling import Sampler
 from parsedec.text import Draft, GrowingDraft, carried, common_prefix
 from parsedec.types import Author, Limits, StopReason
@@ -40,7 +41,7 @@ class Drafter:
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        self.decoder = Decoder(model, inner, sampler, Tally(), acceptance)
+        self.decoder = open_decoder(model, inner, sampler, Tally(), acceptance)
 
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""

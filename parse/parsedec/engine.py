@@ -11,17 +11,18 @@ from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, PromptError
+from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, PromptError, TargetLost
 from parsedec.gate import GateHistory
-from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
+from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import Outer, PrefixVerification, TargetOnly, Work
+from parsedec.remote.stack import check_inner, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
 from parsedec.text import StopText, TextStream
-from parsedec.types import Author, Delta, Limits, Message, Result, Sampling
+from parsedec.types import Author, Delta, Limits, Message, Result, Sampling, StopReason
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -71,10 +72,13 @@ class Parse:
             check_decoding(model)
         self.target = target
         self.draft = draft
+        self.acceptance: Acceptance = acceptance or Siblings()
+        for model, speculator in ((target, inner), (draft, draft_inner)):
+            if speculator is not None and model is not None:
+                check_inner(speculator, model, self.acceptance)
         self.outer: Outer = chosen.bind(target)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
-        self.acceptance: Acceptance = acceptance or Siblings()
         self.history = GateHistory()
 
     @property
@@ -126,7 +130,7 @@ class Parse:
 
     def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device)
-        target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
+        target = open_decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
         if self.outer.prefill:
             with meter.span("prefill"):
                 target.session.feed(ids)
@@ -135,11 +139,16 @@ class Parse:
         work = Work(len(ids), target, drafter, answer, meter, self.history)
         text = StopText(TextStream(self.target), limits.stop)
         author = Author.TARGET
-        for author, tokens in self.outer.run(work):
-            meter.saw_token()
-            piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
-            with meter.away():
-                yield piece
+        try:
+            for author, tokens in self.outer.run(work):
+                meter.saw_token()
+                piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
+                with meter.away():
+                    yield piece
+        except TargetLost as lost:
+            answer.stop = StopReason.SERVER_LOST
+            lost.partial = self._result(ids, work)
+            raise
         self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))
 
@@ -164,7 +173,7 @@ class Parse:
             counters=counters,
             times=times,
             judge_path=paths[0] if paths else None,
-            notes=tuple(sorted(work.notes)),
+            notes=tuple(sorted(work.notes | work.target.notes | (work.drafter.decoder.notes if work.drafter else set()))),
         )
 
     def _drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:

@@ -14,6 +14,7 @@ from parsedec.backends import open_session
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
+from parsedec.session import Session
 from parsedec.types import Author, Needs, Outcome, Seen, StopReason, Tree
 
 
@@ -93,11 +94,14 @@ class Decoder:
         sampler: Sampler,
         tally: Tally,
         acceptance: Acceptance | None = None,
+        *,
+        session: Session | None = None,
     ) -> None:
-        self.session = open_session(model, inner.needs.hidden_layers)
+        self.session = open_session(model, inner.needs.hidden_layers) if session is None else session
         self.inner = inner
         self.sampler = sampler
         self.tally = tally
+        self.notes: set[str] = set()  # what a reader of the trace should know
         self.acceptance: Acceptance = acceptance or Siblings()
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of

@@ -19,6 +19,7 @@ import torch
 from parsedec.chat import label_tokens, suffix_text
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.model import JudgeCard, LanguageModel
+from parsedec.remote.model import RemoteModel
 from parsedec.selftest import probe_error
 from parsedec.session import Session
 from parsedec.text import Draft
@@ -126,7 +127,7 @@ class LabelJudge:
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
         if self.label_ids is None or self.chosen is None:
             raise JudgeError("the judge was not bound to a target; call bind(target) first.")
-        rows = session.judge(draft.tokens, cuts, self.suffix, probes=probes, path=self.chosen)
+        rows = session.judge(draft.tokens, cuts, self.suffix, probes=probes, path=self.chosen, wanted=self.label_ids)
         right, wrong = self.label_ids
         # p(right) / (p(right) + p(wrong)) is the logistic function of the difference of their logits
         values = torch.sigmoid(rows.probe_logits[:, right] - rows.probe_logits[:, wrong])  # [K]
@@ -140,6 +141,10 @@ class LabelJudge:
 
     def _choose(self, target: LanguageModel, suffix: tuple[int, ...]) -> tuple[JudgePath, str | None]:
         """The path, and why it is not the packed one."""
+        if isinstance(target, RemoteModel):
+            if target.judge_obstacle:
+                raise IncompatibleStack(f"the judge cannot run on {target.judge_obstacle}. Use outer=none.")
+            return JudgePath.REMOTE, None
         problem = target.mask_obstacle or probe_error(target, suffix, JudgePath.PACKED)
         if self.path == "packed" and problem:
             raise IncompatibleStack(f"judge.path=packed, but {target.name} has {problem}. Use judge.path=auto.")

@@ -139,6 +139,7 @@ class Session:
         *,
         probes: Sequence[int] | None = None,
         path: JudgePath = JudgePath.PACKED,
+        wanted: Sequence[int] | None = None,
     ) -> JudgeRows:
         """Read a draft and, after each probed cut, the verification suffix; nothing is committed.
 
@@ -146,6 +147,7 @@ class Session:
         cuts     ascending positions in 1..N at which the draft may be kept; their next-token logits are remembered
         suffix   S tokens, appended once per probe
         probes   the cuts to judge in this pass (default: all)
+        wanted   ids whose logits will be read, for sessions that do not have all of them (here they are all there)
 
         Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes. A draft that
         begins with the staged one is read from there on: only its new rows are computed, and those of the probes.

@@ -25,6 +25,7 @@ class StopReason(StrEnum):
     STOP_STRING = "stop_string"
     TOKEN_LIMIT = "token_limit"
     CONTEXT_LIMIT = "context_limit"
+    SERVER_LOST = "server_lost"
 
 
 class Author(StrEnum):
@@ -35,10 +36,12 @@ class Author(StrEnum):
 
 
 class JudgePath(StrEnum):
-    """How the judge's probes were computed: one masked pass, or a batch of forked caches (same scores)."""
+    """How the judge's probes were computed: one masked pass, a batch of forked caches, or prompts to a server (same
+    scores)."""
 
     PACKED = "packed"
     FORKED = "forked"
+    REMOTE = "remote"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,38 @@
+"""Which parts of a stack can work with a model on a server, and the decoder of a model wherever it is."""
+
+from __future__ import annotations
+
+from parsedec.acceptance import Acceptance
+from parsedec.errors import IncompatibleStack
+from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
+from parsedec.meter import Tally
+from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
+from parsedec.remote.session import RemoteDecoder
+from parsedec.sampling import Sampler
+
+
+def open_decoder(
+    model: LanguageModel,
+    inner: InnerSpeculator,
+    sampler: Sampler,
+    tally: Tally,
+    acceptance: Acceptance | None = None,
+) -> Decoder:
+    """A decoder for one request."""
+    kind = RemoteDecoder if isinstance(model, RemoteModel) else Decoder
+    return kind(model, inner, sampler, tally, acceptance)
+
+
+def check_inner(inner: InnerSpeculator, model: LanguageModel, acceptance: Acceptance) -> None:
+    """Raise IncompatibleStack for an inner level that would have to reach into a server."""
+    if isinstance(model, RemoteModel) and not isinstance(inner, NoSpeculation):
+        raise IncompatibleStack(
+            f"{type(inner).__name__} cannot speculate for {model.name}: its tokens are chosen there. Use inner=none, and "
+            "let the server speculate (docs/scale-out.md has the options)."
+        )
+    if isinstance(model, RemoteModel) and not acceptance.lossless:
+        raise IncompatibleStack(
+            f"{type(acceptance).__name__} cannot decide what {model.name} writes: it is chosen there. Use "
+            "acceptance=siblings."
+        )
