@@ -173,7 +173,9 @@ class Parse:
             counters=counters,
             times=times,
             judge_path=paths[0] if paths else None,
-            notes=tuple(sorted(work.notes | work.target.notes | (work.drafter.decoder.notes if work.drafter else set()))),
+            notes=tuple(
+                sorted(work.notes | work.target.notes | (work.drafter.decoder.notes if work.drafter else set()))
+            ),
         )
 
     def _drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:

@@ -25,21 +25,43 @@ def build_model(cfg: DictConfig) -> LanguageModel:
     """A model from its node; equal nodes share one copy, so the arms of a comparison do not load it again."""
     key = OmegaConf.to_yaml(cfg, resolve=True, sort_keys=True)
     if key not in _models:
-        log.info("loading %s", cfg.source)
+        log.info("loading %s", name_of(cfg))
         _models[key] = instantiate(cfg)
     return _models[key]
+
+
+def name_of(cfg: DictConfig) -> str:
+    """What a node of a model is about: a checkpoint, or a server."""
+    return str(cfg.source if "source" in cfg else cfg.model or cfg.url)
+
+
+def target_node(cfg: DictConfig) -> DictConfig:
+    """Where the target is: on a server, if the engine says so."""
+    node: DictConfig = cfg.engine.target or cfg.target
+    return node
+
+
+def draft_node(cfg: DictConfig) -> DictConfig | None:
+    """Where the draft model is; None without one."""
+    remote = cfg.engine.draft
+    if remote is None or remote.url is None:
+        local: DictConfig | None = cfg.draft.model
+        return local
+    shared = OmegaConf.merge(remote, {"tokenizer": remote.tokenizer or cfg.engine.target.tokenizer})
+    assert isinstance(shared, DictConfig)
+    return shared
 
 
 def build_engine(cfg: DictConfig) -> Parse:
     """The engine of one configuration."""
     outer = instantiate(cfg.outer)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
-    draft = cfg.draft if wants_draft and cfg.draft.model is not None else None
+    draft = draft_node(cfg) if wants_draft else None
     return Parse(
-        build_model(cfg.target),
-        build_model(draft.model) if draft else None,
+        build_model(target_node(cfg)),
+        build_model(draft) if draft is not None else None,
         inner=instantiate(cfg.inner),
-        draft_inner=instantiate(draft.inner) if draft else None,
+        draft_inner=instantiate(cfg.draft.inner) if draft is not None else None,
         acceptance=instantiate(cfg.acceptance),
         outer=outer,
     )
@@ -47,10 +69,11 @@ def build_engine(cfg: DictConfig) -> Parse:
 
 def build_draft_alone(cfg: DictConfig) -> Parse:
     """The draft model as if it were the target: the lower end of every comparison."""
-    if cfg.draft.model is None:
+    draft = draft_node(cfg)
+    if draft is None:
         raise ConfigError("draft=none, but an arm runs the draft model alone. Choose a draft, or other arms (arms=…).")
     return Parse(
-        build_model(cfg.draft.model),
+        build_model(draft),
         inner=instantiate(cfg.draft.inner),
         acceptance=instantiate(cfg.acceptance),
         outer=TargetOnly(),

@@ -11,12 +11,13 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.experiment.build import build_sampling, plain
+from parsedec.experiment.build import build_sampling, draft_node, name_of, plain, target_node
 from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
+from parsedec.remote.model import RemoteModel
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def run_job(
         "schema_version": SCHEMA_VERSION,
         "title": cfg.title or _title(cfg),
         "config": config,
-        "provenance": provenance(),
+        "provenance": provenance() | _servers(arms),
         "resumed_from": earlier["provenance"] if earlier else None,
     }
     record: dict[str, Any] = {}
@@ -85,6 +86,13 @@ def run_job(
     return record
 
 
+def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Which servers the arms' models are on, and what those can do."""
+    models = [model for arm in arms for model in (arm.engine.target, arm.engine.draft)]
+    found = {model.name: model.provenance for model in models if isinstance(model, RemoteModel)}
+    return {"servers": found} if found else {}
+
+
 def _settings(cfg: DictConfig) -> Settings:
     limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
     return Settings(limits=limits, sampling=build_sampling(cfg), seed=cfg.seed, warmup=cfg.warmup)
@@ -106,6 +114,7 @@ def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:
 
 
 def _title(cfg: DictConfig) -> str:
-    names = [str(cfg.target.source), str(cfg.draft.model.source) if cfg.draft.model else "no draft model"]
+    draft_model = draft_node(cfg)
+    names = [name_of(target_node(cfg)), name_of(draft_model) if draft_model is not None else "no draft model"]
     target, draft = (name.rsplit("/", 1)[-1].removesuffix(".gguf") for name in names)
     return f"{target} with {draft} on {str(cfg.task._target_).rsplit('.', 1)[-1]}"

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from parsedec.errors import ConfigError, ServerError, ServerRefused
@@ -42,7 +42,7 @@ class Connection:
     """
 
     url: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 120.0
     request_timeout_s: float = 1800.0
@@ -76,9 +76,12 @@ class Server:
         """JSON of a page."""
         return self.again(lambda: self._read("GET", path, None))
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """JSON of an answer. Raises ServerRefused where asking again would not help, else ServerError."""
-        return self.again(lambda: self._read("POST", path, body))
+    def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the JSON of an answer; if it raises ServerError, the server is asked again, too.
+
+        Raises ServerRefused where asking again would not help, else ServerError.
+        """
+        return self.again(lambda: read(self._read("POST", path, body)))
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The server-sent events of a streamed answer, as they come; one attempt. Closing it hangs up, and servers stop
@@ -187,7 +190,7 @@ def _refusal(where: str, status: int, text: str) -> ServerError:
     shown = " ".join(text.split())[:300]
     if status >= 500 or status in BUSY:
         return ServerError(f"{where} answered {status}: {shown}")
-    hint = " Check api_key." if status in (401, 403) else ""
+    hint = " Check the key: api_key_env." if status in (401, 403) else ""
     return ServerRefused(f"{where} refused the request ({status}): {shown}.{hint}", status)
 
 

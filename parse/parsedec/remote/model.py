@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +106,7 @@ def connect(
     *,
     tokenizer: str,
     model: str | None = None,
-    api_key: str | None = None,
+    api_key_env: str | None = None,
     labels: str = "auto",
     probes: str = "auto",
     top_logprobs: int = 100,
@@ -125,6 +126,7 @@ def connect(
     url            where it listens
     tokenizer      directory, hub id, `.gguf` file or `zoo:NAME` with its tokenizer; no weights are loaded
     model          what it is called there; None: the only one there is
+    api_key_env    environment variable that holds the bearer token: it stays out of configurations and records
     labels         "auto": the judge's labels by id where the server allows that, else from the most probable tokens;
                    "generative_scoring": by vLLM's endpoint of that name
     probes         "auto": all probes of a pass in one request, but one by one on llama.cpp, whose prompts of one request
@@ -146,7 +148,7 @@ def connect(
     spoken = _tokenizer(tokenizer, location, gguf)
     server = server_of(
         Connection(
-            url=url, api_key=api_key, connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s,
+            url=url, api_key=_key(api_key_env), connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s,
             request_timeout_s=request_timeout_s, retries=retries, backoff_s=backoff_s, cooldown_s=cooldown_s,
             max_connections=max_connections)
     )  # fmt: skip
@@ -165,6 +167,12 @@ def connect(
         can=can,
         together=together,
     )
+
+
+def _key(name: str | None) -> str | None:
+    if name is not None and name not in os.environ:
+        raise ConfigError(f"api_key_env='{name}', but there is no such environment variable. Set it to the key.")
+    return None if name is None else os.environ[name]
 
 
 def _tokenizer(source: str, location: str, gguf: str | None) -> PreTrainedTokenizerBase:

@@ -52,16 +52,15 @@ def probe(server: Server, speaks: Speaks, model: str | None, top: int, scoring: 
     if not can.native:
         can = _prompts(server, can, ids)
     _same_tokenizer(server, can, speaks, ids)
-    prompts: Any = [ids, ids[:-1]] if can.token_prompts else [TEXT, TEXT[:-1]]
+    prompts: Any = [ids, ids * 2] if can.token_prompts else [TEXT, TEXT * 2]
     pair = [ids[0], (ids[0] + 1) % speaks.vocab_size]
     can = _labels(server, can, prompts[0], pair, top)
     if scoring:
-        if not can.token_prompts or not wire.works(lambda: wire.scored(server, can, ids[:3], [ids[3:]], pair)):
+        if not can.token_prompts or not wire.works(lambda: wire.scored(server, can, ids, [ids], pair)):
             raise ServerError(f"labels=generative_scoring, but {server.url} does not serve it. Use labels=auto.")
         can = replace(can, labels=Labels.SCORING)
     can = replace(can, many_prompts=can.native or _many(server, can, prompts))
-    pieces = list(wire.stream(server, can, prompts[0], 2, GREEDY, None))
-    if not pieces:
+    if not _answered(server, can, prompts[0], 2):
         raise ServerError(f"{server.url} streams nothing; /v1/completions with stream=true is needed.")
     log.info("%s: %s", server.url, can)
     return can
@@ -97,7 +96,7 @@ def _version(server: Server, kind: str) -> str | None:
 def _native(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabilities:
     """SGLang's own endpoint gives ids and label probabilities, which its /v1/completions does not."""
     native = replace(can, native=True, token_prompts=True, extensions=True, tokens_back=TokensBack.FIELD)
-    return native if wire.works(lambda: list(wire.stream(server, native, ids, 1, GREEDY, None))) else can
+    return native if wire.works(lambda: _answered(server, native, ids, 1)) else can
 
 
 def _prompts(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabilities:
@@ -115,7 +114,7 @@ def _prompts(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabilit
     for way in (TokensBack.FIELD, TokensBack.LOGPROBS):
         asking = replace(can, tokens_back=way)
         try:
-            if any(piece.tokens for piece in wire.stream(server, asking, prompt, 2, GREEDY, None)):
+            if any(piece.tokens for piece in _answered(server, asking, prompt, 2)):
                 return asking
         except ServerRefused:
             continue
@@ -124,15 +123,23 @@ def _prompts(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabilit
     return can
 
 
+def _answered(server: Server, can: Capabilities, prompt: Sequence[int] | str, new: int) -> list[wire.Piece]:
+    """A short streamed answer."""
+    return server.again(lambda: list(wire.stream(server, can, prompt, new, GREEDY, None)))
+
+
 def _counted(server: Server, can: Capabilities, prompt: Sequence[int] | str) -> int | None:
     """Tokens of a prompt as the server counts them (-1 if it does not say); None if it refuses the prompt."""
     try:
-        answer = server.post("/v1/completions", wire.completion(can, [prompt], 1, GREEDY, None))
+        return server.post("/v1/completions", wire.completion(can, [prompt], 1, GREEDY, None), _prompt_tokens)
     except ServerRefused:
         return None
     except ServerError as error:  # some fall over ids instead of refusing them
         log.info("%s: %s", server.url, error)
         return None
+
+
+def _prompt_tokens(answer: Any) -> int:
     wire.entries(answer, "choices")
     count = (answer.get("usage") or {}).get("prompt_tokens")
     return -1 if count is None else int(count)
@@ -140,13 +147,17 @@ def _counted(server: Server, can: Capabilities, prompt: Sequence[int] | str) -> 
 
 def _same_tokenizer(server: Server, can: Capabilities, speaks: Speaks, ids: Sequence[int]) -> None:
     """The ids that come back spell the text beside them, and a text has as many tokens there as here."""
-    found = list(wire.stream(server, can, list(ids) if can.token_prompts else TEXT, 4, GREEDY, None))
+    found = _answered(server, can, list(ids) if can.token_prompts else TEXT, 4)
     tokens = [token for piece in found for token in piece.tokens or ()]
     text = "".join(piece.text for piece in found)
     wrong = [token for token in tokens if not 0 <= token < speaks.vocab_size]
     spelt = "" if wrong else speaks.decode(tokens)
     counted = None if can.native else _counted(server, can, TEXT)
-    if wrong or (tokens and spelt.strip(EDGES) != text.strip(EDGES)) or counted not in (None, -1, len(ids), len(ids) + 1):
+    if (
+        wrong
+        or (tokens and spelt.strip(EDGES) != text.strip(EDGES))
+        or counted not in (None, -1, len(ids), len(ids) + 1)
+    ):
         raise ModelLoadError(
             f"the model {can.model} at {server.url} does not speak the tokenizer of {speaks.name}: ids {tokens} are "
             f"{spelt!r} here and {text!r} there, and a text of {len(ids)} tokens has {counted} there. Set tokenizer to "
@@ -176,9 +187,11 @@ def _labels(server: Server, can: Capabilities, prompt: Any, ids: Sequence[int], 
 def _many(server: Server, can: Capabilities, prompts: Any) -> bool:
     """Whether one request may hold two prompts, and the answers say which is whose."""
     try:
-        choices = wire.entries(
-            server.post("/v1/completions", wire.completion(can, prompts, 1, GREEDY, None)), "choices"
-        )
-    except ServerError:
+        return server.post("/v1/completions", wire.completion(can, prompts, 1, GREEDY, None), _two_choices)
+    except ServerError as error:
+        log.info("%s: %s", server.url, error)
         return False
-    return sorted(choice.get("index", 0) for choice in choices) == [0, 1]
+
+
+def _two_choices(answer: Any) -> bool:
+    return sorted(choice.get("index", 0) for choice in wire.entries(answer, "choices")) == [0, 1]

@@ -62,19 +62,20 @@ def stream(
 
 def labels(server: Server, can: Capabilities, prompts: Prompts, ids: Sequence[int]) -> list[Found]:
     """Log-probabilities of `ids` as the next token behind each of K prompts, in one request."""
+
+    def read(answer: Any) -> list[Found]:
+        if can.native:
+            found = [_native_found(each) for each in (answer if isinstance(answer, list) else [answer])]
+        else:
+            # one prompt's choices may come before another's: the index says whose they are
+            choices = sorted(entries(answer, "choices"), key=lambda choice: int(choice.get("index", 0)))
+            found = [logprobs(choice) for choice in choices]
+        return _all(found, len(prompts), server)
+
     if can.native:
         body = _native(can, list(prompts), 1, GREEDY, None)
-        answers = server.post("/generate", body | {"return_logprob": True, "token_ids_logprob": list(ids)})
-        answers = answers if isinstance(answers, list) else [answers]
-        found = [_native_found(answer) for answer in answers]
-    else:
-        body = completion(can, list(prompts), 1, GREEDY, None) | asked(can, ids)
-        choices = entries(server.post("/v1/completions", body), "choices")
-        # one prompt's choices may come before another's: the index says whose they are
-        found = [logprobs(choice) for choice in sorted(choices, key=lambda c: int(c.get("index", 0)))]
-    if len(found) != len(prompts):
-        raise ServerError(f"{server.url} gave {len(found)} answers to {len(prompts)} prompts.")
-    return found
+        return server.post("/generate", body | {"return_logprob": True, "token_ids_logprob": list(ids)}, read)
+    return server.post("/v1/completions", completion(can, list(prompts), 1, GREEDY, None) | asked(can, ids), read)
 
 
 def scored(server: Server, can: Capabilities, query: Sequence[int], items: Prompts, ids: Sequence[int]) -> list[Found]:
@@ -86,12 +87,20 @@ def scored(server: Server, can: Capabilities, query: Sequence[int], items: Promp
         "label_token_ids": list(ids),
         "apply_softmax": True,
     }
-    answer = server.post("/generative_scoring", body)
-    rows = sorted(entries(answer, "data"), key=lambda row: int(row.get("index", 0)))
-    scores = [min(max(_number(row, "score"), 1e-9), 1 - 1e-9) for row in rows]
-    if len(scores) != len(items):
-        raise ServerError(f"{server.url} gave {len(scores)} scores for {len(items)} items.")
-    return [Found({ids[0]: math.log(s), ids[1]: math.log1p(-s)}, {}, -math.inf) for s in scores]
+
+    def read(answer: Any) -> list[Found]:
+        rows = sorted(entries(answer, "data"), key=lambda row: int(row.get("index", 0)))
+        scores = [min(max(_number(row, "score"), 1e-9), 1 - 1e-9) for row in rows]
+        found = [Found({ids[0]: math.log(s), ids[1]: math.log1p(-s)}, {}, -math.inf) for s in scores]
+        return _all(found, len(items), server)
+
+    return server.post("/generative_scoring", body, read)
+
+
+def _all(found: list[Found], wanted: int, server: Server) -> list[Found]:
+    if len(found) != wanted:
+        raise ServerError(f"{server.url} gave {len(found)} answers to {wanted} prompts.")
+    return found
 
 
 def completion(
