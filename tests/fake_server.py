@@ -222,8 +222,10 @@ class Handler(BaseHTTPRequestHandler):
             spelt = self.fake.model.tokenizer.decode([token])
             return {"id": token, "token": spelt, "logprob": float(row[token])}
 
-        return {"content": [entry(t, row) | {"top_logprobs": [entry(int(i), row) for i in row.topk(min(count, len(row))).indices]}
-                            for t, row in zip(tokens, rows, strict=True)]}  # fmt: skip
+        def top(row):
+            return {"top_logprobs": [entry(int(i), row) for i in row.topk(min(count, len(row))).indices]}
+
+        return {"content": [entry(token, row) | top(row) for token, row in zip(tokens, rows, strict=True)]}
 
     def openai(self, tokens, rows, count, body):
         def name(token):

@@ -272,7 +272,8 @@ def test_capabilities_are_found_out(serve, pair):
         "vllm": ("vllm", "9.9.9"), "sglang": ("sglang", "9.9.9"), "llamacpp": ("llamacpp", "9.9.9"),
         "plain": ("unknown", None)}  # fmt: skip
     assert {f: c.tokens_back for f, c in found.items()} == {
-        "vllm": TokensBack.FIELD, "sglang": TokensBack.FIELD, "llamacpp": TokensBack.LOGPROBS, "plain": TokensBack.TEXT}  # fmt: skip
+        "vllm": TokensBack.FIELD, "sglang": TokensBack.FIELD, "llamacpp": TokensBack.LOGPROBS,
+        "plain": TokensBack.TEXT}  # fmt: skip
     assert {f: c.labels for f, c in found.items()} == {
         "vllm": Labels.BY_ID, "sglang": Labels.BY_ID, "llamacpp": Labels.TOP, "plain": Labels.TOP}  # fmt: skip
     assert (
@@ -300,7 +301,7 @@ def test_what_cannot_work_is_refused_by_name(serve, pair, spoken):
         connect("127.0.0.1:1", tokenizer=spoken["words"])
     with pytest.raises(ServerError, match="generative_scoring"):
         serve(target, "llamacpp", settings={"labels": "generative_scoring"})
-    with pytest.raises(IncompatibleStack, match="weights of tiny at http.* are at"):
+    with pytest.raises(IncompatibleStack, match=r"weights of tiny at http.* are at"):
         remote.forward([[1]], None, keep=1)
 
 
@@ -311,7 +312,7 @@ def test_wrong_key_is_refused_at_once(pair, spoken, monkeypatch):
         remote = connect(server.url, tokenizer=spoken["words"], api_key_env="RIGHT")
         assert isinstance(remote, RemoteModel)
         assert "right" not in repr(remote.server.connection)
-        with pytest.raises(ServerError, match="401.*api_key_env"):
+        with pytest.raises(ServerError, match=r"401.*api_key_env"):
             connect(server.url, tokenizer=spoken["words"], api_key_env="WRONG")
         with pytest.raises(ConfigError, match="no such environment variable"):
             connect(server.url, tokenizer=spoken["words"], api_key_env="NONE_SUCH")

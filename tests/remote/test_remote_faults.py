@@ -1,4 +1,4 @@
-"""Whatever a server does, a request ends: with the answer, without the draft, or with an error that holds what was done.
+"""Whatever a server does, a request ends: with the answer, without the draft, or with an error that has what was done.
 
 Every test has a time limit of its own: nothing may hang.
 """

@@ -168,8 +168,8 @@ class Server:
         except httpx.HTTPError as error:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             raise ServerError(
-                f"{self.url}{path} could not be read ({what}). Check that the server runs and its url; a slow one needs "
-                "a higher read_timeout_s."
+                f"{self.url}{path} could not be read ({what}). Check that the server runs and its url; a slow one "
+                "needs a higher read_timeout_s."
             ) from error
 
 

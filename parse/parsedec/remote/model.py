@@ -1,4 +1,4 @@
-"""A model on a server. What it needs here are its tokenizer, chat template and configuration; the weights stay there."""
+"""A model on a server. Here are its tokenizer, chat template and configuration; the weights stay there."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class RemoteModel(LanguageModel):
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         raise IncompatibleStack(
-            f"the weights of {self.name} are at {self.server.url}; there are no logits or hidden states of it here. Use "
-            "what works through completions (outer=parse, parse_streamed or none; inner=none), or engine=local."
+            f"the weights of {self.name} are at {self.server.url}; there are no logits or hidden states of it here. "
+            "Use what works through completions (outer=parse, parse_streamed or none; inner=none), or engine=local."
         )
 
     def prompt(self, ids: Sequence[int]) -> list[int] | str:
@@ -129,8 +129,8 @@ def connect(
     api_key_env    environment variable that holds the bearer token: it stays out of configurations and records
     labels         "auto": the judge's labels by id where the server allows that, else from the most probable tokens;
                    "generative_scoring": by vLLM's endpoint of that name
-    probes         "auto": all probes of a pass in one request, but one by one on llama.cpp, whose prompts of one request
-                   share no cache; "together", "one_by_one"
+    probes         "auto": all probes of a pass in one request, but one by one on llama.cpp, where those of one
+                   request share no cache; "together", "one_by_one"
     top_logprobs   most probable tokens to ask for where labels cannot be asked for by id
     context_limit  most tokens of a request; None: the server's, else the model's own
     chat_template, template_args   as `load`

@@ -204,7 +204,7 @@ class RemoteDecoder(Decoder):
 
 
 class EncodedText:
-    """Tokens of a text that arrives in pieces, from a server that names no ids; the last ones wait until they are sure."""
+    """Tokens of a text that arrives in pieces, from a server that names no ids; the last ones wait till sure."""
 
     def __init__(self, model: LanguageModel, before: Sequence[int]) -> None:
         self._model = model

@@ -28,8 +28,8 @@ def check_inner(inner: InnerSpeculator, model: LanguageModel, acceptance: Accept
     """Raise IncompatibleStack for an inner level that would have to reach into a server."""
     if isinstance(model, RemoteModel) and not isinstance(inner, NoSpeculation):
         raise IncompatibleStack(
-            f"{type(inner).__name__} cannot speculate for {model.name}: its tokens are chosen there. Use inner=none, and "
-            "let the server speculate (docs/scale-out.md has the options)."
+            f"{type(inner).__name__} cannot speculate for {model.name}: its tokens are chosen there. Use inner=none, "
+            "and let the server speculate (docs/scale-out.md has the options)."
         )
     if isinstance(model, RemoteModel) and not acceptance.lossless:
         raise IncompatibleStack(
