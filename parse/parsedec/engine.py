@@ -73,9 +73,9 @@ class Parse:
         self.target = target
         self.draft = draft
         self.acceptance: Acceptance = acceptance or Siblings()
-        for model, speculator in ((target, inner), (draft, draft_inner)):
-            if speculator is not None and model is not None:
-                check_inner(speculator, model, self.acceptance)
+        check_inner(inner or NoSpeculation(), target, self.acceptance)
+        if draft is not None:
+            check_inner(draft_inner or NoSpeculation(), draft)
         self.outer: Outer = chosen.bind(target)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)

@@ -26,7 +26,8 @@ EDGES = " \n\ufffd"  # where decoders differ, and characters that are not comple
 class Speaks(Protocol):
     """The side of a model that needs no weights."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def vocab_size(self) -> int: ...

@@ -20,18 +20,19 @@ def open_decoder(
     acceptance: Acceptance | None = None,
 ) -> Decoder:
     """A decoder for one request."""
-    kind = RemoteDecoder if isinstance(model, RemoteModel) else Decoder
-    return kind(model, inner, sampler, tally, acceptance)
+    if isinstance(model, RemoteModel):
+        return RemoteDecoder(model, inner, sampler, tally, acceptance)
+    return Decoder(model, inner, sampler, tally, acceptance)
 
 
-def check_inner(inner: InnerSpeculator, model: LanguageModel, acceptance: Acceptance) -> None:
-    """Raise IncompatibleStack for an inner level that would have to reach into a server."""
+def check_inner(inner: InnerSpeculator, model: LanguageModel, acceptance: Acceptance | None = None) -> None:
+    """Raise IncompatibleStack for an inner level that would have to reach into a server, or a lossy rule."""
     if isinstance(model, RemoteModel) and not isinstance(inner, NoSpeculation):
         raise IncompatibleStack(
             f"{type(inner).__name__} cannot speculate for {model.name}: its tokens are chosen there. Use inner=none, "
             "and let the server speculate (docs/scale-out.md has the options)."
         )
-    if isinstance(model, RemoteModel) and not acceptance.lossless:
+    if isinstance(model, RemoteModel) and acceptance is not None and not acceptance.lossless:
         raise IncompatibleStack(
             f"{type(acceptance).__name__} cannot decide what {model.name} writes: it is chosen there. Use "
             "acceptance=siblings."

@@ -6,7 +6,7 @@ Letters:  K prompts of one request, x token ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from parsedec.remote.capabilities import Capabilities, Labels, TokensBack
 from parsedec.remote.client import Server
 from parsedec.types import Sampling
 
-Prompts = Sequence[Sequence[int]] | Sequence[str]  # K of them
+Prompts = Sequence[Sequence[int] | str]  # K of them
 NAME = "token_id:"  # how vLLM spells a token whose id was asked for
 GREEDY = Sampling()
 
@@ -49,7 +49,7 @@ class Found:
 
 def stream(
     server: Server, can: Capabilities, prompt: Sequence[int] | str, new: int, sampling: Sampling, seed: int | None
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Up to `new` tokens behind the prompt, as they come. Closing it hangs up."""
     if can.native:
         yield from _native_pieces(server, _native(can, [prompt], new, sampling, seed, alone=True) | {"stream": True})
@@ -78,7 +78,9 @@ def labels(server: Server, can: Capabilities, prompts: Prompts, ids: Sequence[in
     return server.post("/v1/completions", completion(can, list(prompts), 1, GREEDY, None) | asked(can, ids), read)
 
 
-def scored(server: Server, can: Capabilities, query: Sequence[int], items: Prompts, ids: Sequence[int]) -> list[Found]:
+def scored(
+    server: Server, can: Capabilities, query: Sequence[int], items: Sequence[Sequence[int]], ids: Sequence[int]
+) -> list[Found]:
     """As `labels`, by vLLM's /generative_scoring: `items` stand behind `query`, the first of two ids is scored."""
     body = {
         "model": can.model,
@@ -103,9 +105,7 @@ def _all(found: list[Found], wanted: int, server: Server) -> list[Found]:
     return found
 
 
-def completion(
-    can: Capabilities, prompts: Sequence[Sequence[int] | str], new: int, sampling: Sampling, seed: int | None
-) -> dict[str, Any]:
+def completion(can: Capabilities, prompts: Prompts, new: int, sampling: Sampling, seed: int | None) -> dict[str, Any]:
     """Body of a /v1/completions request; one prompt goes as it is, several as a list."""
     body: dict[str, Any] = {
         "model": can.model,
@@ -183,7 +183,7 @@ def _tokens(choice: Mapping[str, Any], tokens_back: TokensBack) -> tuple[int, ..
 
 def _native(
     can: Capabilities,
-    prompts: Sequence[Sequence[int] | str],
+    prompts: Prompts,
     new: int,
     sampling: Sampling,
     seed: int | None,
