@@ -133,17 +133,11 @@ def connect(
                    request share no cache; "together", "one_by_one"
     top_logprobs   most probable tokens to ask for where labels cannot be asked for by id
     context_limit  most tokens of a request; None: the server's, else the model's own
-    chat_template, template_args   as `load`
-    The others are those of `Connection`.
+    chat_template, template_args as in `load`; the others as in `Connection`
 
     Raises ServerError if it cannot be reached, ModelLoadError if the tokenizer is not that of the model there.
     """
-    if labels not in ("auto", "generative_scoring"):
-        raise ConfigError(f"labels='{labels}'; expected auto or generative_scoring.")
-    if probes not in PROBES:
-        raise ConfigError(f"probes='{probes}'; expected one of {', '.join(PROBES)}.")
-    if top_logprobs < 2:
-        raise ConfigError(f"top_logprobs={top_logprobs}; expected at least 2, one for each label.")
+    _check_ways(labels, probes, top_logprobs)
     location, gguf = find_checkpoint(tokenizer)
     spoken = _tokenizer(tokenizer, location, gguf)
     server = server_of(
@@ -167,6 +161,15 @@ def connect(
         can=can,
         together=together,
     )
+
+
+def _check_ways(labels: str, probes: str, top_logprobs: int) -> None:
+    if labels not in ("auto", "generative_scoring"):
+        raise ConfigError(f"labels='{labels}'; expected auto or generative_scoring.")
+    if probes not in PROBES:
+        raise ConfigError(f"probes='{probes}'; expected one of {', '.join(PROBES)}.")
+    if top_logprobs < 2:
+        raise ConfigError(f"top_logprobs={top_logprobs}; expected at least 2, one for each label.")
 
 
 def _key(name: str | None) -> str | None:
