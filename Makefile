@@ -17,7 +17,7 @@ setup: $(VENV)/.installed  ## virtual environment with parsedec and its tools, f
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf,eval,report]'
 	@touch $@
 
 demo: setup  ## the main job on the embedded models: five arms, the table, the trace page
@@ -75,12 +75,15 @@ golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR ma
 
 ZOO := outputs/zoo
 TRAIN := $(BIN)/python experiments/train.py resume=true
-zoo: setup  ## train the embedded models and heads again, about five hours of one core; goes on after a kill
-	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft
-	$(TRAIN) recipe=zoo_base output=$(ZOO)/base
+zoo: setup  ## train the embedded models and heads again, about three hours of one core; goes on after a kill
+	test -d $(ZOO)/tokenizer/tokenizer || $(BIN)/python experiments/tokenizer.py output=$(ZOO)/tokenizer
+	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
+	$(TRAIN) recipe=zoo_base output=$(ZOO)/base recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
 	$(TRAIN) recipe=zoo_target output=$(ZOO)/target recipe.init=$(ZOO)/base/model recipe.drafts.model=$(ZOO)/draft/model
 	for head in eagle3 medusa parallelspec; do \
 	  $(TRAIN) recipe=zoo_$$head output=$(ZOO)/$$head recipe.target=$(ZOO)/target/model || exit 1; done
+	$(BIN)/python experiments/train_probe.py resume=true output=$(ZOO)/probe \
+	  target.source=$(ZOO)/target/model draft.model.source=$(ZOO)/draft/model
 	$(TRAIN) recipe=zoo_pard output=$(ZOO)/pard recipe.target=$(ZOO)/target/model recipe.head.init=$(ZOO)/draft/model
 
 checksums: setup  ## write down the checksums of the embedded files, after they have changed

@@ -1,5 +1,6 @@
 """PARSE: parallel prefix verification for speculative generation (arXiv 2605.04263), as composable middleware."""
 
+from parsedec.batch import BatchResult
 from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
 from parsedec.experiment.trace import write_trace
@@ -9,6 +10,7 @@ from parsedec.outer import PrefixVerification, TargetOnly
 from parsedec.types import Delta, Limits, Result, Sampling, StopReason
 
 __all__ = [
+    "BatchResult",
     "Delta",
     "LabelJudge",
     "LanguageModel",

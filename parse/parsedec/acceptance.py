@@ -63,7 +63,7 @@ class Siblings:
     def accept(self, tree: Tree, logits: Tensor, sampler: Sampler) -> Accepted:
         if sampler.greedy:
             return accept_greedy(tree, logits)
-        path, children = [0], children_of(tree)
+        path, children = [0], tree.children()
         while True:
             p = sampler.log_distribution(logits[path[-1]]).exp()  # [V]; rows off the path are never needed
             if tree.logq is None:
@@ -93,7 +93,7 @@ class Traversal:
     def accept(self, tree: Tree, logits: Tensor, sampler: Sampler) -> Accepted:
         if sampler.greedy:
             return accept_greedy(tree, logits)
-        waiting = [nodes[::-1] for nodes in children_of(tree)]  # the next child to visit is at the end
+        waiting = [nodes[::-1] for nodes in tree.children()]  # the next child to visit is at the end
         path = [_OnPath(0, 1.0)]
         while True:
             last = path[-1]
@@ -222,14 +222,6 @@ def accept_probability(p: Tensor, q: Tensor | None, token: int) -> float:
 def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
     """What is left of p after a refused guess, normalised, [V]."""
     return _left_over(1.0, p, q, token)[1]
-
-
-def children_of(tree: Tree) -> list[list[int]]:
-    """Of every node its children, in the order they stand in."""
-    children: list[list[int]] = [[] for _ in tree.tokens]
-    for node in range(1, tree.size):
-        children[tree.parents[node]].append(node)
-    return children
 
 
 def leaves_of(tree: Tree) -> list[int]:

@@ -6,12 +6,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 from parsedec.errors import ConfigError
-from parsedec.model import JudgeCard
 
 DEFAULT_THRESHOLD = 0.9
+
+
+class Thresholds(Protocol):
+    """Thresholds that were calibrated for the scores of one judge on one target, e.g. a judge card."""
+
+    @property
+    def threshold(self) -> float: ...
+
+    @property
+    def full_threshold(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +30,7 @@ class BoundaryRule(ABC):
     threshold       least score with which a prefix passes
     full_threshold  least score with which the complete draft is the answer (the holistic check)
 
-    None: what the target's judge card says, if the judge asks as the card does; else 0.9.
+    None: what the judge's card says, e.g. the target's if the judge asks as that does; else 0.9.
     """
 
     threshold: float | None = None
@@ -34,8 +43,8 @@ class BoundaryRule(ABC):
                 "probabilities from 0 to 1."
             )
 
-    def bind(self, card: JudgeCard | None) -> Self:
-        """A copy with the thresholds of the judge card where none were set."""
+    def bind(self, card: Thresholds | None) -> Self:
+        """A copy with the thresholds of the judge's card where none were set."""
         return replace(
             self,
             threshold=_first(self.threshold, card.threshold if card else None),

@@ -21,6 +21,11 @@ def prompt_ids(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
     return model.encode(_render(model, messages))
 
 
+def prompt_text(model: LanguageModel, messages: Sequence[Message], *, continued: bool = False) -> str:
+    """The dialogue with the assistant opening; `continued`: its last message is an answer to be gone on with."""
+    return _render(model, messages, continued=continued)
+
+
 def suffix_text(model: LanguageModel, question: str) -> str:
     """End of the assistant's turn, a user turn with `question`, and the assistant opening."""
     dialogue = [
@@ -72,7 +77,7 @@ def label_tokens(model: LanguageModel, suffix: str, labels: Sequence[str]) -> li
     return firsts
 
 
-def _render(model: LanguageModel, messages: Sequence[Message]) -> str:
+def _render(model: LanguageModel, messages: Sequence[Message], *, continued: bool = False) -> str:
     template = model.chat_template or model.tokenizer.chat_template
     if template is None:
         raise ChatTemplateError(
@@ -85,7 +90,8 @@ def _render(model: LanguageModel, messages: Sequence[Message]) -> str:
             model.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
                 chat_template=model.chat_template,
                 **arguments,
             )

@@ -10,6 +10,7 @@ from parsedec.answer import Answer
 from parsedec.inner import InnerSpeculator
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import open_decoder
 from parsedec.sampling import Sampler
 from parsedec.text import Draft, GrowingDraft, carried, common_prefix
@@ -35,13 +36,17 @@ class Drafter:
         prompt: Sequence[int],
         stop: Sequence[str],
         acceptance: Acceptance | None = None,
+        logprobs: bool = False,
     ) -> None:
+        """`logprobs`: its drafts hold the log-probabilities of their tokens; for models of one vocabulary, not on a
+        server."""
         self.model = model
         self.target = target
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
         self.decoder = open_decoder(model, inner, sampler, Tally(), acceptance)
+        self.logprobs = logprobs and not isinstance(model, RemoteModel)
 
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""
@@ -51,7 +56,7 @@ class Drafter:
         while writing.step():
             pass
         tokens, ended = writing.tokens()
-        return Draft.of(self.target, tokens, ended)
+        return replace(Draft.of(self.target, tokens, ended), logprobs=writing.logprobs(len(tokens)))
 
     def begin(self, answer: Answer, limit: int) -> Writing | None:
         """As `write`, but to be taken a step at a time; None where nothing can be drafted."""
@@ -86,6 +91,7 @@ class Writing:
         self._limit = limit
         self._before = session.tokens[len(drafter.prompt) :]  # the answer so far in the draft model's tokens
         self._after = list(answer.tokens)  # and in the target's, as it was when the draft began
+        drafter.decoder.logprobs = [] if drafter.logprobs else None
         self._own = Answer(drafter.model, Limits(max_new_tokens=limit, stop=drafter.stop))
         self._steps = drafter.decoder.write(self._own, Author.DRAFT)
         self._growing = GrowingDraft(drafter.target)
@@ -109,6 +115,11 @@ class Writing:
             tokens = carried(drafter.model, self._before, tokens, drafter.target, self._after)
         return tokens[: self._limit], ended and len(tokens) <= self._limit
 
+    def logprobs(self, n: int) -> tuple[float, ...] | None:
+        """The draft model's log-probabilities of the first n tokens, if they are recorded."""
+        known = self._drafter.decoder.logprobs
+        return None if known is None else tuple(known[:n])
+
     def draft(self, *, final: bool = False) -> Draft:
         """The draft so far.
 
@@ -122,4 +133,4 @@ class Writing:
             self._growing, self._read = GrowingDraft(self._drafter.target), NOTHING
         for token in tokens[len(self._growing.tokens) :]:
             self._read = self._growing.push(token)
-        return replace(self._read, ended=ended)
+        return replace(self._read, ended=ended, logprobs=self.logprobs(len(tokens)))

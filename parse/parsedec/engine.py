@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,16 +10,18 @@ import torch
 
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
+from parsedec.batch import Batch, BatchResult
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, PromptError, TargetLost
+from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, ParsedecError, PromptError, TargetLost
+from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import InnerSpeculator, NoSpeculation
-from parsedec.judge import Judge, LabelJudge
+from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
-from parsedec.outer import Outer, PrefixVerification, TargetOnly, Work
-from parsedec.remote.stack import check_inner, open_decoder
+from parsedec.outer import AsksJudge, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
 from parsedec.text import StopText, TextStream
@@ -77,6 +80,7 @@ class Parse:
         if draft is not None:
             check_inner(draft_inner or NoSpeculation(), draft)
         self.outer: Outer = chosen.bind(target)
+        self.judge_needs = _judge_needs(self.outer, target, draft)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
         self.history = GateHistory()
@@ -103,9 +107,7 @@ class Parse:
         Raises PromptError for a prompt that cannot be run; the engine stays usable.
         """
         result = None
-        for delta in self.stream(
-            prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, generator=generator
-        ):
+        for delta in self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, False):
             result = delta.result or result
         assert result is not None
         return result
@@ -123,14 +125,65 @@ class Parse:
 
         What is wrong with the request is raised here; the work begins with the first piece that is asked for.
         """
-        limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
-        sampler = Sampler(sampling or Sampling(), generator)
-        ids = self._target_ids(prompt)
-        return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits)
+        return self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, True)
 
-    def _answer(self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits) -> Iterator[Delta]:
-        answer, meter = Answer(self.target, limits), Meter(self.target.device)
-        target = open_decoder(self.target, self.inner, sampler, Tally(), self.acceptance)
+    def _begin(
+        self, prompt: Prompt, limits: Limits, sampling: Sampling | None, generator: torch.Generator | None, spelt: bool
+    ) -> Iterator[Delta]:
+        """`spelt`: each piece has its text; decoding it takes longer than all else the engine does in a step."""
+        sampler = Sampler(sampling or Sampling(), generator)
+        ids = self.target_ids(prompt)
+        return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits, spelt)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        size: int = 16,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> BatchResult:
+        """Answer many requests, `size` at a time: their passes of the models are made together (`batch`).
+
+        prompts     each as in `generate`
+        generators  for sampled decoding, one a request
+
+        Every request gets the answer it would get by itself, rounding aside; a gate that learns from earlier requests
+        may have seen others. What is wrong with one request is its answer, and costs the others nothing; what is wrong
+        with all of them is raised. Nothing else may run the models meanwhile.
+        """
+        start = time.perf_counter()
+        answers = dict(
+            self.stream_batch(
+                prompts, size=size, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, generators=generators
+            )
+        )
+        wall = time.perf_counter() - start
+        return BatchResult(answers=tuple(answers[i] for i in range(len(prompts))), wall_s=wall)
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        size: int = 16,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Iterator[tuple[int, Result | ParsedecError]]:
+        """As `generate_batch`, but (place, answer) of every request as soon as it is finished."""
+        limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
+        batch = Batch(prompts=prompts, size=size, limits=limits, sampling=sampling or Sampling(), generators=generators)
+        return batch.answers(self)
+
+    def _answer(
+        self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits, spelt: bool
+    ) -> Iterator[Delta]:
+        answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
+        layers = self.judge_needs.hidden_layers
+        target = open_decoder(self.target, self.inner, sampler, Tally(), self.acceptance, layers)
         if self.outer.prefill:
             with meter.span("prefill"):
                 target.session.feed(ids)
@@ -142,7 +195,7 @@ class Parse:
         try:
             for author, tokens in self.outer.run(work):
                 meter.saw_token()
-                piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
+                piece = Delta(text=text.push(*tokens) if spelt else "", tokens=tuple(tokens), author=author)
                 with meter.away():
                     yield piece
         except TargetLost as lost:
@@ -194,9 +247,11 @@ class Parse:
         else:
             own = prompt_ids(self.draft, _messages(prompt))
         _check_length(self.draft, own)
-        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance)
+        recorded = self.judge_needs.draft_logprobs
+        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
 
-    def _target_ids(self, prompt: Prompt) -> list[int]:
+    def target_ids(self, prompt: Prompt) -> list[int]:
+        """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
         ids = _ids(prompt) or prompt_ids(self.target, _messages(prompt))
         wrong = [i for i in ids if not 0 <= i < self.target.vocab_size]
         if wrong:
@@ -227,6 +282,19 @@ def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageMod
     return bound
 
 
+def _judge_needs(outer: Outer, target: LanguageModel, draft: LanguageModel | None) -> JudgeNeeds:
+    """What the judge of a bound outer level reads, if there is one and this pair can give it."""
+    needs = outer.judge.needs if isinstance(outer, AsksJudge) else JudgeNeeds()
+    check_judge(needs, target, draft)
+    if needs.draft_logprobs and draft is not None and not target.same_vocabulary(draft):
+        raise IncompatibleStack(
+            f"the judge reads the draft model's probabilities token by token, but {draft.name} and {target.name} have "
+            "different vocabularies, so there is none for each of the target's tokens. Use another judge, e.g. "
+            "judge=label or judge=logprob."
+        )
+    return needs
+
+
 def _ids(prompt: Prompt) -> list[int]:
     """The prompt's token ids, if that is what it is; else nothing."""
     if isinstance(prompt, str) or not isinstance(prompt, Sequence):
@@ -241,7 +309,10 @@ def _messages(prompt: Prompt) -> list[Message]:
         raise PromptError(f"the prompt is {prompt!r}; expected a user message, a list of messages, or token ids.")
     malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
     if malformed:
-        raise PromptError(f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}.")
+        raise PromptError(
+            f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}. Several prompts are for "
+            "generate_batch."
+        )
     if not messages or not str(messages[-1]["content"]).strip():
         raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
     return list(messages)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+from torch import Tensor
+
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.backends import open_session
@@ -15,6 +17,7 @@ from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.session import Session
+from parsedec.staged import token_logprobs
 from parsedec.types import Author, Needs, Outcome, Seen, StopReason, Tree
 
 
@@ -94,15 +97,21 @@ class Decoder:
         sampler: Sampler,
         tally: Tally,
         acceptance: Acceptance | None = None,
+        layers: Sequence[int] = (),
         *,
         session: Session | None = None,
     ) -> None:
-        self.session = open_session(model, inner.needs.hidden_layers) if session is None else session
+        """`layers`: hidden states that others than the speculator read of this session. `session`: one to work in,
+        in place of a new one that holds these states."""
+        own = inner.needs.hidden_layers
+        shown = own + tuple(layer for layer in layers if layer not in own)
+        self.session = open_session(model, shown) if session is None else session
         self.inner = inner
         self.sampler = sampler
         self.tally = tally
         self.notes: set[str] = set()  # what a reader of the trace should know
         self.acceptance: Acceptance = acceptance or Siblings()
+        self.logprobs: list[float] | None = None  # of the tokens written, if somebody has set it to a list
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of
         self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
@@ -114,13 +123,17 @@ class Decoder:
             root = Tree.chain(self.session.tokens[-1:])
             _, token = self.acceptance.accept(root, logits[None], self.sampler)
             self.session.append(token)
+            self._record(logits[None], [token])
             return [token]
         tree = self._propose(budget - 1)
-        path, bonus = self.acceptance.accept(tree, self.session.tree(tree), self.sampler)
+        logits = self.session.tree(tree)
+        path, bonus = self.acceptance.accept(tree, logits, self.sampler)
+        tokens = [*(tree.tokens[node] for node in path[1:]), bonus]
+        self._record(logits, tokens, path)
         self.session.keep(path)
         self.session.append(bonus)
         self.tally.count_tree(tree.depth, len(path) - 1)
-        return [*(tree.tokens[node] for node in path[1:]), bonus]
+        return tokens
 
     def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:
         """Decode until the answer stops; yields the tokens of each step that became part of it."""
@@ -142,14 +155,27 @@ class Decoder:
         if tokens and isinstance(self.inner, NotesRefused):
             self._refused.append((self.session.length, tokens))
 
+    def _record(self, logits: Tensor, tokens: Sequence[int], rows: Sequence[int] = (0,)) -> None:
+        """Note the log-probability of tokens[i] under logits[rows[i]], if somebody asks for them."""
+        if self.logprobs is not None:
+            self.logprobs += token_logprobs(logits[list(rows)], tokens).tolist()
+
+    def _seen(self, start: int) -> Seen:
+        """What the speculator asked to see of the rows from `start` on: its layers are the session's first."""
+        own = len(self.inner.needs.hidden_layers)
+        if own == len(self.session.taps):
+            return self.session.seen(start)
+        taps = self.session.seen(start).taps if own else None
+        return Seen(None if taps is None else taps[:, :own].contiguous())
+
     def _propose(self, budget: int) -> Tree:
         """A proposal for the tokens as they stand, after telling the speculator what is new."""
         tokens = self.session.tokens
         self.session.read_ahead()  # the speculator is owed the taps of all tokens but the root
         if self._state is None:
-            self._state = self.inner.start(tokens, self.session.seen(0), self.sampler)
+            self._state = self.inner.start(tokens, self._seen(0), self.sampler)
         elif self._told < len(tokens):
-            seen = self.session.seen(self._told - 1)
+            seen = self._seen(self._told - 1)
             self._state = self.inner.commit(self._state, Outcome(tuple(tokens[self._told :]), seen))
         self._told = len(tokens)
         while self._refused:

@@ -10,13 +10,13 @@ Shapes in this file:  C cached columns before the pass, N draft rows, K probes, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Tensor:
+def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int, first: int = 0) -> Tensor:
     """Let K probes, each judging a longer prefix of one draft, share a single forward pass (PARSE, design 3).
 
     Columns are context | draft | probe 0 | probe 1 | …; rows are the draft and then the probes.
@@ -33,11 +33,11 @@ def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int) -> Te
         probe1     x x    x x x    . .      x .
                    x x    x x x    . .      x x
 
-    Returns [N + K*S, C + N + K*S] bool.
+    Returns [N + K*S, C + N + K*S] bool; without the `first` rows of the draft, if they were read before.
     """
     probes = len(cuts)
-    causal = torch.ones(draft, draft, dtype=torch.bool).tril()  # [N, N]
-    top = torch.cat([causal, torch.zeros(draft, probes * suffix, dtype=torch.bool)], dim=1)
+    causal = torch.arange(draft) <= torch.arange(first, draft)[:, None]  # [N - first, N]
+    top = torch.cat([causal, torch.zeros(draft - first, probes * suffix, dtype=torch.bool)], dim=1)
     reads_draft = torch.arange(draft) < torch.tensor(cuts, dtype=torch.long)[:, None]  # [K, N]
     own = torch.ones(suffix, suffix, dtype=torch.bool).tril()  # [S, S]
     bottom = torch.cat(
@@ -65,15 +65,12 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
 
     Returns [N, C + N] bool.
     """
-    n = len(parents)
-    sees = np.zeros((n, context + n), dtype=bool)
-    sees[:, :context] = True
-    nodes = sees[:, context:]
-    for node, parent in enumerate(parents):  # in numpy: a tensor operation a node would cost more than the draft
-        if parent >= 0:
-            nodes[node] = nodes[parent]
-        nodes[node, node] = True
-    return torch.from_numpy(sees)
+    n, rows = len(parents), list[bytearray]()
+    for node, parent in enumerate(parents):  # in bytes: a tensor operation a node would cost more than the draft
+        row = bytearray(b"\1" * context + bytes(n) if parent < 0 else rows[parent])
+        row[context + node] = 1
+        rows.append(row)
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(n, context + n)
 
 
 def for_model(
@@ -101,6 +98,13 @@ def for_model(
         if window is not None:
             distance = rows_at.to(device)[:, None] - columns_at.to(device)[None, :]  # [R, C + R]
             visible = allowed & (distance < window)
-        nothing = torch.zeros((), dtype=dtype, device=device)
-        masks[kind] = torch.where(visible, nothing, torch.finfo(dtype).min)[None, None]
+        masks[kind] = torch.where(visible, *_added(dtype, device))[None, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+@cache
+def _added(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added to a score that counts, and to one that does not: [] each."""
+    with torch.inference_mode(False):  # made once, and for training passes, too
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return zero, torch.full_like(zero, torch.finfo(dtype).min)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -56,19 +56,24 @@ class Tally:
 
 
 class Meter:
-    """Seconds spent in prefill, draft, judge and decode of one request."""
+    """Seconds spent in prefill, draft, judge and decode of one request.
 
-    def __init__(self, device: torch.device) -> None:
+    clock  whose seconds are counted; in a batch a request's own ones (`fibers`). Only the time to the first token is
+           always plain time, others' turns included
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self._cuda = device.type == "cuda"
+        self._clock = clock
         self._phases: dict[str, float] = defaultdict(float)
-        self._start = self.now()
+        self._start, self._began = self.now(), time.perf_counter()
         self._first_token: float | None = None
 
     def now(self) -> float:
         if self._cuda:
             for device in range(torch.cuda.device_count()):  # target and draft may be on different ones
                 torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return self._clock()
 
     @contextmanager
     def span(self, phase: str) -> Iterator[None]:
@@ -93,23 +98,25 @@ class Meter:
     @contextmanager
     def away(self) -> Iterator[None]:
         """Time that is not the request's, such as what the reader of a stream does between pieces."""
-        start = self.now()
+        start, left = self.now(), time.perf_counter()
         try:
             yield
         finally:
             self._start += self.now() - start
+            self._began += time.perf_counter() - left
 
     def saw_token(self) -> None:
         """A token is sure to stand: the first one ends the time to first token."""
         if self._first_token is None:
-            self._first_token = self.now() - self._start
+            self.now()  # waits for the device
+            self._first_token = time.perf_counter() - self._began
 
     def seconds(self, phase: str) -> float:
         return self._phases[phase]
 
     def times(self) -> PhaseTimes:
         wall = self.now() - self._start
-        first = wall if self._first_token is None else self._first_token
+        first = time.perf_counter() - self._began if self._first_token is None else self._first_token
         return PhaseTimes(
             prefill_s=self._phases["prefill"],
             draft_s=self._phases["draft"],

@@ -34,6 +34,7 @@ NO_THINKING = {"enable_thinking": False}  # what Qwen3-type chat templates read;
 SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BACKENDS = ("eager", "static", "auto")
+JUDGE_KERNELS = ("auto", "sdpa", "cascade", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class LanguageModel:
     judge_card       how this checkpoint wants to be asked, if it was trained to judge (judge.json beside it)
     backend          what its sessions run on: "eager", "static" or "auto" (`backends`)
     compiled         run the decode steps of static sessions through torch.compile
+    judge_kernel     attention of static sessions' judge passes: "auto", "sdpa", "cascade", "flex" (`static.judging`)
     """
 
     name: str
@@ -83,10 +85,12 @@ class LanguageModel:
     judge_card: JudgeCard | None = None
     backend: str = "eager"
     compiled: bool = False
+    judge_kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"backend='{self.backend}' is unknown; expected one of {', '.join(BACKENDS)}.")
+        for name, known in (("backend", BACKENDS), ("judge_kernel", JUDGE_KERNELS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; expected one of {', '.join(known)}.")
 
     @classmethod
     def wrap(
@@ -101,6 +105,7 @@ class LanguageModel:
         judge_card: JudgeCard | None = None,
         backend: str = "eager",
         compiled: bool = False,
+        judge_kernel: str = "auto",
     ) -> LanguageModel:
         """Use a model that is already in memory. The other arguments are those of `load`."""
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
@@ -121,6 +126,7 @@ class LanguageModel:
             judge_card=judge_card,
             backend=backend,
             compiled=compiled,
+            judge_kernel=judge_kernel,
         )
         _ = model.end_ids  # read now and remembered: `generation_config` may be set aside for a while
         return model
@@ -271,6 +277,7 @@ def load(
     device_map: str | None = None,
     backend: str = "eager",
     compiled: bool = False,
+    judge_kernel: str = "auto",
     name: str | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer.
@@ -278,15 +285,13 @@ def load(
     source         hub id, directory, `.gguf` file, or `zoo:NAME` for a model that ships with parsedec
     dtype          "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
-    attention      "auto" (transformers' choice) or a Hugging Face attention implementation; the packed judge pass
-                   needs "sdpa" or "eager"
+    attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
-    template_args  variables for the template; None: {"enable_thinking": False}, which switches thinking off where a
-                   template knows it
+    template_args  variables for the template; None: {"enable_thinking": False}, for templates that know it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
-    backend        "eager" (Hugging Face's forward), "static" (preallocated caches, few operations; dense families) or
-                   "auto" (static where the model qualifies)
+    backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families) or "auto"
     compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
+    judge_kernel   static backend, attention of judge passes: "auto" (by size and device), "sdpa", "cascade", "flex"
 
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
@@ -318,6 +323,7 @@ def load(
         judge_card=read_judge_card(location),
         backend=backend,
         compiled=compiled,
+        judge_kernel=judge_kernel,
     )
 
 
@@ -351,12 +357,8 @@ def _device(device: str) -> torch.device:
 
 
 def _dtype(dtype: str) -> torch.dtype | str:
-    known: dict[str, torch.dtype | str] = {
-        "auto": "auto",
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
+    names = ("float32", "bfloat16", "float16")
+    known: dict[str, torch.dtype | str] = {"auto": "auto", **{name: getattr(torch, name) for name in names}}
     if dtype not in known:
         raise ConfigError(f"dtype='{dtype}' is unknown; expected one of {sorted(known)}.")
     return known[dtype]

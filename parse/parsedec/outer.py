@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
@@ -81,6 +81,17 @@ class Outer(Protocol):
         """A copy for `target`; whatever does not fit is found here."""
 
     def run(self, work: Work) -> Iterator[Written]: ...
+
+
+@runtime_checkable
+class AsksJudge(Protocol):
+    """An outer level with a judge: the engine's sessions then hold what that judge reads.
+
+    An addition to `Outer`, for those that have one.
+    """
+
+    @property
+    def judge(self) -> Judge: ...
 
 
 @dataclass(frozen=True)

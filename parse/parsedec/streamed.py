@@ -212,9 +212,7 @@ class Judging:
     def _pass(self, draft: Draft, probes: list[int], last: bool = False) -> Callable[[], None]:
         n = probes[-1]
         self.cuts += probes
-        self.asked = Draft(
-            draft.tokens[:n], draft.text[: draft.ends[n - 1]], draft.ends[:n], ended=last and draft.ended
-        )
+        self.asked = draft.first(n, ended=last and draft.ended)
         return partial(self._run, self.asked, list(self.cuts), probes, last)
 
     def _run(self, draft: Draft, cuts: Sequence[int], probes: Sequence[int], last: bool) -> None:

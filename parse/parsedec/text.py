@@ -15,21 +15,28 @@ INCOMPLETE = "\ufffd"  # what a decoder prints for a character whose bytes are n
 class Draft:
     """A whole answer by the draft model, in the target's tokens, its end token left out.
 
-    tokens  N target ids
-    text    what they spell
-    ends    [N] offset in `text` after each token
-    ended   the draft model closed the answer by itself
+    tokens    N target ids
+    text      what they spell
+    ends      [N] offset in `text` after each token
+    ended     the draft model closed the answer by itself
+    logprobs  [N] the draft model's log-probability of each token at temperature 1, nats; None: nobody asked for them
     """
 
     tokens: tuple[int, ...]
     text: str
     ends: tuple[int, ...]
     ended: bool
+    logprobs: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, model: LanguageModel, tokens: Sequence[int], ended: bool) -> Draft:
         text, ends = token_ends(model, tokens)
         return cls(tuple(tokens), text, tuple(ends), ended)
+
+    def first(self, n: int, *, ended: bool) -> Draft:
+        """The draft as it was when its first n tokens were written, n at least 1."""
+        logprobs = None if self.logprobs is None else self.logprobs[:n]
+        return Draft(self.tokens[:n], self.text[: self.ends[n - 1]], self.ends[:n], ended, logprobs)
 
     def position(self, offset: int) -> int:
         """The first token position at which the text up to `offset` is complete."""
@@ -38,6 +45,13 @@ class Draft:
     def piece(self, start: int, stop: int) -> str:
         """Text of tokens[start:stop]."""
         return self.text[self.ends[start - 1] if start else 0 : self.ends[stop - 1] if stop else 0]
+
+    def part(self, start: int, stop: int) -> Draft:
+        """tokens[start:stop] as a draft of their own, which is ended if the draft ends there."""
+        offset = self.ends[start - 1] if start else 0
+        ends = tuple(end - offset for end in self.ends[start:stop])
+        ended = self.ended and stop == len(self.tokens)
+        return Draft(self.tokens[start:stop], self.piece(start, stop), ends, ended)
 
 
 class TextStream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from torch import Tensor
@@ -36,11 +36,12 @@ class Author(StrEnum):
 
 
 class JudgePath(StrEnum):
-    """How the judge's probes were computed: one masked pass, a batch of forked caches, or prompts to a server (same
-    scores)."""
+    """How a judge pass was computed: probes in one masked pass, as a batch of forked caches or as prompts to a server
+    (same scores), or the draft alone, causally, with nothing appended."""
 
     PACKED = "packed"
     FORKED = "forked"
+    CAUSAL = "causal"
     REMOTE = "remote"
 
 
@@ -56,6 +57,7 @@ class Tree:
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     logq: Tensor | None = None
+    _depths: tuple[int, ...] = field(init=False, repr=False, compare=False)  # asked for several times a step
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -71,6 +73,10 @@ class Tree:
             )
         if self.logq is not None and self.logq.shape[0] != n:
             raise ValueError(f"Tree.logq has {self.logq.shape[0]} rows for {n} nodes; expected one a node")
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        object.__setattr__(self, "_depths", tuple(depths))
 
     @classmethod
     def chain(cls, tokens: Sequence[int], logq: Tensor | None = None) -> Tree:
@@ -83,19 +89,39 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+        return self.depth == self.size - 1
 
     def depths(self) -> list[int]:
         """Depth of every node; the root has depth 0."""
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return depths
+        return list(self._depths)
 
     @property
     def depth(self) -> int:
         """Levels below the root."""
-        return self.size - 1 if self.is_chain else max(self.depths())
+        return max(self._depths)
+
+    def children(self) -> list[list[int]]:
+        """Of every node its children, in the order they stand in."""
+        children: list[list[int]] = [[] for _ in self.tokens]
+        for node in range(1, self.size):
+            children[self.parents[node]].append(node)
+        return children
+
+    def depth_first(self) -> tuple[Tree, list[int]]:
+        """The tree with every node right before what is below it, siblings in their order; and of each node here its
+        place there. Itself, if it stands like that."""
+        children, order, waiting = self.children(), list[int](), [0]
+        while waiting:
+            node = waiting.pop()
+            order.append(node)
+            waiting += reversed(children[node])
+        place = [0] * self.size
+        for i, node in enumerate(order):
+            place[node] = i
+        if order == list(range(self.size)):
+            return self, place
+        tokens, parents = (self.tokens[node] for node in order), (place[self.parents[node]] for node in order[1:])
+        return Tree(tuple(tokens), (-1, *parents), None if self.logq is None else self.logq[order]), place
 
     def path_to(self, node: int) -> list[int]:
         """Node indices from the root to `node`, both included."""
@@ -254,7 +280,11 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTimes:
-    """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims."""
+    """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims.
+
+    In a batch a request is charged what it computed alone and, by rows, its share of the passes made with others: the
+    seconds of all requests add up to the batch's. Only `first_token_s` is the time that had passed.
+    """
 
     prefill_s: float
     draft_s: float

@@ -15,12 +15,15 @@ from omegaconf import OmegaConf
 import tiny
 from eagle3_heads import tiny_head
 from medusa_heads import random_heads
+from oracle.test_judge_kinds import probe_folder
 from parallel_heads import new_head
 from parsedec.engine import Parse
-from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, draft_node, plain, target_node
+from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
+from parsedec.experiment.nodes import draft_node, target_node
 from parsedec.gate import GateHistory
-from parsedec.model import LanguageModel
+from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
+from parsedec.tasks import OpenEnded
 from parsedec.text import Draft
 from parsedec.types import Sampling, Tree
 from parsedec_adapters.eagle3 import save_head
@@ -38,37 +41,68 @@ NEEDS = {  # settings without a default
     "inner/eagle3": ["inner.head={problems.parent}/eagle3"],
     "inner/medusa": ["inner.heads={problems.parent}/medusa"],
     "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
+    "outer/lookahead": ["equivalence=equal"],  # the tiny vocabulary has no Same and Different
     "inner/pard": ["inner.model=null", "inner.mask_token=4"],
-    "task/gsm8k": ["task.path={problems}", "task.n=1"],
-    "task/humaneval": ["task.path={problems}", "task.n=1"],
+    "judge/probe": ["judge.weights={problems.parent}/probe"],
+    "judge/combined": ["judge.weights={problems.parent}/probe"],
+    "labels/checker": ["labels.fit.n=2", "labels.check.n=2"],
+    "labels/answers": ["labels.fit.n=20"],
+    "labels/steps": ["labels.path={problems.parent}/steps.jsonl"],
+}
+# benchmarks come from the hub where no file is given
+NEEDS |= {
+    f"task/{path.stem}": ["task.path={problems}", "task.n=1"]
+    for path in CONF.glob("task/*.yaml")
+    if "hub" in OmegaConf.load(path)
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
-PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train"}  # groups of another command than run.py
+# groups and members of another command than run.py
+PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay", "labels": "calibrate"}
+BOUND = {"suffix", "chosen", "reason", "card"}  # of every judge that reads a pass
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
-    "LabelJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
+    "LabelJudge": {*BOUND, "label_ids"},
+    "DigitJudge": {*BOUND, "digit_ids"},
+    "LogprobJudge": BOUND,
+    "ConfidenceJudge": BOUND,
+    "ProbeJudge": {*BOUND, "weight", "bias"},
+    "CombinedJudge": {"mixture"},
     "DraftModel": {"vocab"},
     "HfAssisted": {"target"},
+    "ScriptedJudge": {"suffix", "label_ids", "chosen", "reason", "card"},
     "ParallelSpec": {"target"},
     "Pard": {"vocab"},
     "Scripted": {"vocab", "oracle"},
     "SelfEarlyExit": {"drafter"},
     "Medusa": {"stack"},
     "PrefixVerification": {"end_token"},
+    "Cascade": {"verification"},
+    "SpecReason": {"end_token"},
+    "LookaheadReasoning": {"end_token"},
+    "LabelEquivalence": {"label_ids"},
     "StreamedVerification": {"end_token"},
     "Lines": {"pattern"},
     "Paragraphs": {"pattern"},
     "Sentences": {"pattern"},
 }
-ROW = {"id": "1", "prompt": "def f():", "reference": "3", "meta": {"entry_point": "f", "test": "def check(f): f()"}}
+ROW = {  # a problem of every benchmark at once
+    "id": "1",
+    "prompt": "def f():\n\nA. one\nB. two",
+    "reference": "3",
+    "meta": {"entry_point": "f", "test": "def check(f): f()", "accept": ["A"]},
+}
 
 
 @pytest.fixture
 def problems(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
+    solved = (ROW | {"id": str(i), "reference": -1, "meta": {"steps": ["w1", "w2"]}} for i in range(20))
+    (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, solved)))
     save_head(tiny_head(), tmp_path / "eagle3")
     save_heads(random_heads(), tmp_path / "medusa")
+    (tmp_path / "probe").mkdir()
+    probe_folder(tmp_path / "probe", tiny.model("llama"))
     save_parallel_head(new_head(tiny.model("llama")), tmp_path / "parallel")
     return path
 
@@ -82,7 +116,7 @@ def chosen(member, problems, *more):
     """The configuration with one member of a group chosen and given what it has no default for."""
     group, name = member.split("/")
     needs = [setting.format(problems=problems) for setting in NEEDS.get(member, [])]
-    config = PRIMARY.get(group, "config")
+    config = PRIMARY.get(member, PRIMARY.get(group, "config"))
     device = [] if config == "train" else ["runtime.device=cpu"]
     return composed(*device, f"{group}={name}", *needs, *more, config=config)
 
@@ -106,13 +140,20 @@ def is_inner(cfg):
 
 
 def is_judge(cfg):
-    bound = instantiate(cfg.judge).bind(tiny.model("llama"))
-    return bound.suffix_rows > 0
+    digits = cfg.judge._target_.endswith("DigitJudge")  # which the tiny vocabulary lacks
+    judge = instantiate(cfg.judge)
+    bound = judge.bind(instantiate(cfg.target) if digits else tiny.model("llama"))
+    return type(bound) is type(judge) and (bound.suffix_rows > 0) is not cfg.judge._target_.endswith("LogprobJudge")
 
 
 def is_outer(cfg):
     bound = instantiate(cfg.outer).bind(tiny.model("llama"))
     return isinstance(bound.needs_draft, bool)
+
+
+def is_equivalence(cfg):
+    bound = instantiate(cfg.equivalence).bind(load("zoo:draft", device="cpu"))
+    return bound.compare("So 3 + 4 = 7.", "so 3+4=7.").score == 1 and bound.compare("3", "4").score < 1
 
 
 def is_segmenter(cfg):
@@ -122,7 +163,8 @@ def is_segmenter(cfg):
 
 def is_acceptance(cfg):
     tree, logits = Tree.chain([3, 1]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
-    return instantiate(cfg.acceptance).accept(tree, logits, Sampler(Sampling())) == ([0, 1], 0)
+    sampler = Sampler(Sampling(), torch.Generator().manual_seed(0))
+    return instantiate(cfg.acceptance).accept(tree, logits, sampler) == ([0, 1], 0)
 
 
 def is_engine(cfg):
@@ -142,23 +184,26 @@ def is_engine(cfg):
 def is_runtime(cfg):
     runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
     built = [instantiate(node) for node in (cfg.target, cfg.draft.model)]
-    return runs and all((m.backend, m.compiled) == (cfg.runtime.backend, cfg.runtime.compiled) for m in built)
+    names = ("backend", "compiled", "judge_kernel")
+    return runs and all(getattr(m, name) == cfg.runtime[name] for m in built for name in names)
 
 
 def is_task(cfg):
     task = instantiate(cfg.task)
     problem = task.problems()[0]
-    return task.score(problem, "").correct is False and bool(problem.prompt)
+    scored = None if isinstance(task, OpenEnded) else False
+    return task.score(problem, "").correct is scored and bool(problem.prompt)
 
 
 def are_arms(cfg):
     assert cfg.baseline in cfg.arms
-    return all(is_arm(arm) for arm in cfg.arms.values())
+    config = "replay" if cfg.target.source.startswith("replay:") else "config"
+    return all(is_arm(arm, config) for arm in cfg.arms.values())
 
 
-def is_arm(arm):
+def is_arm(arm, config):
     build = build_draft_alone if arm.get("model") == "draft" else build_engine
-    return isinstance(build(composed("runtime.device=cpu", *arm.overrides)), Parse)
+    return isinstance(build(composed("runtime.device=cpu", *arm.overrides, config=config)), Parse)
 
 
 def is_recipe(cfg):
@@ -178,7 +223,13 @@ def is_preset(cfg):
     return torch.device(device).type in ("cpu", "cuda") and (threads is None or threads >= 1)
 
 
+def are_labels(cfg):
+    assert instantiate(cfg.goal).least > 1
+    return {question.part for question in instantiate(cfg.labels).questions(seed=0)} == {"fit", "check"}
+
+
 BUILDS = {
+    "labels": are_labels,
     "acceptance": is_acceptance,
     "arms": are_arms,
     "target": lambda cfg: is_model(cfg.target),
@@ -188,6 +239,7 @@ BUILDS = {
     "preset": is_preset,
     "judge": is_judge,
     "outer": is_outer,
+    "equivalence": is_equivalence,
     "segmenter": is_segmenter,
     "engine": is_engine,
     "runtime": is_runtime,
@@ -219,11 +271,15 @@ def test_yaml_lists_every_setting_of_its_class(member):
     """Hydra refuses what a YAML does not list, so a setting left out could not be set."""
     listed = OmegaConf.load(CONF / f"{member}.yaml")
     built = get_object(listed._target_)
-    assert set(listed) - {"_target_"} == set(inspect.signature(built).parameters) - OURS.get(built.__name__, set())
+    entries = [key for entry in listed.get("defaults", []) if not isinstance(entry, str) for key in entry]
+    nested = {key.partition("@")[2].partition(".")[0] for key in entries}  # filled in by members of other groups
+    ours = OURS.get(built.__name__, set())
+    named = set(listed) - {"_target_", "_convert_", "defaults"} | nested
+    assert named == set(inspect.signature(built).parameters) - ours
 
 
 @pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])
-@pytest.mark.parametrize("config", ["config", "compare"])
+@pytest.mark.parametrize("config", ["config", "compare", "calibrate"])
 def test_unknown_setting_of_a_run_is_refused(config, setting):
     with pytest.raises(ConfigCompositionException, match=setting.split("=")[0]):
         composed(setting, config=config)
@@ -232,9 +288,9 @@ def test_unknown_setting_of_a_run_is_refused(config, setting):
 @pytest.mark.parametrize("member", EXPERIMENTS)
 def test_experiment_composes_for_the_command_in_its_header(member):
     header = (CONF / f"{member}.yaml").read_text()
-    command = re.search(rf"experiments/(run|compare)\.py experiment={Path(member).stem}\b", header)
+    command = re.search(rf"experiments/(run|compare|replay|floors)\.py experiment={Path(member).stem}\b", header)
     assert command, "no command in its header"
-    config = {"run": "config", "compare": "compare"}[command[1]]
+    config = {"run": "config", "compare": "compare", "replay": "replay", "floors": "floors"}[command[1]]
     cfg, default = (composed(*overrides, config=config) for overrides in ([member.replace("/", "=")], []))
     assert set(cfg) == set(default)  # it sets what is there and adds nothing
     assert cfg != default

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "experiments/README.md")
 SMALL = {"run.py": ["task.n=2", "warmup=0", "max_new_tokens=24"], "compare.py": ["task.n=1", "warmup=0"],
-         "overhead.py": ["task.n=1", "repeats=1"]}  # fmt: skip
+         "overhead.py": ["task.n=1", "repeats=1"],
+         "replay.py": ["task.n=1", "warmup=0", "max_new_tokens=12", "task.words=8", "plot=false"],
+         "floors.py": ["repeats=1", "plot=false"]}  # fmt: skip
 PLACEHOLDER = re.compile(r"DIR|HUB_ID|FILE|=\?\?\?|…")
 
 

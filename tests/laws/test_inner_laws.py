@@ -20,6 +20,7 @@ from parsedec.session import Session
 from parsedec.types import Outcome, Sampling, Seen
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.eagle3.random import RandomEagle3
 from parsedec_adapters.early_exit import SelfEarlyExit
 from parsedec_adapters.hf_assisted import HfAssisted
 from parsedec_adapters.medusa import Medusa
@@ -34,6 +35,7 @@ SPECULATORS = {
     "none": NoSpeculation(),
     "draft_model": DraftModel(length=3),
     "eagle3": Eagle3(head=tiny_head(), tokens=12, depth=2, top_k=3),
+    "eagle3_random": RandomEagle3(tokens=9, depth=1, top_k=2),
     "medusa": Medusa(heads=random_heads(), nodes=12),
     "draft_model_unsure": DraftModel(length=4, confidence=0.6),
     "hf_assisted": HfAssisted(length=3, confidence=0.2),

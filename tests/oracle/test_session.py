@@ -86,12 +86,15 @@ def test_a_random_walk_equals_a_plain_forward(family, seed):
             if not session.pending:
                 expected = expected + some(1)
                 session.append(expected[-1])
-            chain = Tree.chain([expected[-1], *some(rng.randint(0, 3))])
-            session.tree(chain)
+            guesses = some(rng.randint(0, 5))
+            branches = family in tiny.PACKED and rng.random() < 0.7
+            parents = [rng.randrange(node + 1) if branches else node for node in range(len(guesses))]
+            tree = Tree((expected[-1], *guesses), (-1, *parents))
+            session.tree(tree)
             if rng.random() < 0.8:  # otherwise the pass is dropped by whatever comes next
-                kept = rng.randint(1, chain.size)
-                session.keep(range(kept))
-                expected = expected + list(chain.tokens[1:kept])
+                path = tree.path_to(rng.randrange(tree.size))
+                session.keep(path)
+                expected = expected + [tree.tokens[node] for node in path[1:]]
         elif move == "judge":
             draft, cuts = some(8), [2, 5, 8]
             session.judge(draft, cuts, SUFFIX, path=path)

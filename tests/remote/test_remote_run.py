@@ -11,6 +11,7 @@ import pytest
 from fake_server import FakeServer
 from parsedec import load
 from parsedec.experiment.scale import Gpus, Request, Served, expected, table, tabulate
+from parsedec.experiment.table import markdown, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = dict(bandwidth_tb_s=2.0, matrix_tflop_s=100.0, bandwidth_share=0.5, matrix_share=0.5)
@@ -40,6 +41,12 @@ def test_run_with_servers_writes_the_record_of_a_local_run(tmp_path):
     assert {entry["model"] for entry in servers.values()} == {"big", "small"}
     assert all((entry["kind"], entry["version"]) == ("vllm", "9.9.9") for entry in servers.values())
     assert "servers" not in records["local"]["provenance"]
+    sizes = {name: record["arms"][0]["models"] for name, record in records.items()}
+    assert {facts.keys() == {"name"} for facts in sizes["remote"].values()} == {True}, "what is over there is not known"
+    assert sizes["local"]["target"]["row_parameters"] > 0
+    assert "Tier: models on servers." in markdown(records["remote"])
+    (_, _, [[_, *work]], _), *_ = sections(records["remote"])
+    assert work[2:] == ["-", "-", "-"]
     assert "small" in records["remote"]["title"]
 
 

@@ -68,8 +68,8 @@ def test_misspelt_override_is_named_with_what_comes_close(override, words):
 
 def test_setting_without_a_default_is_asked_for():
     with pytest.raises((HydraException, OmegaConfBaseException)) as refused:
-        instantiate(composed("task=gsm8k").task)
-    assert "task.path has no default; set it: task.path=" in explain(refused.value, CONF)
+        instantiate(composed("target=any").target)
+    assert "target.source has no default; set it: target.source=" in explain(refused.value, CONF)
 
 
 @pytest.mark.parametrize(

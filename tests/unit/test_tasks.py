@@ -1,11 +1,10 @@
-"""Tasks: the arithmetic checker against the arithmetic writer, reading JSONL, the GSM8K scorer, the YAMLs."""
+"""Tasks: the arithmetic checker against the arithmetic writer, reading JSONL, the seam, the YAMLs of the zoo."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,12 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from parsedec.errors import ConfigError
-from parsedec.tasks import Gsm8k, HumanEval, Problem, Score, Task, ZooArithmetic, zoo_arithmetic
-from parsedec.tasks.gsm8k import final_number
-from parsedec.tasks.jsonl import TaskDataError
+from parsedec.tasks import Choice, Code, OpenEnded, Problem, Score, Task, TaskDataError, ZooArithmetic, zoo_arithmetic
 from parsedec.tasks.zoo_arithmetic import SPLITS, draw_problem, first_wrong_line, solution, split_of
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
-FILED = {"gsm8k": "gsm8k_test.jsonl", "humaneval": "humaneval.jsonl"}
 
 MIA = Problem(
     id="mia",
@@ -231,25 +225,38 @@ def filed(folder: Path, *lines: str) -> str:
     return str(path)
 
 
+def chat(path: str, **settings: Any) -> OpenEnded:
+    return OpenEnded(name="chat", path=path, **settings)
+
+
 def test_jsonl_takes_the_rows_asked_for(tmp_path: Path) -> None:
     path = filed(tmp_path, row(id="a"), "", row(id="b", reference=7), row(id="c"))
-    assert [p.id for p in Gsm8k(path=path, n=None).problems()] == ["a", "b", "c"]
-    assert [p.reference for p in Gsm8k(path=path, n=1, offset=1).problems()] == ["7"]
-    assert Gsm8k(path=path, n=2).problems()[0].prompt.startswith("How many?\n\nReason step by step.")
-    assert Gsm8k(path=path, n=1, instruction="").problems()[0].prompt == "How many?"
+    assert [p.id for p in chat(path).problems()] == ["a", "b", "c"]
+    assert [p.id for p in chat(path, n=1, offset=1).problems()] == ["b"]
+    assert [p.prompt for p in chat(path, n=1).problems()] == ["How many?"]
+
+
+def test_shuffled_order_is_the_same_every_time_and_loses_nothing(tmp_path: Path) -> None:
+    path = filed(tmp_path, *(row(id=str(i)) for i in range(30)))
+    ids = [p.id for p in chat(path, shuffle=3).problems()]
+    assert ids == [p.id for p in chat(path, shuffle=3).problems()]
+    assert [p.id for p in chat(path, shuffle=3, n=10, offset=5).problems()] == ids[5:15]
+    assert sorted(ids, key=int) == [str(i) for i in range(30)] != ids
 
 
 def test_jsonl_missing_file_says_what_it_should_be() -> None:
     with pytest.raises(TaskDataError, match=r"nowhere\.jsonl' is not a file; expected JSONL.*\"reference\""):
-        Gsm8k(path="nowhere.jsonl")
+        chat("nowhere.jsonl")
+    with pytest.raises(ConfigError, match=r"neither path nor hub.*task\.path=FILE"):
+        OpenEnded(name="mine")
 
 
 def test_jsonl_too_few_rows(tmp_path: Path) -> None:
     path = filed(tmp_path, row())
     with pytest.raises(TaskDataError, match=r"offset=0, n=2 asks for more than the 1 problems"):
-        Gsm8k(path=path, n=2).problems()
+        chat(path, n=2).problems()
     with pytest.raises(TaskDataError, match="Lower n or offset"):
-        Gsm8k(path=path, n=None, offset=1).problems()
+        chat(path, offset=1).problems()
 
 
 @pytest.mark.parametrize(
@@ -267,64 +274,27 @@ def test_jsonl_too_few_rows(tmp_path: Path) -> None:
 def test_jsonl_malformed_line_is_located(tmp_path: Path, line: str, part: str) -> None:
     path = filed(tmp_path, row(id="first"), "", line)
     with pytest.raises(TaskDataError, match=f"line 3.*{part}"):
-        Gsm8k(path=path, n=1).problems()
+        Code(name="code", path=path, n=1).problems()
 
 
 def test_jsonl_of_another_benchmark_is_refused(tmp_path: Path) -> None:
     path = filed(tmp_path, row(reference="yes"))
-    with pytest.raises(TaskDataError, match="expected a number"):
-        Gsm8k(path=path, n=1).problems()
+    with pytest.raises(TaskDataError, match=r"expected a letter, and a line 'A\. …'"):
+        Choice(name="mmlu", path=path).problems()
     with pytest.raises(TaskDataError, match=r"meta\.entry_point=None"):
-        HumanEval(path=path, n=1).problems()
+        Code(name="humaneval", path=path, n=1).problems()
+    with pytest.raises(TaskDataError, match=r"meta\.turns=\[3\]"):
+        OpenEnded(name="chat", path=filed(tmp_path, row(meta={"turns": [3]}))).problems()
 
 
-# --- GSM8K ---
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("16 - 3 = 13\n#### 13", "13"),
-        ("#### 5\nWait, no.\n#### $1,234.50.", "1234.50"),
-        ("#### 18 dollars for 3 people", "18"),
-        ("####\n\n18", "18"),
-        ("#### unknown, but \\boxed{7}", "7"),
-        ("It is \\boxed{3}, or rather \\boxed{\\$1{,}000} for 2.", "1000"),
-        ("\\boxed{\\text{about } 12} of 40", "12"),
-        ("\\boxed{12", "12"),
-        ("She has 3 apples and 4 pears, 7 in all.", "7"),
-        ("That is 40%.", "40"),
-        ("It fell to -5.", "-5"),
-        ("It fell by -$5", "-5"),
-        ("10-5", "5"),
-        ("x = .5", "0.5"),
-        ("1,000,000 people", "1000000"),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_final_number(text: str, number: str | None) -> None:
-    found = final_number(text)
-    assert (found is None) == (number is None)
-    assert number is None or found == Decimal(number)
-
-
-def test_gsm8k_compares_numbers_not_text(tmp_path: Path) -> None:
-    task = Gsm8k(path=filed(tmp_path, row(reference="1,018")), n=1)
-    problem = task.problems()[0]
-    assert task.score(problem, "#### 1018.00").correct
-    assert task.score(problem, "#### 12") == Score(False, "predicted 12, expected 1,018")
-    assert task.score(problem, "no idea") == Score(False, "no number found, expected 1,018")
-
-
-# --- the seam, the YAMLs and the benchmark files ---
+# --- the seam and the YAMLs ---
 
 
 def test_every_class_is_a_task(tmp_path: Path) -> None:
     """The annotation is the test: the type checker holds each class against the protocol."""
     path = filed(tmp_path, row())
-    tasks: list[Task] = [ZooArithmetic(), Gsm8k(path=path), HumanEval(path=path)]
-    assert [task.name for task in tasks] == ["zoo_arithmetic", "gsm8k", "humaneval"]
+    tasks: list[Task] = [ZooArithmetic(), chat(path), Code(name="code", path=path), Choice(name="mmlu", path=path)]
+    assert [task.name for task in tasks] == ["zoo_arithmetic", "chat", "code", "mmlu"]
 
 
 def test_contradictions_are_refused() -> None:
@@ -334,27 +304,10 @@ def test_contradictions_are_refused() -> None:
         Problem(id="", prompt="How many?", reference="3")
 
 
-@pytest.mark.parametrize("choice", ["zoo_arithmetic", "gsm8k", "humaneval"])
-def test_yaml_lists_every_knob_with_its_default(choice: str, tmp_path: Path) -> None:
-    config = DictConfig(OmegaConf.load(ROOT / "conf" / "task" / f"{choice}.yaml"))
-    if "path" in config.keys():  # noqa: SIM118 - `in config` is false for a key that is still ???
-        with pytest.raises(MissingMandatoryValue):
-            instantiate(config)
-        config.path = filed(tmp_path, row())
-    task: Task = instantiate(config)
-    assert task.name == choice
-    default: Any = instantiate({key: value for key, value in config.items() if key in ("_target_", "path")})
+def test_yaml_of_the_zoo_lists_every_knob_with_its_default() -> None:
+    config = DictConfig(OmegaConf.load(ROOT / "conf" / "task" / "zoo_arithmetic.yaml"))
+    task, default = instantiate(config), ZooArithmetic()
+    assert task.name == "zoo_arithmetic"
     # a list in a YAML and the tuple of the default are the same to us
     knobs = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     assert OmegaConf.create(knobs) == {key: value for key, value in config.items() if key != "_target_"}
-
-
-def test_gsm8k_reference_solutions_score_right() -> None:
-    """The dataset's own worked solutions are an answer key for the scorer."""
-    path = DATA / FILED["gsm8k"]
-    if not path.is_file():
-        pytest.skip("the benchmark files are not part of the project; looked in ../shared/data")
-    task = Gsm8k(path=path, n=None)
-    problems = task.problems()
-    assert len(problems) == 1319
-    assert [p.id for p in problems if not task.score(p, p.meta["solution"]).correct] == []

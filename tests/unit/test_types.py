@@ -48,6 +48,20 @@ def test_branches_depths_and_paths():
     assert [tree.path_to(node) for node in range(5)] == [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4]]
 
 
+def test_depth_first_is_the_same_tree_in_another_order():
+    tree = Tree((9, 1, 2, 3, 4, 5), (-1, 0, 0, 1, 2, 1), torch.arange(6.0)[:, None])
+    laid, place = tree.depth_first()
+    assert (laid.tokens, laid.parents) == ((9, 1, 3, 5, 2, 4), (-1, 0, 1, 1, 0, 4))
+    assert laid.logq.flatten().tolist() == [0, 1, 3, 5, 2, 4]
+    for node in range(tree.size):
+        assert laid.tokens[place[node]] == tree.tokens[node]
+        assert laid.path_to(place[node]) == [place[at] for at in tree.path_to(node)]
+    swapped = Tree((9, 1, 2, 3), (-1, 0, 0, 1)).depth_first()  # an order that is its own inverse
+    assert (swapped[0].tokens, swapped[0].parents, swapped[1]) == ((9, 1, 3, 2), (-1, 0, 1, 0), [0, 1, 3, 2])
+    assert laid.depth_first() == (laid, list(range(6)))
+    assert laid.depth_first()[0] is laid
+
+
 def test_what_crosses_a_seam_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Tree.chain([5]).tokens = (6,)

@@ -108,7 +108,7 @@ class Eagle3:
         """The tree of `propose` with its scores."""
         levels, root = min(self.depth + 1, budget), state.tokens[-1]
         if levels < 1 or not state.length:  # without a row of the target's there is nothing to continue
-            return Drafted(Tree.chain([root]), torch.zeros(1))
+            return Drafted(Tree.chain([root]), (0.0,))
         rows = state.rows.going_on(state.length, (levels - 1) * self.top_k)
         return grow(self._bound(), rows, root, levels=levels, top_k=self.top_k, size=self.tokens)
 

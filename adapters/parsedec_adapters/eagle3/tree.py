@@ -2,7 +2,8 @@
 
 Level by level, the `top_k` most likely nodes are expanded into their `top_k` best children; of everything that was
 seen, the most likely nodes form the tree. A node's score is the sum of the head's log-probabilities on its path. All of
-a level is one forward of the head; the host waits for the device once, at the end.
+a level is one forward of the head. What is between forwards stays on the device, in as few operations as will do; the
+host waits once, at the end, and chooses the tree then.
 
 Shapes in this file:  K top_k, P pool size, N nodes of the tree, S stable rows, D head hidden, W draft vocabulary.
 """
@@ -10,6 +11,7 @@ Shapes in this file:  K top_k, P pool size, N nodes of the tree, S stable rows, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,21 +23,44 @@ from parsedec_adapters.eagle3.rows import Rows, Window
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A tree with the score of every node [N], float32: log-probabilities under the head, 0 for the root."""
+    """A tree with the score of every node, N of them: log-probabilities under the head, 0 for the root."""
 
     tree: Tree
-    scores: Tensor
+    scores: tuple[float, ...]
 
 
 @dataclass(slots=True)
-class _Beam:
-    """The nodes of one level that are expanded: all [K], hidden [K, D], ancestors [K, level * K] bool."""
+class _Pool:
+    """Everything that was seen: the root's K children, then K children of each node that was expanded, in turn.
 
-    tokens: Tensor
-    scores: Tensor
-    pool: Tensor  # where they stand in the pool
-    hidden: Tensor
-    ancestors: Tensor
+    expanded  of every level but the first [K]: which of the K * K candidates of the level before were expanded
+    """
+
+    tokens: list[Tensor]
+    scores: list[Tensor]
+    expanded: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Constants:
+    """What every tree needs and no tree changes.
+
+    own      [K, K] bool: each node sees itself and none of its siblings
+    stable   [K, C + K] bool: any number of rows that all nodes see, and `own` behind them
+    parents  [K * K] the parent's rank among the K nodes that were expanded, for each of their children
+    """
+
+    own: Tensor
+    stable: Tensor
+    parents: Tensor
+
+
+@lru_cache(maxsize=16)  # the capacity of a request's rows seldom changes
+def _constants(top_k: int, capacity: int, device: torch.device) -> _Constants:
+    with torch.inference_mode(False):
+        own = torch.eye(top_k, dtype=torch.bool, device=device)
+        stable = torch.cat([own.new_ones(top_k, capacity), own], 1)
+        return _Constants(own, stable, torch.arange(top_k, device=device).repeat_interleave(top_k))
 
 
 def grow(head: EagleHead, rows: Rows, root: int, *, levels: int, top_k: int, size: int) -> Drafted:
@@ -45,60 +70,51 @@ def grow(head: EagleHead, rows: Rows, root: int, *, levels: int, top_k: int, siz
           stands behind them is overwritten
     """
     stable = rows.used
-    last = rows.outputs[stable - 1 : stable]  # [1, D]
-    scores, tokens = _best(head, last, top_k)
-    beam = _Beam(
-        tokens[0], scores[0], torch.arange(top_k, device=last.device), last.expand(top_k, -1),
-        torch.zeros(top_k, 0, dtype=torch.bool, device=last.device))  # fmt: skip
-    pool = [(beam.tokens, beam.scores, torch.full_like(beam.pool, -1))]
-    for level in range(levels - 1):
-        out = _expand(head, rows, beam, stable, level)
-        scores, tokens = _best(head, out, top_k)
-        scores = beam.scores[:, None] + scores  # [K, K]
-        pool.append((tokens.flatten(), scores.flatten(), beam.pool.repeat_interleave(top_k)))
-        if level < levels - 2:
-            beam = _next_beam(beam, out, tokens.flatten(), scores.flatten(), top_k * (1 + level * top_k))
-    tokens, scores, parents = (torch.cat(part) for part in zip(*pool, strict=True))  # [P] each
-    return _select(root, tokens, scores, parents, size - 1)
+    last = rows.outputs[None, stable - 1 : stable]  # [1, 1, D]
+    best, guesses = _best(head, last, top_k)
+    tokens, scores = guesses.flatten(), best.flatten()  # [K] of the nodes to be expanded, here and below
+    pool = _Pool([tokens], [scores], [])
+    hidden, constants = last.expand(1, top_k, -1), _constants(top_k, rows.capacity, last.device)
+    sees = constants.stable[:, -stable - top_k :]  # [K, S + K]: the stable rows, the ancestors, itself
+    cos, sin = head.rotations.rows(stable, stable + levels - 1, last)
+    # siblings share their position: a row for all
+    for level, rotation in enumerate(zip(cos[:, None].unbind(), sin[:, None].unbind(), strict=True)):
+        mask = sees if top_k > 1 else None  # one row sees everything
+        cache = Window(rows, stable + level * top_k)
+        out = head.advance(hidden, tokens[None], rotation, mask=mask, cache=cache)  # [1, K, D]
+        best, guesses = _best(head, out, top_k)  # [1, K, K]
+        pool.tokens.append(guesses.flatten())
+        pool.scores.append((scores[:, None] + best).flatten())
+        if level < levels - 2:  # the likeliest candidates are next; each continues the output of its parent
+            scores, chosen = pool.scores[-1].topk(top_k)
+            parents, tokens = constants.parents.index_select(0, chosen), pool.tokens[-1].index_select(0, chosen)
+            hidden = out.index_select(1, parents)
+            sees = torch.cat([sees.index_select(0, parents), constants.own], 1)
+            pool.expanded.append(chosen)
+    return _select(root, pool, top_k, size - 1)
 
 
 def _best(head: EagleHead, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and target ids of the likeliest tokens behind hidden [n, D]: [n, K] each."""
+    """Log-probabilities and target ids of the likeliest tokens behind hidden [1, n, D]: [1, n, K] each."""
     best = head.logits(hidden).float().log_softmax(-1).topk(top_k, dim=-1)
     return best.values, head.target_ids(best.indices)
 
 
-def _expand(head: EagleHead, rows: Rows, beam: _Beam, stable: int, level: int) -> Tensor:
-    """The head's output for every node of the beam [K, D]; its rows join the drafted ones."""
-    k = len(beam.tokens)
-    own = torch.eye(k, dtype=torch.bool, device=beam.tokens.device)
-    beam.ancestors = torch.cat([beam.ancestors, own], 1)
-    mask = None  # one row sees everything
-    if k > 1:
-        mask = torch.cat([own.new_ones(k, stable), beam.ancestors], 1)  # [K, S + (level + 1) * K]
-    rotation = head.rotations.rows(stable + level, stable + level + 1, beam.hidden)  # siblings share their position
-    cache = Window(rows, stable + level * k)
-    return head.advance(beam.hidden[None], beam.tokens[None], rotation, mask=mask, cache=cache)[0]
-
-
-def _next_beam(beam: _Beam, out: Tensor, tokens: Tensor, scores: Tensor, pool_start: int) -> _Beam:
-    """The likeliest of a level's K * K candidates; each continues the output of its parent."""
-    k = len(beam.tokens)
-    best = scores.topk(k)
-    parent = best.indices // k
-    return _Beam(tokens[best.indices], best.values, best.indices + pool_start, out[parent], beam.ancestors[parent])
-
-
-def _select(root: int, tokens: Tensor, scores: Tensor, parents: Tensor, count: int) -> Drafted:
+def _select(root: int, pool: _Pool, top_k: int, count: int) -> Drafted:
     """The `count` likeliest nodes of the pool in pool order: levels, then rank of the parent, then rank among siblings.
 
     A parent is never less likely than its child and stands before it, so with ties broken towards the front it is
     always selected with it.
     """
-    order = scores.sort(descending=True, stable=True).indices
-    kept = order[:count].sort().values  # [N - 1]
-    node_of = torch.zeros(len(tokens) + 1, dtype=torch.long, device=tokens.device)  # pool index + 1 -> node; root 0
-    node_of[kept + 1] = torch.arange(1, len(kept) + 1, device=tokens.device)
-    chosen, parent_nodes = torch.stack([tokens[kept], node_of[parents[kept] + 1]]).tolist()
-    tree = Tree((root, *chosen), (-1, *parent_nodes))
-    return Drafted(tree, torch.cat([scores.new_zeros(1), scores[kept]]))
+    parts = [*pool.scores, *pool.tokens, *pool.expanded]
+    found = torch.cat(parts).tolist()  # as float32: whole numbers below 2 ** 24 stay what they are
+    size, k = top_k + top_k * top_k * (len(pool.scores) - 1), top_k
+    scores, tokens, chosen = found[:size], found[size : 2 * size], found[2 * size :]
+    kept = sorted(sorted(range(size), key=scores.__getitem__, reverse=True)[:count])  # equal ones stay in their order
+    # places in the pool of the nodes that were expanded: the i-th one's children stand at K + i * K and after
+    expanded = [*range(k), *(k + i // k * k * k + int(one) for i, one in enumerate(chosen))]
+    node_of = {place: node for node, place in enumerate(kept, 1)}
+    # scores that are no numbers have no order, and a parent may be missing; the guess is worth nothing then anywhere
+    parents = [0 if place < k else node_of.get(expanded[place // k - 1], 0) for place in kept]
+    tree = Tree((root, *(int(tokens[place]) for place in kept)), (-1, *parents))
+    return Drafted(tree, (0.0, *(scores[place] for place in kept)))

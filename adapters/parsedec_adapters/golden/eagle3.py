@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -99,8 +99,9 @@ def watched(head: EagleHead) -> tuple[EagleHead, Calls]:
             return advance(self, hidden, tokens, rotation, mask=mask, cache=cache)
 
         def logits(self, hidden: Tensor) -> Tensor:
-            calls.logits.append(EagleHead.logits(self, hidden))
-            return calls.logits[-1]
+            logits = EagleHead.logits(self, hidden)  # [1, n, W]
+            calls.logits.append(logits[0])
+            return logits
 
     head.__class__ = Watched
     return head, calls
@@ -144,7 +145,7 @@ class Replayed:
         yield from self._results()
 
     def _drafting(
-        self, name: str, step: dict[str, Any], tree: Tree, scores: Tensor, told: int, taps: Tensor | None
+        self, name: str, step: dict[str, Any], tree: Tree, scores: Sequence[float], told: int, taps: Tensor | None
     ) -> Items:
         """The tree of one step, how the head came to it, and the taps it had been given for it."""
         levels, logits = self.calls.take()
@@ -159,7 +160,7 @@ class Replayed:
         depths = tree.depths()
         for field_name, value in zip(TREE_FIELDS, (tree.tokens, tree.parents, depths), strict=True):
             yield f"{name}: {field_name}", list(value) == step[field_name]
-        yield f"{name}: node_scores", close(scores, torch.tensor(step["node_scores"]))
+        yield f"{name}: node_scores", close(torch.tensor(scores), torch.tensor(step["node_scores"]))
         yield f"{name}: retrieve_indices", paths(tree, sort=not self.sampler.greedy) == step["retrieve_indices"]
         if (fused := self.tensors.get(f"call{step['call']}.fused_hidden")) is not None:
             yield f"{name}: fused_hidden", taps is not None and close(taps.flatten(1), fused[0])

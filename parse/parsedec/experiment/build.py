@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
+from parsedec.experiment.calibrated import warn_of_other_calibration
+from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.model import LanguageModel
 from parsedec.outer import TargetOnly
 from parsedec.types import Sampling
@@ -19,6 +22,16 @@ from parsedec.types import Sampling
 log = logging.getLogger(__name__)
 
 _models: dict[str, LanguageModel] = {}
+
+
+def conf_folder() -> Path:
+    """The folder of the configuration groups: beside the package where it is installed, else in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "conf", package.parents[1] / "conf")
+    found = next((place for place in places if (place / "config.yaml").is_file()), None)
+    if found is None:
+        raise ConfigError(f"no configuration groups in {places[0]} or {places[1]}; install parsedec again.")
+    return found
 
 
 def build_model(cfg: DictConfig) -> LanguageModel:
@@ -30,31 +43,11 @@ def build_model(cfg: DictConfig) -> LanguageModel:
     return _models[key]
 
 
-def name_of(cfg: DictConfig) -> str:
-    """What a node of a model is about: a checkpoint, or a server."""
-    return str(cfg.source if "source" in cfg else cfg.model or cfg.url)
-
-
-def target_node(cfg: DictConfig) -> DictConfig:
-    """Where the target is: on a server, if the engine says so."""
-    node: DictConfig = cfg.engine.target or cfg.target
-    return node
-
-
-def draft_node(cfg: DictConfig) -> DictConfig | None:
-    """Where the draft model is; None without one."""
-    remote = cfg.engine.draft
-    if remote is None or remote.url is None:
-        local: DictConfig | None = cfg.draft.model
-        return local
-    shared = OmegaConf.merge(remote, {"tokenizer": remote.tokenizer or cfg.engine.target.tokenizer})
-    assert isinstance(shared, DictConfig)
-    return shared
-
-
 def build_engine(cfg: DictConfig) -> Parse:
     """The engine of one configuration."""
     outer = instantiate(cfg.outer)
+    if cfg.calibration is not None and outer.needs_draft:
+        warn_of_other_calibration(cfg)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
     draft = draft_node(cfg) if wants_draft else None
     return Parse(

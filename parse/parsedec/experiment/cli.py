@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from parsedec.errors import ParsedecError
+from parsedec.experiment.calibrated import read_calibration
 
 USAGE, INTERRUPTED = 2, 130
 # tables need room; a pipe has no width of its own
@@ -41,8 +42,8 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _quiet_transformers()
-    sys.argv[1:] = [expanded for argument in sys.argv[1:] for expanded in expand_shorthand(argument, conf)]
     try:
+        sys.argv[1:] = [expanded for argument in sys.argv[1:] for expanded in expand_shorthand(argument, conf)]
         main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -52,12 +53,13 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
 
 
 def expand_shorthand(argument: str, conf: Path) -> list[str]:
-    """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model."""
+    """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model;
+    `calibration=FILE` for the thresholds that calibrate.py wrote there."""
     key, _, value = argument.partition("=")
     if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file() and _is_location(value):
-        # Hydra reads \' as a quote and needs the backslashes before a quote doubled, the closing one included
-        quoted = "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", r"\'"), value) + "'"
-        return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={quoted}"]
+        return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={_quoted(value)}"]
+    if key == "calibration" and value not in ("", "null"):
+        return [f"calibration={_quoted(value)}", *read_calibration(Path(value))["overrides"]]
     if key == "draft.inner":
         return [f"inner@draft.inner={value}"]
     return [argument]
@@ -128,6 +130,11 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("requests", total=total)
         yield lambda label: bar.update(task, advance=1, description=label)
+
+
+def _quoted(value: str) -> str:
+    """A value as Hydra reads it: \' is a quote; backslashes before a quote, the closing one included, are doubled."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", r"\'"), value) + "'"
 
 
 def _is_location(value: str) -> bool:

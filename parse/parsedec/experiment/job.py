@@ -11,8 +11,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.experiment.build import build_sampling, draft_node, name_of, plain, target_node
+from parsedec.experiment.analysis import engine_facts, measure_entropy
+from parsedec.experiment.build import build_sampling, plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
@@ -49,19 +51,21 @@ def run_job(
         "provenance": provenance() | _servers(arms),
         "resumed_from": earlier["provenance"] if earlier else None,
     }
+    models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
     saved = time.monotonic()
 
     def save(status: str) -> None:
         nonlocal record, saved
         # the bootstrap takes longer than a request on small models: not between the requests that are timed
-        record = head | {"status": status} | _results(arms, None if status == "running" else baseline)
+        record = head | {"status": status} | _results(arms, models, None if status == "running" else baseline)
         write_record(record, folder / "record.json")
         saved = time.monotonic()
 
     status = "failed"
     try:
-        left = sum(len(problems) - len(arm.requests) for arm in arms)
+        turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
+        left = sum(turns - len(arm.requests) for arm in arms)
         with progress(left) as step:
 
             def after_each(name: str) -> None:
@@ -70,6 +74,8 @@ def run_job(
                     save("running")
 
             run_arms(arms, task, problems, settings, after_each)
+        if first := next((arm for arm in arms if arm.name == baseline), None):
+            head["entropy"] = measure_entropy(first.engine, first.requests, settings.sampling)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -95,12 +101,26 @@ def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig) -> Settings:
     limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
-    return Settings(limits=limits, sampling=build_sampling(cfg), seed=cfg.seed, warmup=cfg.warmup)
+    seeds = tuple(cfg.seeds or ())
+    return Settings(
+        limits=limits,
+        sampling=build_sampling(cfg),
+        seed=cfg.seed,
+        seeds=seeds,
+        warmup=cfg.warmup,
+        batch=cfg.batch,
+    )
 
 
-def _results(arms: Sequence[Arm], baseline: str | None) -> dict[str, Any]:
+def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None) -> dict[str, Any]:
     listed = [
-        {"name": arm.name, "description": arm.description, "summary": summarise(arm.requests), "requests": arm.requests}
+        {
+            "name": arm.name,
+            "description": arm.description,
+            "models": models[arm.name],
+            "summary": summarise(arm.requests),
+            "requests": arm.requests,
+        }
         for arm in arms
     ]
     results: dict[str, Any] = {"arms": listed}
@@ -117,4 +137,5 @@ def _title(cfg: DictConfig) -> str:
     draft_model = draft_node(cfg)
     names = [name_of(target_node(cfg)), name_of(draft_model) if draft_model is not None else "no draft model"]
     target, draft = (name.rsplit("/", 1)[-1].removesuffix(".gguf") for name in names)
-    return f"{target} with {draft} on {str(cfg.task._target_).rsplit('.', 1)[-1]}"
+    task = cfg.task.get("name") or str(cfg.task._target_).rsplit(".", 1)[-1]
+    return f"{target} with {draft} on {task}"

@@ -1,12 +1,13 @@
-"""Arms over problems: every problem goes through every arm before the next one, so that drift hits all alike."""
+"""Arms over problems: every problem, or every batch of them, goes through every arm before the next one, so that drift
+hits all alike."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.record import to_json
 from parsedec.gate import GateHistory
 from parsedec.tasks.base import Problem, Task
-from parsedec.types import Limits, Sampling
+from parsedec.types import Limits, Result, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +33,51 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all arms share: the same limits, sampling and seeds."""
+    """What all arms share: the same limits, sampling and seeds.
+
+    seeds   every problem is answered once with each of them; none: once, with `seed`
+    """
 
     limits: Limits
     sampling: Sampling
     seed: int
+    seeds: Sequence[int] = ()
     warmup: int  # requests answered before counting, not recorded
+    batch: int = 1  # requests answered at a time; arms then alternate by so many
 
     def __post_init__(self) -> None:
-        for name in ("seed", "warmup"):
+        for name, least in (("seed", 0), ("warmup", 0), ("batch", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{name}={value!r}; expected a whole number, 0 or more.")
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r}; expected a whole number, {least} or more.")
+        if len(set(self.seeds)) < len(self.seeds) or any(not isinstance(s, int) or s < 0 for s in self.seeds):
+            raise ConfigError(f"seeds={list(self.seeds)}; expected whole numbers, 0 or more, each once.")
+        if len(self.seeds) > 1 and self.sampling.greedy:
+            raise ConfigError(
+                f"seeds={list(self.seeds)} with temperature 0: every seed would give the same answer. Set "
+                "sampling.temperature, or leave seeds out."
+            )
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(self.seeds) or (self.seed,)
+
+
+class Asked(NamedTuple):
+    """A problem, its number in the task, and the seed it is answered with."""
+
+    number: int
+    problem: Problem
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.problem.id, self.seed
+
+    def next_turn(self, result: dict[str, Any] | None) -> Asked | None:
+        """What a conversation asks next, this answer before it."""
+        problem = self.problem.next_turn(result["text"]) if result else None
+        return None if problem is None else self._replace(problem=problem)
 
 
 def run_arms(
@@ -56,43 +90,70 @@ def run_arms(
     """Answer every problem with every arm; requests that an earlier, interrupted run has answered are skipped.
 
     after_each  called with the arm's name after every request, e.g. to save and to show progress
-    A request that cannot be run (too long, say) is recorded with its error and counts as wrong.
+    A request that cannot be run (too long, say) is recorded with its error and counts as wrong. The turns of a
+    conversation follow each other, each arm's with its own answers before them; after an error there is no next turn.
     """
-    answered = {(arm.name, request["id"]) for arm in arms for request in arm.requests}
+    seeds = settings.all_seeds
+    answered = {(arm.name, r["id"], r.get("seed", seeds[0])): r for arm in arms for r in arm.requests}
     for arm in arms:
         for problem in problems[: settings.warmup]:
-            _answer(arm, task, problem, settings, 0)
+            for _ in _answers(arm, task, [Asked(0, problem, seeds[0])], settings):
+                pass
         arm.engine.history = GateHistory()  # warm-up is absent from what the gate has seen, too
-    for index, problem in enumerate(problems):
-        for turn in range(len(arms)):
-            arm = arms[(index + turn) % len(arms)]  # rotating: no arm always runs on warmer caches
-            if (arm.name, problem.id) in answered:
-                continue
-            arm.requests.append(_answer(arm, task, problem, settings, index))
-            after_each(arm.name)
+    asked = [Asked(index, problem, seed) for index, problem in enumerate(problems) for seed in seeds]
+    # one arm has nothing to alternate with: who has finished makes room for the next problem of all
+    together = settings.batch if len(arms) > 1 or settings.batch == 1 else max(1, len(asked))
+    for turn, start in enumerate(range(0, len(asked), together)):
+        for i in range(len(arms)):
+            arm = arms[(turn + i) % len(arms)]  # rotating: no arm always runs on warmer caches
+            some = asked[start : start + together]
+            while some:
+                left = [one for one in some if (arm.name, *one.key) not in answered]
+                order, before = {one.key: place for place, one in enumerate(left)}, len(arm.requests)
+                for request in _answers(arm, task, left, settings):
+                    answered[arm.name, request["id"], request["seed"]] = request
+                    arm.requests.append(request)
+                    after_each(arm.name)
+                arm.requests[before:] = sorted(arm.requests[before:], key=lambda r: order[r["id"], r["seed"]])
+                some = [turned for one in some if (turned := one.next_turn(answered[arm.name, *one.key]["result"]))]
 
 
-def _answer(arm: Arm, task: Task, problem: Problem, settings: Settings, index: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -> Iterator[dict[str, Any]]:
+    """The requests of some problems, as they are answered."""
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.limits.max_new_tokens,
+        "stop": settings.limits.stop,
+        "sampling": settings.sampling,
+    }
+    generators = [torch.Generator().manual_seed(one.seed * 1_000_003 + one.number) for one in asked]
+    prompts, started = [one.problem.asked for one in asked], time.time()
+    if settings.batch > 1:
+        for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):
+            yield _request(arm, task, asked[i], answer, started)
+        return
+    for one, generator in zip(asked, generators, strict=True):
+        started = time.time()
+        try:
+            answer = arm.engine.generate(one.problem.asked, generator=generator, **options)
+        except ParsedecError as error:
+            answer = error
+        yield _request(arm, task, one, answer, started)
+
+
+def _request(arm: Arm, task: Task, asked: Asked, answer: Result | ParsedecError, at: float) -> dict[str, Any]:
+    problem = asked.problem
     request: dict[str, Any] = {"id": problem.id, "prompt": problem.prompt, "reference": problem.reference}
-    started = time.time()
-    try:
-        result = arm.engine.generate(
-            problem.prompt,
-            max_new_tokens=settings.limits.max_new_tokens,
-            stop=settings.limits.stop,
-            sampling=settings.sampling,
-            generator=generator,
-        )
-    except ParsedecError as error:
-        log.warning("%s, %s: %s", arm.name, problem.id, error)
-        return request | {"correct": False, "detail": "", "error": f"{type(error).__name__}: {error}", "result": None}
-    score = task.score(problem, result.text)
+    request["seed"] = asked.seed
+    if isinstance(answer, ParsedecError):
+        log.warning("%s, %s: %s", arm.name, problem.id, answer)
+        wrong = None if task.score(problem, "").correct is None else False  # open-ended: nothing is wrong or right
+        return request | {"correct": wrong, "detail": "", "error": f"{type(answer).__name__}: {answer}", "result": None}
+    score = task.score(problem, answer.text)
     return request | {
         "correct": score.correct,
         "detail": score.detail,
         "error": None,
-        "at": started,
+        "at": at,
         "first_wrong_line": score.first_wrong_line,
-        "result": to_json(result),
+        "result": to_json(answer),
     }

@@ -1,4 +1,8 @@
-"""From stored requests to the numbers of a table: sums, ratios and their intervals."""
+"""From stored requests to the numbers of a table: sums, ratios, their intervals and tests.
+
+A run with several seeds answers every problem once per seed. Problems are what is drawn at random, so every interval
+and test is over problems: the answers to one are taken together.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ SUMMED = {  # summary key -> where a request's result has it
     "target_rows": ("counters", "target_rows"),
     "judge_passes": ("counters", "judge_passes"),
     "judge_rows": ("counters", "judge_rows"),
+    "draft_calls": ("counters", "draft_calls"),
+    "draft_rows": ("counters", "draft_rows"),
     "draft_tokens": ("counters", "draft_tokens"),
     "kept_draft_tokens": ("counters", "kept_draft_tokens"),
     "inner_steps": ("counters", "inner_steps"),
@@ -28,35 +34,60 @@ SUMMED = {  # summary key -> where a request's result has it
 def summarise(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the requests that have a result.
 
-    accuracy   over all that were scored, errors counting as wrong
+    accuracy   over all that were scored, errors counting as wrong; its interval takes a problem's answers as one
+    latency, first_token   seconds until the answer and until its first sure token: quantiles over requests
+    target_pairs, draft_pairs   query-key pairs of attention, estimated from the stored counts (`attended`)
     tau        tokens committed per verified tree: the accepted guesses, and the target's own token behind them. Summed,
                then divided. None where nothing was ever guessed
     offered_by_depth, accepted_by_depth   [d] trees that reached, and were accepted to, depth d + 1 or more
     """
     results = [request["result"] for request in requests if request.get("result")]
-    marks = [bool(request["correct"]) for request in requests if request.get("correct") is not None]
+    scored = [request for request in requests if request.get("correct") is not None]
+    marks = [bool(request["correct"]) for request in scored]
     summary: dict[str, Any] = {
         "accuracy": sum(marks) / len(marks) if marks else None,
-        "accuracy_interval": wilson(sum(marks), len(marks)) if marks else None,
+        "accuracy_interval": _accuracy_interval(scored) if marks else None,
         "requests": len(requests),
+        "problems": len({request["id"] for request in requests}),
         "errors": sum(1 for request in requests if request.get("error")),
         "new_tokens": sum(len(result["tokens"]) for result in results),
         "rounds": sum(len(result["rounds"]) for result in results),
         "accepted_whole": sum(any(r["accepted_whole"] for r in result["rounds"]) for result in results),
     }
-    summary |= {key: sum(result[group][name] for result in results) for key, (group, name) in SUMMED.items()}
+    summary |= {key: sum(result[group].get(name, 0) for result in results) for key, (group, name) in SUMMED.items()}
+    summary["prompt_tokens"] = sum(result.get("prompt_tokens", 0) for result in results)
+    for model in ("target", "draft"):
+        summary[f"{model}_pairs"] = sum(attended(result, f"{model}_rows") for result in results)
     for key in ("offered_by_depth", "accepted_by_depth"):
         summary[key] = sum_by_depth([result["counters"].get(key) or () for result in results])
     trees, guessed = summary["inner_steps"], sum(summary["offered_by_depth"])
     summary["tau"] = (trees + sum(summary["accepted_by_depth"])) / trees if trees and guessed else None
     summary["tokens_per_s"] = summary["new_tokens"] / summary["wall_s"] if summary["wall_s"] else None
     summary["kept_share"] = summary["kept_draft_tokens"] / summary["draft_tokens"] if summary["draft_tokens"] else None
-    summary["first_token_s_p50"] = _median([result["times"]["first_token_s"] for result in results])
+    for name, key in (("first_token_s", "first_token_s"), ("latency_s", "wall_s")):
+        taken = [result["times"][key] for result in results]
+        summary |= {f"{name}_p{q}": float(np.percentile(taken, q)) if taken else None for q in (50, 95, 99)}
     summary["judge_paths"] = sorted({result["judge_path"] for result in results if result["judge_path"]})
     return summary
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
+def attended(result: dict[str, Any], rows: str) -> float:
+    """Query-key pairs of a request's passes: causal over the prompt, and behind it every row over the prompt and half
+    of the answer. Rows are counted, what each one sees is not."""
+    prompt, answer, total = result.get("prompt_tokens", 0), len(result["tokens"]), result["counters"].get(rows, 0)
+    first = min(total, prompt)
+    return float(first * first / 2 + (total - first) * (prompt + answer / 2))
+
+
+def _accuracy_interval(scored: Sequence[dict[str, Any]]) -> list[float]:
+    """Wilson's interval over problems; one with several answers counts as their share of right ones."""
+    shares: dict[str, list[bool]] = {}
+    for request in scored:
+        shares.setdefault(request["id"], []).append(bool(request["correct"]))
+    return wilson(sum(sum(marks) / len(marks) for marks in shares.values()), len(shares))
+
+
+def wilson(hits: float, n: int, z: float = 1.96) -> list[float]:
     """95 % interval of a share (Wilson 1927); honest at 0 and 1, where the plain one has no width."""
     share, spread = hits / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
@@ -72,26 +103,43 @@ def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
 def compare(
     baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, float] | None:
-    """An arm against the baseline on the requests both answered, with 95 % paired bootstrap intervals.
+    """An arm against the baseline on the requests both answered, with 95 % bootstrap intervals, paired by problem.
 
     speedup           ratio of tokens per second, all tokens over all wall-clock seconds
     time_ratio        baseline's seconds over the arm's, for the same requests
     accuracy_change   arm minus baseline, in share of requests
+    better, worse     problems the arm gets right more, or less, often than the baseline; mcnemar_p: how often a fair
+                      coin splits them so unevenly (McNemar's exact test, two-sided)
     """
-    first = {request["id"]: request for request in baseline if request.get("result")}
-    pairs = [(first[r["id"]], r) for r in arm if r.get("result") and r["id"] in first]
-    if not pairs:
+    first = {_asked(request): request for request in baseline if request.get("result")}
+    problems: dict[str, list[tuple[float, ...]]] = {}
+    for request in arm:
+        if request.get("result") and (other := first.get(_asked(request))):
+            problems.setdefault(request["id"], []).append((*_facts(other), *_facts(request), 1.0))
+    if not problems:
         return None
-    rows = np.array([[*_facts(a), *_facts(b)] for a, b in pairs], dtype=float)  # [n, 6]
+    rows = np.array([np.sum(answers, axis=0) for answers in problems.values()])  # [n, 7]
     draws = resampled(len(rows), seed, resamples)
-    samples = np.stack([_ratios(rows[draw].sum(0), len(rows)) for draw in draws])  # [resamples, 3]
+    samples = np.stack([_ratios(rows[draw].sum(0)) for draw in draws])  # [resamples, 3]
     low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
-    estimate = _ratios(rows.sum(0), len(rows))
+    estimate = _ratios(rows.sum(0))
     names = ("speedup", "time_ratio", "accuracy_change")
-    out: dict[str, float] = {"requests": len(pairs)}
+    better, worse = int((rows[:, 5] > rows[:, 2]).sum()), int((rows[:, 5] < rows[:, 2]).sum())
+    out: dict[str, float] = {"requests": int(rows[:, 6].sum()), "problems": len(rows)}
+    out |= {"better": better, "worse": worse, "mcnemar_p": mcnemar(better, worse)}
     for i, name in enumerate(names):
         out |= {name: float(estimate[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
     return out
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Two-sided exact p-value of a split of better + worse fair coins (McNemar 1947)."""
+    n, few = better + worse, min(better, worse)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / (1 << n))
+
+
+def _asked(request: dict[str, Any]) -> tuple[str, int | None]:
+    return request["id"], request.get("seed")
 
 
 def _facts(request: dict[str, Any]) -> tuple[float, float, float]:
@@ -99,15 +147,11 @@ def _facts(request: dict[str, Any]) -> tuple[float, float, float]:
     return len(result["tokens"]), result["times"]["wall_s"], float(bool(request.get("correct")))
 
 
-def _ratios(sums: np.ndarray, n: int) -> np.ndarray:
-    tokens_a, wall_a, right_a, tokens_b, wall_b, right_b = sums
+def _ratios(sums: np.ndarray) -> np.ndarray:
+    tokens_a, wall_a, right_a, tokens_b, wall_b, right_b, n = sums
     return np.array([tokens_b / wall_b / (tokens_a / wall_a), wall_a / wall_b, (right_b - right_a) / n])
 
 
 def sum_by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
     """Sums by place; requests do not all get equally deep."""
     return [sum(level) for level in zip_longest(*counts, fillvalue=0)]
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return float(np.median(values)) if values else None

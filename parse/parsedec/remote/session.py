@@ -30,6 +30,7 @@ from parsedec.types import Author, JudgePath, StopReason
 
 UNSETTLED = 8  # last tokens of encoded text that more text may still change
 MOST_PROMPTS = 64  # in one request
+NOTHING = -1e9  # log-probability of what counts as impossible; finite, since judges refuse scores that are no numbers
 COUNTED = "target_calls and draft_calls are requests to servers; the rows they compute are not known and count as 0"
 
 
@@ -63,10 +64,9 @@ class RemoteSession(Session):
 
         The K prompts share prompt and draft, so with a prefix cache they are one prefill and K suffixes.
 
-        wanted  ids whose logits are to be read, the one that speaks for the draft first; the others are -inf. Where a
-                server shows only its most probable tokens, an id that is missing has at most the last one's
-                probability. It then counts as nothing if it is the first, and with that bound otherwise, so that a
-                score is never higher than the right one.
+        wanted  ids whose logits are to be read, the one that speaks most for the draft first; the others are -inf. None
+                at all: the draft is staged and nobody is asked. Where a server shows only its most probable tokens,
+                `least` says what the others count as: a score is never higher than the right one.
         """
         if wanted is None:
             raise IncompatibleStack(
@@ -75,19 +75,18 @@ class RemoteSession(Session):
         if not self.tokens:
             raise PromptError("a draft was judged on an empty session; feed the prompt first.")
         probes = list(cuts if probes is None else probes)
-        check_cuts(len(draft), cuts, probes, suffix)
+        check_cuts(len(draft), cuts, probes)
         self._check_room(len(draft) + len(suffix))
         self._draft = list(draft)
-        items = [[*draft[:cut], *suffix] for cut in probes]
+        items = [[*draft[:cut], *suffix] for cut in probes] if wanted else []
         at_once = MOST_PROMPTS if self.remote.together else 1
         try:
             found = [f for i in range(0, len(items), at_once) for f in self._ask(items[i : i + at_once], wanted)]
         except ServerError as error:
             raise _lost(self.model, error) from error
         logits = torch.full((len(probes), self.model.vocab_size), -math.inf)  # [K, V]
-        for row, shown in zip(logits, found, strict=True):
-            for place, token in enumerate(wanted):
-                row[token] = self._logprob(shown, token, first=place == 0)
+        for row, shown in zip(logits, found, strict=False):  # nothing was found where nothing was wanted
+            row[list(wanted)] = torch.tensor(self._logprobs(shown, wanted))
         return JudgeRows(logits, torch.empty(0), 0, JudgePath.REMOTE)
 
     def keep_draft(self, cut: int) -> None:
@@ -112,14 +111,34 @@ class RemoteSession(Session):
         prompts = [self.remote.prompt([*self.tokens, *item]) for item in items]
         return wire.labels(server, can, prompts, wanted)
 
-    def _logprob(self, shown: wire.Found, token: int, first: bool) -> float:
-        found = shown.of(token, self.remote.spellings(token))
-        if found is not None:
-            return found
-        if self.remote.can.labels is not Labels.TOP:
-            raise ServerError(f"{self.remote.server.url} did not show the label {token} that it was asked for.")
-        self.notes.add(f"a label was not among the {self.remote.can.top} most probable tokens: scores are lower bounds")
-        return -1e9 if first else shown.floor  # finite: the judge refuses scores that are not numbers
+    def _logprobs(self, shown: wire.Found, wanted: Sequence[int]) -> list[float]:
+        found = [shown.of(token, self.remote.spellings(token)) for token in wanted]
+        missing = [token for token, logprob in zip(wanted, found, strict=True) if logprob is None]
+        if missing and self.remote.can.labels is not Labels.TOP:
+            raise ServerError(f"{self.remote.server.url} did not show the labels {missing} that it was asked for.")
+        if missing:
+            most = f"the {self.remote.can.top} most probable tokens"
+            self.notes.add(f"a label was not among {most}: scores are lower bounds")
+        return least(found, shown.floor)
+
+
+def least(found: Sequence[float | None], floor: float) -> list[float]:
+    """Log-probabilities of labels, the one that speaks most for the draft first, None where one is not known.
+
+    An unknown one is at most `floor`. The labels stand for marks in equal steps, down to 0; their mean is least if the
+    unknown marks below it have all they can, and those above it nothing.
+    """
+    known = [(mark, logprob) for mark, logprob in enumerate(reversed(found)) if logprob is not None]
+    top = max([floor, *(logprob for _, logprob in known)])
+    mass = sum(math.exp(logprob - top) for _, logprob in known)
+    total = sum(mark * math.exp(logprob - top) for mark, logprob in known)
+    filled = []
+    for mark, logprob in enumerate(reversed(found)):
+        if logprob is None and (mark * mass < total or mass == 0):
+            logprob = floor
+            mass, total = mass + math.exp(floor - top), total + mark * math.exp(floor - top)
+        filled.append(NOTHING if logprob is None else logprob)
+    return filled[::-1]
 
 
 class RemoteDecoder(Decoder):

@@ -8,6 +8,7 @@ buffers that stay where they are, which is also what CUDA graphs ask for.
     network    the forward over rows
     memory     key and value buffers, shared by forks until one of them writes
     attention  rows of a pass against the columns of a cache, in blocks
+    judging    the same for the rows of a judge pass, by one of three kernels: a dense mask, `cascade`, `flex`
     session    the backend itself: `StaticSession`
     steps      the decode step in buckets of rows and columns: compiled, and captured in CUDA graphs
 """

@@ -4,20 +4,16 @@ Heads that share keys and values are a second head dimension of stride zero, so 
 passes are cut into blocks of rows by the session, so a mask has at most a block of rows and all columns: memory grows
 with the length of a pass, not with its square.
 
-Shapes in this file:  R rows, T columns before the pass, A query heads, G key and value heads, d head size, S rows of a
-probe.
+Shapes in this file:  R rows, T columns before the pass, A query heads, G key and value heads, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from parsedec.static.memory import Buffers
+from parsedec.static.memory import Buffers, Lease
 
 
 class Rows:
@@ -41,6 +37,17 @@ class Rows:
         self._slots[2 * layer + 1].copy_(v.transpose(0, 1)[None])
         keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
         return attention(q, keys, values, self._mask, self._causal, self._scale)
+
+
+def rows_behind(lease: Lease, rows: int, allowed: Tensor | None) -> Rows:
+    """The attention of so many rows behind those of a lease.  allowed  [R, columns] bool; None: causal"""
+    weights, start = lease.pool.weights, lease.rows
+    mask = None
+    if allowed is not None:
+        mask = additive(allowed, weights.dtype, weights.device)
+    elif rows > 1 and start:
+        mask = causal_mask(start, rows, weights.dtype, weights.device)
+    return Rows(lease.writable(rows), start, rows, weights.scale, mask)
 
 
 class BucketRows:
@@ -94,21 +101,3 @@ def causal_mask(start: int, rows: int, dtype: torch.dtype, device: torch.device)
     mask = torch.zeros(rows, start + rows, dtype=dtype, device=device)
     mask.narrow(1, start, rows).fill_(torch.finfo(dtype).min).triu_(1)
     return mask
-
-
-def probes_allowed(before: int, drafted: int, cuts: Sequence[int], suffix: int) -> Tensor:
-    """A block of a judge pass: `drafted` more rows of the draft, then one probe per cut.
-
-    before  columns in front of the block: what is cached, and the rows of the draft in earlier blocks
-    cuts    columns, cached ones included, that each probe sees; S = `suffix` rows follow each of them
-
-    Returns [drafted + K * S, before + drafted + K * S] bool, as `masks.probe_mask` draws it.
-    """
-    rows = drafted + len(cuts) * suffix
-    column = np.arange(before + rows)
-    probe = np.concatenate([np.full(before + drafted, -1), np.repeat(np.arange(len(cuts)), suffix)])
-    # columns of the text up to here: a row of the draft sees itself as well
-    reach = np.concatenate([np.arange(before, before + drafted) + 1, np.repeat(np.asarray(cuts, dtype=int), suffix)])
-    own = probe[before:, None] == probe[None]
-    text = (probe[None] < 0) & (column[None] < reach[:, None])
-    return torch.from_numpy(text | (own & (probe[None] >= 0) & (column[None] <= column[before:, None])))

@@ -11,19 +11,22 @@ Shapes in this file:  R rows, N draft rows, K probes, S suffix rows a probe, V v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parsedec import masks
+from parsedec import fibers, masks
+from parsedec.joint import Output
 from parsedec.model import LanguageModel
 from parsedec.session import Session
-from parsedec.staged import stage_draft
-from parsedec.static.attention import Rows, additive, causal_mask, probes_allowed
+from parsedec.staged import ProbeRows, joined, stage_draft
+from parsedec.static.joint import StaticPass
+from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
 from parsedec.static.steps import ROWS, Steps
@@ -73,9 +76,8 @@ class StaticSession(Session):
         self._steps = self._machine.steps[model.compiled]
         self._lease = Lease(self._machine.pool)  # rows: the cached ones, and the staged ones behind them
 
-    def fork(self) -> Session:
+    def fork(self) -> Self:
         twin = super().fork()
-        assert isinstance(twin, StaticSession)
         twin._lease = self._lease.fork()
         return twin
 
@@ -97,80 +99,93 @@ class StaticSession(Session):
         wanted, parts = len(ids) - keep, []
         for start in range(0, len(ids), self._machine.block):
             block = ids[start : start + self._machine.block]
-            parts.append(self._run(block, keep=min(len(block), max(0, start + len(block) - wanted))))
-        return _joined(parts)
+            parts.append(self.run(block, keep=min(len(block), max(0, start + len(block) - wanted))))
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    @property
+    def network(self) -> Network:
+        return self._machine.network
 
     @torch.inference_mode()
     def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         self.rows += tree.size
-        positions = torch.tensor(tree.depths()) + self.cached
-        return self._run(list(tree.tokens), positions=positions, allowed=masks.tree_mask(self.cached, tree.parents))
+        positions = torch.tensor([self.cached + depth for depth in tree.depths()])
+        return self.run(list(tree.tokens), positions=positions, allowed=masks.tree_mask(self.cached, tree.parents))
 
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
-    ) -> Tensor:
-        lead = len(self.pending)
+    ) -> ProbeRows:
+        """In blocks of rows, each staged when it was read: logits of all rows at once would be [N, V]."""
         tokens = [*self.pending, *draft[done:]]
+        ends = [self.cached + len(self.pending) + cut for cut in probes]
         self.calls += 1
         self.rows += len(tokens) + len(suffix) * len(probes)
-        ends = [self.cached + lead + cut for cut in probes]
-        logits, taps, probe_logits = self._run_probes(tokens, suffix, ends)
-        taps = self._commit_read(lead, logits, taps)
-        if done < len(draft):
-            self._staged = stage_draft(self._staged, self._logits, draft[done:], cuts, logits[lead:], taps)
-        return probe_logits
+        verdicts = []
+        for rows, logits, taps in self._judge_blocks(tokens, suffix, ends):
+            lead = min(len(self.pending), rows)
+            verdicts.append(_verdicts(rows, len(suffix), logits, taps))
+            if rows:
+                taps = self._commit_read(lead, logits, None if taps is None else taps[:rows])
+            if rows > lead:
+                stop = done + rows - lead
+                within = [cut for cut in cuts if cut <= stop]
+                self._staged = stage_draft(
+                    self._staged, self._logits, draft[done:stop], within, logits[lead:rows], taps
+                )
+                done = stop
+        return joined(verdicts)
 
-    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> Tensor:
+    def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         self.calls += 1
         self.rows += len(suffix) * len(probes)  # and nothing is copied for the branches
-        return self._run_probes([], suffix, [self.cached + cut for cut in probes])[2]
+        blocks = self._judge_blocks([], suffix, [self.cached + cut for cut in probes])
+        return joined([_verdicts(rows, len(suffix), logits, taps) for rows, logits, taps in blocks])
 
     @torch.inference_mode()
-    def _run_probes(
+    def _judge_blocks(
         self, tokens: list[int], suffix: Sequence[int], ends: list[int]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Rows of a draft, which stay in the cache, and probes behind columns `ends`, which do not.
 
-        Returns logits [N, V] and taps [N, L, H] of the draft rows, and the probes' logits [K, V].
+        Yields for every block how many rows of the draft it holds, their logits and then those of its probes' last rows
+        [rows + probes, V], and taps [all rows, L, H].
         """
-        block, size = self._machine.block, len(suffix)
-        texts, verdicts = [], []
-        last = len(tokens) % block  # the draft's last rows share a block with the first probes
-        for start in range(0, len(tokens) - last, block):
-            texts.append(self._run(tokens[start : start + block]))
-        first = 0
-        while last or first < len(ends):
-            room = max(0 if last else 1, (block - last) // size)
+        size, first, start = self._machine.block, 0, 0
+        while start < len(tokens) or first < len(ends):
+            text = tokens[start : start + size]
+            start += len(text)
+            # the draft's last rows share a block with the first probes
+            room = 0 if start < len(tokens) else max(0 if text else 1, (size - len(text)) // len(suffix))
             some = ends[first : first + room]
-            ids = tokens[len(tokens) - last :] + list(suffix) * len(some)
-            before = self._lease.rows
-            logits, taps = self._run(
-                ids,
-                positions=_block_positions(before, last, some, size),
-                allowed=probes_allowed(before, last, some, size),
-                keep=torch.tensor([*range(last), *(last + size * (k + 1) - 1 for k in range(len(some)))]),
+            first += len(some)
+            block = Block(self._lease.rows, len(text), tuple(some), len(suffix))
+            last = range(len(text) + len(suffix) - 1, block.rows, len(suffix))
+            logits, taps = self.run(
+                text + list(suffix) * len(some), block=block, keep=torch.tensor([*range(len(text)), *last])
             )
-            self._lease.rows = before + last
-            if last:
-                texts.append((logits[:last], None if taps is None else taps[:last]))
-            verdicts.append(logits[last:])
-            first, last = first + len(some), 0
-        text_logits, text_taps = _joined(texts) if texts else (verdicts[0][:0], None)
-        return text_logits, text_taps, torch.cat(verdicts)
+            self._lease.rows = block.text
+            yield len(text), logits, taps
 
-    def _run(
+    def run(
         self,
         ids: list[int],
         *,
         positions: Tensor | None = None,
         allowed: Tensor | None = None,
+        block: Block | None = None,
         keep: Tensor | int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block of rows behind those of the lease, which grows by it.
 
         positions  [R], None: plainly onwards;  allowed  [R, columns] bool, None: causal;  keep  None: logits of all
+        block      rows of a judge pass, in place of positions and allowed
         """
+        if block is not None:
+            positions = block.positions()
+        if (request := fibers.current()) is not None:
+            joint: Output = request.ask(StaticPass(self, self._lease, ids, positions, allowed, block, keep, self.taps))
+            return joint
         network, lease, rows = self._machine.network, self._lease, len(ids)
         weights, start = network.weights, lease.rows
         if self._steps is not None and rows <= ROWS[-1] and not isinstance(keep, Tensor):
@@ -178,18 +193,13 @@ class StaticSession(Session):
             logits, taps = self._steps.run(lease, ids, at, None if allowed is None else allowed[:, start:], self.taps)
             return logits[rows - (rows if keep is None else keep) :], taps
         network.positions.reach(start + rows)
-        buffers = lease.writable(rows)
-        mask = None
-        if allowed is not None:
-            mask = additive(allowed, weights.dtype, weights.device)
-        elif rows > 1 and start:
-            mask = causal_mask(start, rows, weights.dtype, weights.device)
+        attend = attention_behind(lease, rows, allowed, block, self.model.judge_kernel)
         if isinstance(keep, Tensor):
             keep = keep.to(weights.device)
         out = network.forward(
             network.embed(ids),
             network.angles(start if positions is None else positions.to(weights.device), rows),
-            Rows(buffers, start, rows, weights.scale, mask),
+            attend,
             rows if keep is None else keep,
             self.taps,
         )
@@ -207,15 +217,6 @@ class StaticSession(Session):
         self._lease.rows = self.cached
 
 
-def _block_positions(before: int, drafted: int, ends: Sequence[int], suffix: int) -> Tensor:
-    """Positions of a block of a judge pass [R]: the draft goes on, each probe starts right behind its end."""
-    probes = torch.tensor(ends, dtype=torch.long)[:, None] + torch.arange(suffix)
-    return torch.cat([torch.arange(before, before + drafted), probes.flatten()])
-
-
-def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Logits and taps of several blocks as those of one pass."""
-    if len(parts) == 1:
-        return parts[0]
-    taps = [tap for _, tap in parts if tap is not None]
-    return torch.cat([logits for logits, _ in parts]), torch.cat(taps) if taps else None
+def _verdicts(text: int, suffix: int, logits: Tensor, taps: Tensor | None) -> ProbeRows:
+    """The last rows of a block's probes, which stand behind `text` rows of the draft."""
+    return logits[text:], None if taps is None else taps[text + suffix - 1 :: suffix]

@@ -1,10 +1,26 @@
-"""Tasks: problems and the programs that say whether an answer is right. One class, one YAML in conf/task/."""
+"""Tasks: problems and the programs that say whether an answer is right. One YAML in conf/task/ for each."""
 
-from parsedec.tasks.base import Problem, Score, Task
-from parsedec.tasks.gsm8k import Gsm8k
-from parsedec.tasks.humaneval import HumanEval
+from parsedec.tasks.base import Problem, Score, Task, TaskDataError
+from parsedec.tasks.choice import Choice
+from parsedec.tasks.code import Code
+from parsedec.tasks.hub import Hub
 from parsedec.tasks.jsonl import JsonlTask
+from parsedec.tasks.maths import Maths
+from parsedec.tasks.open_ended import OpenEnded
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.tasks.zoo_lists import ZooLists
 
-__all__ = ["Gsm8k", "HumanEval", "JsonlTask", "Problem", "Score", "Task", "ZooArithmetic", "ZooLists"]
+__all__ = [
+    "Choice",
+    "Code",
+    "Hub",
+    "JsonlTask",
+    "Maths",
+    "OpenEnded",
+    "Problem",
+    "Score",
+    "Task",
+    "TaskDataError",
+    "ZooArithmetic",
+    "ZooLists",
+]

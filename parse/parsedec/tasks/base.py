@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Protocol
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, ParsedecError
+from parsedec.types import Message
+
+
+class TaskDataError(ParsedecError):
+    """A task's data is missing, or a row of it is not of the expected form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One question. It holds all a scorer needs, so that stored answers can be scored again later.
 
-    id         stable across runs and unique within a task
-    prompt     bare text of the user's message; the chat form belongs to the model's own template
-    reference  what the right answer is compared with
-    meta       JSON-serialisable facts for the scorer
+    id          stable across runs and unique within a task
+    prompt      bare text of the user's message; the chat form belongs to the model's own template
+    reference   what the right answer is compared with
+    meta        JSON-serialisable facts for the scorer
+    history     the messages before the prompt, where it is a later turn of a conversation
+    follow_ups  what the user says next, an answer each: every turn is a request of its own
     """
 
     id: str
     prompt: str
     reference: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    history: Sequence[Message] = ()
+    follow_ups: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.id or not self.prompt:
@@ -31,18 +41,38 @@ class Problem:
                 "non-empty. Give every problem an id and a question."
             )
 
+    @property
+    def asked(self) -> str | list[Message]:
+        """What the engine is given: the prompt, or the conversation that ends with it."""
+        return [*self.history, {"role": "user", "content": self.prompt}] if self.history else self.prompt
+
+    def next_turn(self, answer: str) -> Problem | None:
+        """The next turn of the conversation once the model has said `answer`; None after the last one."""
+        if not self.follow_ups:
+            return None
+        said: list[Message] = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": answer}]
+        turn = len(self.history) // 2 + 2
+        return replace(
+            self,
+            id=f"{self.id.removesuffix(f'/turn{turn - 1}')}/turn{turn}",
+            prompt=self.follow_ups[0],
+            history=(*self.history, *said),
+            follow_ups=tuple(self.follow_ups[1:]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """Whether an answer is right, and a short reason for people (its wording is not an interface).
 
+    correct           None: an open-ended question, which no program can score
     first_wrong_line  0-based line of the answer, for tasks that can check every line; None: no line is wrong,
                       or the task cannot tell
     error_at          offset of the first character from which on no right answer begins like this one; the length of
                       the text if it ends too early; None: nothing is wrong, or the task cannot tell
     """
 
-    correct: bool
+    correct: bool | None
     detail: str
     first_wrong_line: int | None = None
     error_at: int | None = None
@@ -75,3 +105,10 @@ def require_int(name: str, value: object, low: int, high: int | None = None) -> 
     if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
         expected = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{name}={value!r} is not usable; expected a whole number {expected}. Change {name}.")
+
+
+def require_extra(module: str, purpose: str, otherwise: str = "") -> None:
+    """Refuse to begin what needs an optional library that is not installed."""
+    if find_spec(module) is None:
+        also = f", {otherwise}" if otherwise else ""
+        raise ConfigError(f"{purpose} needs the library {module}; install it: pip install 'parsedec[eval]'{also}.")

@@ -1,46 +1,67 @@
-"""Tasks read from a local JSONL file: one object a line with `id`, `prompt`, `reference` and `meta`.
+"""Tasks read from a local JSONL file, or from the hub where no file is given.
 
-`prompt` is the bare task text without a chat template, `reference` what a scorer compares with, `meta` an
-object with whatever else the scorer needs. Other keys are allowed and ignored.
+A line of a file is one object with `id`, `prompt`, `reference` and `meta`. `prompt` is the bare task text without a
+chat template, `reference` what a scorer compares with, `meta` an object with whatever else the scorer needs. Other
+keys are allowed and ignored. Rows of the hub are brought into the same form (`parsedec.tasks.hub`).
 """
 
 from __future__ import annotations
 
 import json
+import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from parsedec.errors import ParsedecError
-from parsedec.tasks.base import Problem, Score, require_int
+from parsedec.errors import ConfigError
+from parsedec.tasks.base import Problem, Score, TaskDataError, require_int
+from parsedec.tasks.hub import Hub
+
+__all__ = ["JsonlTask", "TaskDataError", "read_prompts"]
 
 _FORM = '{"id": text, "prompt": text, "reference": text or number, "meta": object}'
 
 
-class TaskDataError(ParsedecError):
-    """A task's data file is missing, or a line of it is not of the expected form."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class JsonlTask(ABC):
-    """Problems `offset .. offset + n - 1` of a local file; `n=None` takes all from `offset` on."""
+    """Problems `offset .. offset + n - 1` of a local file or of the hub; `n=None` takes all from `offset` on.
 
-    name: ClassVar[str]
-    path: str | Path
+    name     what the task is called
+    path     local JSONL file; None: from the hub
+    hub      the dataset on the hub; None: there is only the local file
+    shuffle  seed of a random order in which problems are taken; None: the order of the file
+    """
+
+    references: ClassVar[bool] = True  # whether every problem must have one
+    name: str
+    path: str | Path | None = None
+    hub: Hub | None = None
     n: int | None = None
     offset: int = 0
+    shuffle: int | None = None
 
     def __post_init__(self) -> None:
         if self.n is not None:
             require_int("n", self.n, 1)
         require_int("offset", self.offset, 0)
+        if self.shuffle is not None:
+            require_int("shuffle", self.shuffle, 0)
+        if self.path is None and self.hub is None:
+            raise ConfigError(
+                f"{self.name} has neither path nor hub; expected a local JSONL file (task.path=FILE) or a dataset."
+            )
         # checked before the first read: models take minutes to load, a wrong path should not wait for them
-        if not Path(self.path).expanduser().is_file():
+        if self.path is not None and not Path(self.path).expanduser().is_file():
             raise TaskDataError(
                 f"path={str(self.path)!r} is not a file; expected JSONL, each line of the "
                 f"form {_FORM}. Correct the path or put the file there."
             )
+
+    @property
+    def source(self) -> str:
+        """Where the problems come from, for messages."""
+        return str(self.path) if self.path is not None else f"{self.hub.dataset if self.hub else '?'} on the hub"
 
     @abstractmethod
     def score(self, problem: Problem, text: str) -> Score: ...
@@ -49,13 +70,20 @@ class JsonlTask(ABC):
         """Turn a stored problem into the one that is asked: word the prompt, check what the scorer needs."""
         return problem
 
+    def counts(self, problem: Problem) -> bool:
+        """Whether a stored problem is asked at all."""
+        return True
+
     def problems(self) -> list[Problem]:
-        stored = self._read()
+        every = self.hub.problems() if self.path is None and self.hub is not None else self._read()
+        stored = [problem for problem in every if self.counts(problem)]
+        if self.shuffle is not None:
+            random.Random(self.shuffle).shuffle(stored)
         stop = len(stored) if self.n is None else self.offset + self.n
         if stop > len(stored) or self.offset >= len(stored):
             raise TaskDataError(
                 f"offset={self.offset}, n={self.n} asks for more than the {len(stored)} "
-                f"problems of {self.path}; expected offset + n <= {len(stored)}. "
+                f"problems of {self.source}; expected offset + n <= {len(stored)}. "
                 "Lower n or offset."
             )
         return [self.prepare(problem) for problem in stored[self.offset : stop]]
@@ -64,12 +92,13 @@ class JsonlTask(ABC):
         """All problems of the file. Blank lines are skipped, but counted as an editor counts them."""
         problems: list[Problem] = []
         line_of: dict[str, int] = {}
+        assert self.path is not None
         with Path(self.path).expanduser().open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 where = f"{self.path}, line {number}"
-                problem = _parse(line, where)
+                problem = _parse(line, where, references=self.references)
                 first = line_of.setdefault(problem.id, number)
                 if first != number:
                     raise TaskDataError(
@@ -116,8 +145,10 @@ def _object(line: bytes, where: str, form: str) -> dict[str, Any]:
     return row
 
 
-def _parse(line: bytes, where: str) -> Problem:
+def _parse(line: bytes, where: str, *, references: bool) -> Problem:
     row = _object(line, where, _FORM)
+    if not references:
+        row = row | {"reference": ""}
     wrong = [key for key, ok in _checks(row).items() if not ok]
     if wrong:
         raise TaskDataError(

@@ -87,7 +87,7 @@ def load_or_sample(path: Path, draft: LanguageModel, problems: Sequence[Problem]
 def share_wrong(pool: Pool, problems: Sequence[Problem], task: Task, draft: LanguageModel) -> float:
     """Share of the pool's answers that are wrong somewhere."""
     marks = [
-        task.score(problem, draft.decode(tokens)).correct
+        bool(task.score(problem, draft.decode(tokens)).correct)
         for problem, answers in zip(problems, pool, strict=True)
         for tokens, _ in answers
     ]

@@ -78,7 +78,7 @@ def evaluate(
 def accuracy(model: LanguageModel, task: Task, problems: Sequence[Problem], answers: Sequence[Written]) -> Any:
     """{"right": count, "share": …, "interval": 95 %} of complete answers."""
     marks = [
-        ended and task.score(problem, model.decode(tokens)).correct
+        ended and bool(task.score(problem, model.decode(tokens)).correct)
         for problem, (tokens, ended) in zip(problems, answers, strict=True)
     ]
     return {"right": sum(marks), "share": sum(marks) / len(marks), "interval": wilson(sum(marks), len(marks))}

@@ -1,7 +1,8 @@
 """Answers of many problems at once: a batched decoding loop with its own random generator.
 
-The engine decodes one request at a time, which is what it is for; training and evaluation need thousands of plain
-answers, so here rows are left-padded into batches and leave the batch when they have ended.
+Training and evaluation need thousands of plain answers and nothing of the engine's two levels, so here rows are
+left-padded into batches of hundreds and leave the batch when they have ended. (`batch` runs the engine's own requests
+together.)
 
 Shapes in this file:  B rows of a batch, T positions, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""HumanEval: how an answer becomes a program, and what the sandbox stops."""
+"""Code tasks: how an answer becomes a program, and what the sandbox stops."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from parsedec.errors import ConfigError
-from parsedec.tasks import HumanEval, Problem
-from parsedec.tasks.humaneval import extract_code, program
+from parsedec.tasks import Code, Problem, TaskDataError
+from parsedec.tasks.code import extract_code, function_under_test, program
 from parsedec.tasks.sandbox import SandboxResult, run_sandboxed
-
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "humaneval.jsonl"
 
 HEAD = '''from typing import List
 
@@ -34,15 +32,15 @@ BODY = "    return [helper(x) for x in numbers]\n"
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> HumanEval:
+def task(tmp_path: Path) -> Code:
     path = tmp_path / "humaneval.jsonl"
     stored = {"id": "bump", "prompt": HEAD, "reference": BODY, "meta": {"entry_point": "bump", "test": TEST}}
     path.write_text(json.dumps(stored) + "\n", encoding="utf-8")
-    return HumanEval(path=path, n=1, timeout_s=5.0, memory_mb=512)
+    return Code(name="humaneval", path=path, n=1, timeout_s=5.0, memory_mb=512)
 
 
 @pytest.fixture
-def problem(task: HumanEval) -> Problem:
+def problem(task: Code) -> Problem:
     return task.problems()[0]
 
 
@@ -54,7 +52,7 @@ def run(*parts: str, timeout_s: float = 5.0, memory_mb: int = 512) -> SandboxRes
 
 
 def test_prompt_shows_the_function_as_a_block(problem: Problem) -> None:
-    assert problem.prompt.startswith("Complete this Python function.")
+    assert problem.prompt.startswith("Answer with the whole function")
     assert problem.prompt.endswith("```python\n" + HEAD.rstrip() + "\n```")
     assert json.loads(json.dumps(problem.meta)) == problem.meta
 
@@ -73,7 +71,7 @@ def test_prompt_shows_the_function_as_a_block(problem: Problem) -> None:
         HEAD + BODY,
     ],
 )
-def test_right_answers_pass(task: HumanEval, problem: Problem, text: str) -> None:
+def test_right_answers_pass(task: Code, problem: Problem, text: str) -> None:
     score = task.score(problem, text)
     assert score.correct, score.detail
 
@@ -94,7 +92,7 @@ def test_right_answers_pass(task: HumanEval, problem: Problem, text: str) -> Non
         ("import os\nos.write(1, b'passed')\nos._exit(0)\n" + WHOLE, "before its checks were done"),
     ],
 )
-def test_wrong_answers_do_not_pass(task: HumanEval, problem: Problem, text: str, detail: str) -> None:
+def test_wrong_answers_do_not_pass(task: Code, problem: Problem, text: str, detail: str) -> None:
     score = task.score(problem, text)
     assert not score.correct
     assert detail in score.detail
@@ -112,6 +110,39 @@ def test_a_name_that_only_begins_alike_is_not_the_function() -> None:
         "def bump(): pass\n"
     )
     assert "def bump(numbers" in program(HEAD, "bump", "def bumpy(): pass\n")
+
+
+# --- the form of MBPP ---
+
+ASSERTIONS = ["assert set(bump_all([1])) == {2}", "assert bump_all([0, 1]) == offset([1, 2])"]
+WORDS = {
+    "id": "mbpp/1",
+    "prompt": "Write a function that adds one.",
+    "reference": "",
+    "meta": {"test_list": ASSERTIONS, "test_setup_code": "def offset(x): return x"},
+}
+ADDS_ONE = "def bump_all(numbers):\n    return [n + 1 for n in numbers]\n"
+
+
+def test_words_with_assertions_are_a_code_task_too(tmp_path: Path) -> None:
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text(json.dumps(WORDS) + "\n", encoding="utf-8")
+    task = Code(name="mbpp", path=path, timeout_s=5.0, memory_mb=512)
+    problem = task.problems()[0]
+    assert problem.prompt.startswith("Write a function that adds one.\n\nAnswer with the whole function")
+    for text in (ADDS_ONE, f"```python\nprint(1)\n```\nor\n```python\n{ADDS_ONE}```\nDone."):
+        assert task.score(problem, text).correct
+    assert task.score(problem, ADDS_ONE.replace("+ 1", "+ 2")).detail.startswith("AssertionError")
+    assert task.score(problem, "").detail.startswith("NameError")
+    path.write_text(json.dumps(WORDS | {"meta": {"test_list": []}}) + "\n", encoding="utf-8")
+    with pytest.raises(TaskDataError, match=r"meta\.test_list=\[\]"):
+        task.problems()
+
+
+def test_the_function_under_test_is_the_one_all_assertions_call() -> None:
+    assert function_under_test(ASSERTIONS) == "bump_all"
+    assert function_under_test(["assert sum(1, 2) == 3"]) == "sum"  # the answer may hide one of Python's own
+    assert function_under_test(["assert True"]) == ""
 
 
 # --- the sandbox ---
@@ -212,13 +243,4 @@ def test_unusable_limits_are_named(tmp_path: Path, timeout_s: float, memory_mb: 
         run("pass", timeout_s=timeout_s, memory_mb=memory_mb)
     (tmp_path / "x.jsonl").touch()
     with pytest.raises(ConfigError, match=part):
-        HumanEval(path=tmp_path / "x.jsonl", timeout_s=timeout_s, memory_mb=memory_mb)
-
-
-def test_reference_solutions_pass() -> None:
-    if not DATA.is_file():
-        pytest.skip("the benchmark files are not part of the project; looked in ../shared/data")
-    task = HumanEval(path=DATA, n=6, offset=32)  # 32 and 50 have helpers above the function; 6 keep it quick
-    for problem in task.problems():
-        assert task.score(problem, problem.reference).correct, problem.id
-        assert not task.score(problem, "    return None\n").correct, problem.id
+        Code(name="code", path=tmp_path / "x.jsonl", timeout_s=timeout_s, memory_mb=memory_mb)

@@ -1,8 +1,8 @@
-"""Other people's decoding loops as outer levels, so that a comparison can time them in the same process.
+"""outer=hf_generate: Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
+assisted generation; Leviathan et al. 2023, arXiv 2211.17192).
 
-`outer=hf_generate` is Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
-assisted generation; Leviathan et al. 2023, arXiv 2211.17192). It gets the same prompt, limits, end tokens, stop strings
-and sampling settings, and its tokens are counted by the same code as everyone's.
+It gets the same prompt, limits, end tokens, stop strings and sampling settings as everyone, and its tokens are counted
+by the same code.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.inner import NoSpeculation
 from parsedec.model import LanguageModel
 from parsedec.outer import Work, Written
+from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
 from parsedec.text import common_prefix
 from parsedec.types import Author, Round, Sampling, StopReason
@@ -61,6 +62,7 @@ class HfGenerate:
         return self.assisted
 
     def bind(self, target: LanguageModel) -> HfGenerate:
+        _check_here(target)
         if self.assisted and target.recurrent:
             raise IncompatibleStack(
                 f"outer.assisted=true: Hugging Face's assisted generation cannot roll back {target.name}, which has "
@@ -92,7 +94,7 @@ class HfGenerate:
             if answer.limits.stop:
                 arguments["stopping_criteria"] = [follow]
             stack.enter_context(seeded(sampler))
-            watch = stack.enter_context(Watch(work))
+            watch = stack.enter_context(Watch(work, assistant))
             prompt = torch.tensor([session.tokens], device=target.device)
             with torch.inference_mode():
                 sequence = target.hf.generate(
@@ -113,6 +115,7 @@ class HfGenerate:
         if not self.assisted or work.drafter is None:
             return None
         model = work.drafter.model
+        _check_here(model)
         if target.vocab_size == model.vocab_size and not target.same_vocabulary(model):
             raise IncompatibleStack(
                 f"{model.name} and {target.name} have as many tokens but not the same ones, and Hugging Face's "
@@ -125,6 +128,14 @@ class HfGenerate:
                 "Use temperature 0, or a draft model with as many rows."
             )
         return model
+
+
+def _check_here(model: LanguageModel) -> None:
+    if isinstance(model, RemoteModel):
+        raise IncompatibleStack(
+            f"outer=hf_generate runs `model.generate`, and the weights of {model.name} are at {model.server.url}. Use "
+            "outer=none, or engine=local."
+        )
 
 
 class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
@@ -147,13 +158,14 @@ class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 
 
 class Watch(BaseStreamer):  # type: ignore[misc]
-    """Takes the time of the first token and counts what the target does, while `generate` runs.
+    """Takes the time of the first token and counts what target and assistant do, while `generate` runs.
 
     Counting reads shapes only; nothing is copied and nothing waits for the device.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, assistant: LanguageModel | None) -> None:
         self._work = work
+        self._assistant = assistant
         self._prompt = work.target.session.length
         self._rows = 0  # of the latest forward
         self._puts = 0  # the prompt, then the tokens of each step
@@ -162,6 +174,9 @@ class Watch(BaseStreamer):  # type: ignore[misc]
     def __enter__(self) -> Watch:
         hook = self._work.target.session.model.hf.register_forward_pre_hook(self._count, with_kwargs=True)
         self._spans.callback(hook.remove)
+        if self._assistant is not None and self._assistant.hf is not self._work.target.session.model.hf:
+            hook = self._assistant.hf.register_forward_pre_hook(self._count_draft, with_kwargs=True)
+            self._spans.callback(hook.remove)
         self._phase = self._spans.enter_context(ExitStack())
         self._phase.enter_context(self._work.meter.span("prefill"))
         return self
@@ -187,9 +202,20 @@ class Watch(BaseStreamer):  # type: ignore[misc]
 
     def _count(self, module: object, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         session = self._work.target.session
-        self._rows = (args[0] if args else kwargs["input_ids"]).shape[1]
+        self._rows = _rows(args, kwargs)
         session.calls += 1
         session.rows += self._rows
+
+    def _count_draft(self, module: object, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        assert self._work.drafter is not None
+        session = self._work.drafter.decoder.session
+        session.calls += 1
+        session.rows += _rows(args, kwargs)
+
+
+def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Rows of a forward of batch 1."""
+    return int((args[0] if args else kwargs["input_ids"]).shape[1])
 
 
 def settings(model: LanguageModel, sampling: Sampling, new_tokens: int) -> GenerationConfig:

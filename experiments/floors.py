@@ -1,0 +1,83 @@
+"""What a decode step, a tree of 64 and judge passes take, beside the floor that this device sets.
+
+    python experiments/floors.py                                  a tiny shape, on whatever is there
+    python experiments/floors.py experiment=floors_qwen3          Qwen3 1.7B, 8B and 32B shapes on one GPU
+    python experiments/floors.py "kernels=[cascade]" context=2048
+
+Random weights; bandwidth and matrix rate are measured in the same run. Writes record.json, table.md and plot.png; the
+last line of stdout is the record's path.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: spinning ones are erratic
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from parsedec.experiment.cli import run_command
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def measure_all(cfg: DictConfig) -> dict[str, Any]:
+    """Rows of every shape, one model in memory at a time."""
+    from dataclasses import asdict
+
+    import torch
+    from hydra.utils import instantiate
+
+    from parsedec.experiment.cli import progress
+    from parsedec.experiment.floors import JudgeSize, measure
+    from parsedec.experiment.nodes import check_local
+
+    check_local(cfg)
+    sizes = [JudgeSize(**size) for size in cfg.judge_passes]
+    rows, devices = [], {}
+    with progress(len(cfg.shapes) * (2 + len(sizes) * len(cfg.kernels))) as step:
+        for source in cfg.shapes:
+            model = instantiate(cfg.target, source=source)
+            devices[source], made = measure(
+                model, context=cfg.context, nodes=cfg.nodes, sizes=sizes, kernels=cfg.kernels, repeats=cfg.repeats,
+                after_each=step)  # fmt: skip
+            rows += made
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return {"devices": {name: asdict(device) for name, device in devices.items()}, "rows": rows}
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="floors")
+def main(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from parsedec.experiment.build import apply_runtime, plain
+    from parsedec.experiment.cli import announced, stderr
+    from parsedec.experiment.floors import draw, markdown, terminal
+    from parsedec.experiment.plot import require_plots
+    from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record, write_text
+
+    if cfg.plot:
+        require_plots()
+    path = Path(HydraConfig.get().runtime.output_dir) / "record.json"
+    config = plain(cfg)
+    earlier_record(path, config, resume=False)
+    apply_runtime(cfg)
+    head = {"schema_version": SCHEMA_VERSION, "title": cfg.title, "config": config, "provenance": provenance()}
+    with announced(path):
+        record = head | measure_all(cfg)
+        write_record(record, path)
+        write_text(markdown(record), path.with_name("table.md"))
+        if cfg.plot:
+            draw(record, path.with_name("plot.png"))
+        stderr.print(terminal(record))
+        stderr.print(f"table: {path.with_name('table.md')}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(main, CONF)

@@ -1,0 +1,182 @@
+"""Many requests at a time: each is the ordinary one, and their passes are made together.
+
+A request runs until it needs a pass of a model that takes several requests' rows (`joint`), and waits. When all wait,
+the passes of one model and kind are made as one forward: those that most requests wait for, so that few forwards are
+made and well filled; the others gather company meanwhile. A request that has ended leaves, and the next one takes its
+seat. So every outer level, judge and speculator works in a batch as it is. What is not a pass of such a model - a
+speculator's head, a recurrent model, `model.generate` - is computed for one request after another.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from parsedec.backends import runs_static
+from parsedec.errors import ConfigError, ParsedecError
+from parsedec.fibers import Fiber, current
+from parsedec.inner import NoSpeculation
+from parsedec.joint import Pass, joint_obstacle
+from parsedec.streamed import StreamedVerification
+from parsedec.types import Limits, Result, Sampling
+
+if TYPE_CHECKING:
+    from parsedec.engine import Parse, Prompt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult:
+    """What became of the requests of a batch.
+
+    answers  per prompt, in their order: its result, or the error that names the request
+    wall_s   seconds from the first request's beginning to the last one's end
+    """
+
+    answers: tuple[Result | ParsedecError, ...]
+    wall_s: float
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """The results of all requests; raises the first error, if there is one."""
+        for answer in self.answers:
+            if isinstance(answer, ParsedecError):
+                raise answer
+        return tuple(answer for answer in self.answers if isinstance(answer, Result))
+
+    @property
+    def errors(self) -> dict[int, ParsedecError]:
+        """The errors by the place of their prompt."""
+        return {i: answer for i, answer in enumerate(self.answers) if isinstance(answer, ParsedecError)}
+
+    @property
+    def tokens_per_s(self) -> float:
+        tokens = sum(answer.new_tokens for answer in self.answers if isinstance(answer, Result))
+        return tokens / self.wall_s if self.wall_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The requests of a batch: prompts, and what they share. `size` of them are answered at a time."""
+
+    prompts: Sequence[Prompt]
+    size: int
+    limits: Limits
+    sampling: Sampling
+    generators: Sequence[torch.Generator] | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not isinstance(self.prompts, Sequence):
+            raise ConfigError(f"prompts={self.prompts!r}; expected a list of prompts. Use generate for a single one.")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(f"size={self.size!r}; expected how many requests to answer at a time, at least 1.")
+        if self.generators is None:
+            if not self.sampling.greedy:
+                raise ConfigError(
+                    f"temperature={self.sampling.temperature} needs a torch.Generator for every request: generators=[…]"
+                )
+            return
+        own = len(set(map(id, self.generators)))
+        if own != len(self.prompts) or len(self.generators) != own:
+            raise ConfigError(
+                f"{len(self.generators)} generators, {own} different ones, are given for {len(self.prompts)} prompts; "
+                "expected one of its own for each, so that no request's text depends on the others."
+            )
+
+    def answers(self, engine: Parse) -> Iterator[tuple[int, Result | ParsedecError]]:
+        """(place, answer) of every prompt, as they are finished."""
+        own = _for_batches(engine)
+
+        def answer(i: int) -> Result | ParsedecError:
+            try:
+                result = own.generate(
+                    self.prompts[i],
+                    max_new_tokens=self.limits.max_new_tokens,
+                    stop=self.limits.stop,
+                    sampling=self.sampling,
+                    generator=self.generators[i] if self.generators else None,
+                )
+            except ParsedecError as error:
+                return _named(error, i)
+            return replace(result, notes=tuple(sorted({*result.notes, *self._notes(own)})))
+
+        return in_company([partial(answer, i) for i in range(len(self.prompts))], self.size)
+
+    def _notes(self, engine: Parse) -> Iterator[str]:
+        """What a reader of a result should know; asked for in the request's own fiber, at its end."""
+        yield f"answered in a batch, {self.size} at a time: all seconds but those to the first token are shares"
+        fiber = current()
+        if fiber is not None and not fiber.asked:
+            yield "nothing of this request could be computed together with others"
+        for model in (engine.target, engine.draft):
+            if model is not None and not runs_static(model) and (obstacle := joint_obstacle(model)):
+                yield f"{model.name} computes one request after another: it has {obstacle}"
+        for inner in (engine.inner, engine.draft_inner):
+            if inner is not None and not isinstance(inner, NoSpeculation):
+                yield f"{type(inner).__name__} guesses for one request after another; passes of whole models are shared"
+
+
+def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Iterator[tuple[int, T]]:
+    """(place, result) of every body as it ends; at most `size` run at a time, their passes made together.
+
+    What a body raises ends all of them.
+    """
+    waiting = deque(enumerate(bodies))
+    seats: dict[int, Fiber[T]] = {}
+    try:
+        while waiting or seats:
+            while waiting and len(seats) < size:
+                i, body = waiting.popleft()
+                seats[i] = Fiber(body)
+                seats[i].resume()
+            ended = [i for i, fiber in seats.items() if fiber.ended]
+            for i in ended:
+                yield i, seats.pop(i).result
+            if not ended:
+                _make_passes(list(seats.values()))
+    finally:
+        for fiber in seats.values():
+            fiber.close()
+
+
+def _make_passes(fibers: Sequence[Fiber[Any]]) -> None:
+    """One forward, of what most of the requests wait for; those that waited for it run on."""
+    groups: dict[object, list[Fiber[Any]]] = {}
+    for fiber in fibers:
+        groups.setdefault(fiber.question.group, []).append(fiber)
+    chosen = max(groups.values(), key=len)  # the first of several
+    passes: list[Pass] = [fiber.question for fiber in chosen]
+    start = time.perf_counter()
+    outputs = passes[0].together(passes)
+    if passes[0].device.type == "cuda":
+        torch.cuda.synchronize(passes[0].device)  # what it took is shared out here
+    per_row = (time.perf_counter() - start) / sum(one.rows for one in passes)
+    for fiber, one in zip(chosen, passes, strict=True):
+        fiber.charge(per_row * one.rows)
+    for fiber, out in zip(chosen, outputs, strict=True):
+        fiber.resume(out)
+
+
+def _for_batches(engine: Parse) -> Parse:
+    """The engine, its outer level without threads of its own: in a batch others' passes fill the gaps."""
+    if not isinstance(engine.outer, StreamedVerification):
+        return engine
+    twin = copy.copy(engine)
+    twin.outer = replace(engine.outer, overlap="never")
+    return twin
+
+
+def _named(error: ParsedecError, i: int) -> ParsedecError:
+    """The error with the place of its request in front."""
+    named = type(error).__new__(type(error))  # some hold more than their message
+    named.__dict__.update(error.__dict__)
+    named.args, named.__cause__ = (f"request {i}: {error}",), error
+    return named

@@ -1,0 +1,186 @@
+"""Thresholds from judged samples: explore, test along a path, then check on problems that chose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from parsedec.boundary import DEFAULT_THRESHOLD, BoundaryRule
+from parsedec.calibration import figures
+from parsedec.calibration.decisions import Decisions, Pair, decide, kept_tokens, prefix_losses, thresholds
+from parsedec.calibration.outcomes import Outcomes
+from parsedec.calibration.risk import (
+    Fit,
+    Goal,
+    Losses,
+    check,
+    choose_path,
+    conformal,
+    drawn,
+    fixed_sequence,
+    upper_bound,
+)
+from parsedec.calibration.samples import Sample
+from parsedec.errors import ConfigError
+from parsedec.experiment.summary import resampled, wilson
+
+# what every pair of thresholds does to samples: losses of (samples, decisions)
+LossesOf = Callable[[Sequence[Sample], Decisions], Losses]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """The thresholds found (None: none keeps the goal), and how.
+
+    path      the pairs that could be tested, strict to lax; `fit` speaks of their indices
+    explored  samples that chose the path
+    tested    samples the path was tested on
+    grid      single thresholds tried
+    """
+
+    pair: Pair | None
+    path: tuple[Pair, ...]
+    fit: Fit
+    explored: int
+    tested: int
+    grid: tuple[float, ...]
+
+
+def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], losses_of: LossesOf, seed: int) -> Fitted:
+    """The pair that keeps the most of the drafts and is shown to keep the goal."""
+    if goal.method == "crc":
+        grid = thresholds(samples, goal.points)
+        path = [(threshold, threshold) for threshold in reversed(grid)]
+        fit = conformal(goal, losses_of(samples, decide(rule, samples, path)), range(len(path)))
+        explored, others = 0, list(samples)
+    else:
+        aside = drawn([sample.id for sample in samples], goal.explore, seed, "explore")
+        exploring = [sample for sample, out in zip(samples, aside, strict=True) if out]
+        others = [sample for sample, out in zip(samples, aside, strict=True) if not out]
+        grid = thresholds(exploring, goal.points)
+        levels = list(product(range(len(grid)), range(len(grid))))
+        pairs = [(grid[a], grid[b]) for a, b in levels]
+        path = []
+        if exploring and others:
+            losses = losses_of(exploring, decide(rule, exploring, pairs))
+            path = [pairs[p] for p in choose_path(goal, losses, levels, len(others))]
+        tested = losses_of(others, decide(rule, others, path)) if path else _nothing(len(others))
+        fit, explored = fixed_sequence(goal, tested, range(len(path))), len(exploring)
+    return Fitted(
+        pair=None if fit.chosen is None else path[fit.chosen],
+        path=tuple(path),
+        fit=fit,
+        explored=explored,
+        tested=len(others),
+        grid=tuple(grid),
+    )
+
+
+def prefix_losses_of(goal: Goal) -> LossesOf:
+    return lambda samples, decisions: prefix_losses(samples, decisions, goal.of)
+
+
+def report(
+    goal: Goal,
+    rule: BoundaryRule,
+    fitted: Fitted,
+    parts: dict[str, list[Sample]],
+    losses_of: LossesOf,
+    outcomes: Outcomes | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything a reader of the record needs: the goal, what was found, whether it holds on the check, figures.
+
+    Figures that take a threshold use the fitted ones or, where there are none, those in force without this run.
+    """
+    held = parts["check"]
+    pair = fitted.pair or (rule.floor, _full_in_force(rule))
+    decided = decide(rule, held, [pair])
+    losses = losses_of(held, decided)
+    complete = figures.judged(held, complete=True)
+    found: dict[str, Any] = {
+        "goal": asdict(goal),
+        "counts": {"fit": len(parts["fit"]), "explored": fitted.explored, "tested": fitted.tested, "check": len(held)},
+        "fitted": _found(goal, fitted),
+        "used": {"threshold": pair[0], "full_threshold": pair[1], "fitted": fitted.pair is not None},
+        "path": [step | dict(zip(("threshold", "full_threshold"), fitted.path[step["pair"]], strict=True))
+                 for step in fitted.fit.tested],
+        "check": check(goal, int(losses.errors[0]), int(losses.counts[0])) | figures.kept_share(held, rule, pair),
+        "complete": {
+            "separation": figures.separation(complete, seed),
+            "reliability": figures.reliability(complete),
+            "mistakes": figures.mistakes(complete, pair[1]),
+        },
+    }  # fmt: skip
+    if outcomes is not None:
+        return found | {"outcome": outcome_figures(held, decided, outcomes, seed)}
+    prefixes = figures.judged(held)
+    return found | {
+        "prefixes": {
+            "separation": figures.separation(prefixes, seed),
+            "reliability": figures.reliability(prefixes),
+            "mistakes": figures.mistakes(prefixes, pair[0]),
+        },
+        "localisation": figures.localisation(held, _at(rule, pair)),
+        "localisation_best": figures.best_localisation(parts["fit"], held, rule, fitted.grid),
+        "by_position": figures.by_position(held, pair[0]),
+        "sweep": {name: figures.sweep(parts[name], rule, goal, fitted.grid) for name in parts},
+    }
+
+
+def outcome_figures(samples: Sequence[Sample], decisions: Decisions, outcomes: Outcomes, seed: int) -> dict[str, Any]:
+    """Accuracy of the target alone and with what was kept, on the same problems."""
+    own, ours = outcomes.own(samples), outcomes.answers(samples, decisions)[0]
+    change = ours.astype(float) - own
+    means = change[resampled(len(samples), seed)].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    n = len(samples)
+    return {
+        "target_accuracy": {"count": int(own.sum()), "share": float(own.mean()), "interval": wilson(int(own.sum()), n)},
+        "accuracy": {"count": int(ours.sum()), "share": float(ours.mean()), "interval": wilson(int(ours.sum()), n)},
+        "change": {"share": float(change.mean()), "interval": [float(low), float(high)]},
+        "spoilt": int((own & ~ours).sum()),
+        "gained": int((~own & ours).sum()),
+        "kept_tokens": int(kept_tokens(samples, decisions).sum()),
+    }
+
+
+def require_usable(goal: Goal, parts: dict[str, list[Sample]], *, prefixes: bool) -> None:
+    """Refuse what cannot be fitted whatever the scores are."""
+    if goal.method == "crc" and not prefixes:
+        raise ConfigError(
+            "goal.method=crc needs errors that only appear as thresholds fall; whether a request is spoilt is not such "
+            "an error. Use goal.method=fixed_sequence with labels=answers."
+        )
+    empty = [name for name, samples in parts.items() if not samples]
+    if empty:
+        raise ConfigError(f"no sample of part {empty[0]!r} could be judged; the record says why, sample by sample.")
+
+
+def _found(goal: Goal, fitted: Fitted) -> dict[str, Any]:
+    if fitted.pair is None:
+        return {"threshold": None, "full_threshold": None, "reason": fitted.fit.reason, "least_samples": goal.least}
+    step = next(step for step in fitted.fit.tested if step["pair"] == fitted.fit.chosen)
+    return {
+        "threshold": fitted.pair[0],
+        "full_threshold": fitted.pair[1],
+        **{key: value for key, value in step.items() if key != "pair"},
+        "upper": upper_bound(step["errors"], step["counted"], goal.confidence),
+    }
+
+
+def _nothing(samples: int) -> Losses:
+    none = np.zeros((0, samples), bool)
+    return Losses(none, none, none.astype(int))
+
+
+def _at(rule: BoundaryRule, pair: Pair) -> BoundaryRule:
+    return replace(rule, threshold=pair[0], full_threshold=pair[1])
+
+
+def _full_in_force(rule: BoundaryRule) -> float:
+    return DEFAULT_THRESHOLD if rule.full_threshold is None else rule.full_threshold

@@ -1,0 +1,144 @@
+"""A calibration from configuration to record. Samples are saved as they come: a killed run loses some seconds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from parsedec.calibration.decisions import Decisions
+from parsedec.calibration.fitting import LossesOf, fit_thresholds, prefix_losses_of, report, require_usable
+from parsedec.calibration.outcomes import Known, Outcomes
+from parsedec.calibration.risk import Goal, Losses
+from parsedec.calibration.samples import PARTS, Sample
+from parsedec.calibration.scoring import Scorer
+from parsedec.calibration.sources import Question, Source
+from parsedec.experiment.build import plain
+from parsedec.experiment.cli import progress
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
+
+log = logging.getLogger(__name__)
+SAVE_EVERY_S = 5.0
+
+
+class Store:
+    """The record of a run that grows: samples by id, and answers behind kept prefixes."""
+
+    def __init__(self, head: dict[str, Any], path: Path, earlier: dict[str, Any] | None) -> None:
+        self._head = head
+        self._path = path
+        self._saved = time.monotonic()
+        self.samples: dict[str, Sample] = {}
+        self.answers: Known = {}
+        self.results: dict[str, Any] = {}
+        if earlier:
+            found = (Sample.of_data(data) for data in earlier["samples"])
+            self.samples = {sample.id: sample for sample in found if not sample.error}  # the others are tried again
+            self.answers = {
+                name: {int(tokens): right for tokens, right in known.items()}
+                for name, known in earlier["answers"].items()
+            }
+
+    def tick(self) -> None:
+        """Save if that has not been done for some seconds."""
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self.save("running")
+
+    def save(self, status: str) -> dict[str, Any]:
+        record = self._head | {
+            "status": status,
+            "samples": [sample.as_data() for sample in self.samples.values()],
+            # sorted: which were asked for first says nothing
+            "answers": {name: dict(sorted(self.answers[name].items())) for name in sorted(self.answers)},
+            **self.results,
+        }
+        write_record(record, self._path)
+        self._saved = time.monotonic()
+        return record
+
+
+def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Fit (or finish fitting) thresholds in `folder`; returns the record, which is on disk every few seconds.
+
+    Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
+    KeyboardInterrupt passes through after the record says `interrupted`.
+    """
+    config = plain(cfg)
+    earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    goal: Goal = instantiate(cfg.goal)
+    source: Source = instantiate(cfg.labels)
+    questions = source.questions(cfg.seed)
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "calibration",
+        "title": cfg.title or f"Calibration of {cfg.target.source}",
+        "config": config,
+        "provenance": provenance(),
+        "resumed_from": earlier["provenance"] if earlier else None,
+        "controls": source.controls,
+    }
+    scorer = Scorer(cfg, source)
+    store = Store(head, folder / "record.json", earlier)
+    status = "failed"
+    try:
+        judge_all(scorer, questions, store)
+        parts = {name: [s for s in store.samples.values() if s.part == name and not s.error] for name in PARTS}
+        require_usable(goal, parts, prefixes=source.prefixes)
+        outcomes = None if source.prefixes else asking(scorer, questions, store)
+        losses_of = prefix_losses_of(goal) if outcomes is None else counted_outcomes(outcomes, goal)
+        rule = scorer.outer.boundary
+        fitted = fit_thresholds(goal, rule, parts["fit"], losses_of, cfg.seed)
+        results = report(goal, rule, fitted, parts, losses_of, outcomes, cfg.seed)
+        results["counts"]["left_out"] = sum(sample.error is not None for sample in store.samples.values())
+        store.results = {"calibration": results}
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        log.warning(
+            "interrupted; %d judged drafts are kept - resume=true output=%s goes on", len(store.samples), folder
+        )
+        raise
+    finally:
+        record = store.save(status)
+    return record
+
+
+def judge_all(scorer: Scorer, questions: Sequence[Question], store: Store) -> None:
+    """Judge what is not judged yet; afterwards the store holds all samples in the order of their questions."""
+    known = dict(store.samples)
+    left = sum(question.problem.id not in known for question in questions)
+    with progress(left) as step:
+        for index, question in enumerate(questions):
+            if (name := question.problem.id) not in known:
+                store.samples[name] = known[name] = scorer.sample(question, index)
+                step(f"judged, {question.part}")
+                store.tick()
+    store.samples = {question.problem.id: known[question.problem.id] for question in questions}
+
+
+def asking(scorer: Scorer, questions: Sequence[Question], store: Store) -> Outcomes:
+    """Answers behind kept prefixes, from the store or the target."""
+    by_id = {question.problem.id: question for question in questions}
+
+    def ask(sample: Sample, tokens: int) -> bool:
+        right = scorer.answer(by_id[sample.id], sample.tokens[:tokens])
+        store.tick()
+        return right
+
+    return Outcomes(store.answers, ask)
+
+
+def counted_outcomes(outcomes: Outcomes, goal: Goal) -> LossesOf:
+    """`Outcomes.losses`, with a progress bar over what has to be asked."""
+
+    def losses(samples: Sequence[Sample], decisions: Decisions) -> Losses:
+        with progress(outcomes.missing(samples, decisions)) as step:
+            outcomes.asked = lambda: step("answers behind kept prefixes")
+            return outcomes.losses(samples, decisions, goal.of)
+
+    return losses

@@ -1,0 +1,245 @@
+"""From counted errors to a threshold that keeps a goal.
+
+The goal "at most 1 % of kept prefixes wrong, with 95 % confidence" is a statement about this one threshold, so the
+expectation that conformal risk control bounds (Angelopoulos et al., arXiv 2208.02814) is not enough. The default is
+Learn-then-Test (2110.01052; for monotone risks it is RCPS, 2101.02703) with split fixed-sequence testing:
+
+1. a part of the problems is set aside to explore: it alone chooses a path of threshold pairs, from strict to lax;
+2. on the others every pair of the path is tested in turn: H "the risk exceeds the goal" is rejected if so few errors
+   had probability 1 - confidence or less under it, P(Binomial(k, risk) <= errors), exactly;
+3. the path ends at the first pair that is not rejected.
+
+The chance that the chosen pair breaks the goal is then at most 1 - confidence, for any score and any sample size: the
+first pair on the path that breaks it would have to be rejected. Problems are taken to be drawn independently from what
+will be asked later; nothing is said about other kinds of problems. `method=crc` bounds the expected risk instead.
+
+Shapes in this file:  P pairs of thresholds, n samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from parsedec.errors import ConfigError, ParsedecError
+
+try:
+    from scipy.stats import beta, binom
+except ImportError as missing:
+    raise ParsedecError(
+        "calibration needs scipy and scikit-learn, which are not installed. pip install 'parsedec[eval]'."
+    ) from missing
+
+METHODS = ("fixed_sequence", "crc")
+OF = ("kept", "requests")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What the thresholds are to keep, and how they are found.
+
+    risk        largest share of errors
+    confidence  probability with which the fitted thresholds keep it (fixed_sequence)
+    of          "kept": share of the drafts of which something was kept; "requests": share of all drafts
+    method      "fixed_sequence" or "crc" (expected risk over requests, one threshold for both, no confidence)
+    explore     share of the problems that only choose the path (fixed_sequence)
+    points      thresholds tried of each kind
+    """
+
+    risk: float = 0.01
+    confidence: float = 0.95
+    of: str = "kept"
+    method: str = "fixed_sequence"
+    explore: float = 0.2
+    points: int = 40
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS or self.of not in OF:
+            raise ConfigError(
+                f"goal.method={self.method!r}, goal.of={self.of!r}; expected one of {', '.join(METHODS)} and one of "
+                f"{', '.join(OF)}."
+            )
+        for name in ("risk", "confidence", "explore"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"goal.{name}={getattr(self, name)}; expected a share between 0 and 1.")
+        if self.points < 2:
+            raise ConfigError(f"goal.points={self.points}; expected at least 2 thresholds to try.")
+        if self.method == "crc" and self.of != "requests":
+            raise ConfigError(
+                "goal.method=crc bounds the share of all requests, whose errors only grow as thresholds fall; the "
+                "share of the kept ones need not. Set goal.of=requests, or goal.method=fixed_sequence."
+            )
+
+    @property
+    def least(self) -> int:
+        """Samples below which not even a faultless threshold can be shown to keep the goal."""
+        if self.method == "crc":
+            return math.ceil(1 / self.risk) - 1
+        return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
+
+    def power(self, errors: np.ndarray, counts: np.ndarray, explored: int, ahead: int) -> np.ndarray:
+        """How likely pairs with so many errors in so many counted samples, of those explored, pass on `ahead` others.
+
+        Shares are smoothed by half a sample: a pair that made no error may still make some. [P]
+        """
+        samples = np.round((counts + 0.5) / (explored + 1) * ahead)
+        most = binom.ppf(1 - self.confidence, samples, self.risk)
+        most = np.where(binom.cdf(most, samples, self.risk) <= 1 - self.confidence, most, most - 1)
+        passes = binom.cdf(most, samples, (errors + 0.5) / (counts + 1))
+        return np.where(samples > 0, passes, 0.0)
+
+    def p_value(self, errors: int, of: int) -> float:
+        """Largest probability of so few errors if the risk exceeded the goal (exact binomial)."""
+        return float(binom.cdf(errors, of, self.risk)) if of else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What every pair of thresholds does to every sample.
+
+    wrong    [P, n] an error
+    counted  [P, n] whether the sample is among those the risk is a share of
+    kept     [P, n] tokens of the draft that stand
+    """
+
+    wrong: np.ndarray
+    counted: np.ndarray
+    kept: np.ndarray
+
+    def of(self, samples: np.ndarray) -> Losses:
+        """The columns of some samples (indices or a mask)."""
+        return Losses(self.wrong[:, samples], self.counted[:, samples], self.kept[:, samples])
+
+    @property
+    def errors(self) -> np.ndarray:
+        return np.asarray((self.wrong & self.counted).sum(1))  # [P]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.asarray(self.counted.sum(1))  # [P]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """The outcome of a fit: `chosen` indexes the pairs; None where no pair can be shown to keep the goal.
+
+    tested  the pairs looked at in order, with their errors, counts and p-values (crc: the bounded expectation)
+    """
+
+    chosen: int | None
+    tested: tuple[dict[str, Any], ...]
+    reason: str | None = None
+
+
+def upper_bound(errors: int, of: int, confidence: float) -> float:
+    """Clopper and Pearson's one-sided bound of a share: exact, never too low."""
+    return 1.0 if errors >= of else float(beta.ppf(confidence, errors + 1, of - errors))
+
+
+def lower_bound(errors: int, of: int, confidence: float) -> float:
+    """As `upper_bound`, from below."""
+    return 0.0 if errors == 0 else float(beta.ppf(1 - confidence, errors, of - errors + 1))
+
+
+def choose_path(goal: Goal, losses: Losses, levels: Sequence[tuple[int, int]], ahead: int) -> list[int]:
+    """The pairs to test, from strict to lax, chosen on the samples set aside to explore.
+
+    levels  per pair the ranks of its two thresholds on their grids; a pair is stricter if both are higher
+    ahead   samples left to test
+
+    The first is the strictest of those that are nearly the most likely to pass: stricter ones keep too few drafts to be
+    shown anything with, and the path would end at them. Then come pairs that keep ever more for the same explored
+    errors, then those that keep the most for the errors they make (the Pareto front).
+    """
+    errors, counts, gain = losses.errors, losses.counts, losses.kept.sum(1)
+    share = errors / np.maximum(counts, 1)
+    power = goal.power(errors, counts, losses.counted.shape[1], ahead)
+    likely = np.flatnonzero(power >= 0.9 * power.max()) if power.max() > 0 else np.array([], int)
+    if not len(likely):
+        return []
+    strict: dict[int, int] = {}  # tokens kept -> the strictest pair that keeps so many
+    for pair in likely[share[likely] == share[likely].min()].tolist():
+        kept = int(gain[pair])
+        if kept not in strict or sum(levels[pair]) > sum(levels[strict[kept]]):
+            strict[kept] = pair
+    path = [strict[kept] for kept in sorted(strict)]
+    for pair in sorted(range(len(levels)), key=lambda p: (share[p], -gain[p], -sum(levels[p]))):
+        if gain[pair] > gain[path[-1]] and power[pair] > 0:
+            path.append(pair)
+    return path
+
+
+def fixed_sequence(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
+    """Test the pairs of a path chosen without these samples; the passed one that keeps the most is chosen."""
+    passed: list[int] = []
+    tested: list[dict[str, Any]] = []
+    errors, counts, gain = losses.errors, losses.counts, losses.kept.sum(1)
+    for pair in path:
+        p = goal.p_value(int(errors[pair]), int(counts[pair]))
+        tested.append({"pair": int(pair), "errors": int(errors[pair]), "counted": int(counts[pair]), "p": p})
+        if p > 1 - goal.confidence:
+            break
+        passed.append(pair)
+    if passed:
+        return Fit(chosen=max(passed, key=lambda pair: int(gain[pair])), tested=tuple(tested))
+    if not path:
+        reason = (
+            f"no pair of thresholds counts the {goal.least} samples that showing the goal takes; label more problems"
+        )
+    else:
+        one = tested[0]
+        reason = (
+            f"the strictest pair tested made {one['errors']} errors in {one['counted']} samples (p = {one['p']:.3g}, "
+            f"expected at most {1 - goal.confidence:.3g}); label more problems, allow more risk, or use a better judge"
+        )
+    return Fit(chosen=None, tested=tuple(tested), reason=reason)
+
+
+def conformal(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
+    """Conformal risk control along a path from strict to lax on which every sample's error only appears.
+
+    The last pair with (errors + 1) / (n + 1) <= risk: its expected risk on the next request is at most the goal's.
+    """
+    chosen, tested = None, []
+    errors, counts = losses.errors, losses.counts
+    for pair in path:
+        bound = (int(errors[pair]) + 1) / (int(counts[pair]) + 1)
+        tested.append({"pair": int(pair), "errors": int(errors[pair]), "counted": int(counts[pair]), "bound": bound})
+        if bound > goal.risk:
+            break
+        chosen = int(pair)
+    reason = None
+    if chosen is None:
+        reason = f"the strictest threshold has an expected risk of up to {tested[0]['bound']:.3g}; label more problems"
+    return Fit(chosen=chosen, tested=tuple(tested), reason=reason)
+
+
+def check(goal: Goal, errors: int, of: int) -> dict[str, Any]:
+    """The goal on samples that chose nothing: the share of errors with its 95 % interval, and a verdict.
+
+    confirmed         the bound from above is within the goal, so these samples alone show it
+    not contradicted  the interval holds the goal
+    violated          the bound from below is beyond the goal
+    """
+    upper = upper_bound(errors, of, goal.confidence) if of else 1.0
+    lower = lower_bound(errors, of, goal.confidence) if of else 0.0
+    verdict = "confirmed" if upper <= goal.risk else "violated" if lower > goal.risk else "not contradicted"
+    return {
+        "errors": errors,
+        "counted": of,
+        "risk": errors / of if of else None,
+        "interval": [lower_bound(errors, of, 0.975), upper_bound(errors, of, 0.975)] if of else [0.0, 1.0],
+        "upper": upper,
+        "verdict": verdict,
+    }
+
+
+def drawn(names: Sequence[str], share: float, seed: int, purpose: str) -> np.ndarray:
+    """Which of the named problems belong to a random share: [n] bool, the same whatever the order and the others."""
+    digests = (hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()[:8] for name in names)
+    return np.array([int.from_bytes(digest, "big") / 2**64 < share for digest in digests], dtype=bool)

@@ -1,0 +1,94 @@
+"""One labelled draft with the judge's scores: what thresholds are fitted on, and what the record keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parsedec.tasks.base import Score
+from parsedec.text import Draft
+
+PARTS = ("fit", "check")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A judged draft with N tokens and K cuts.
+
+    part     "fit" or "check"
+    tokens   N target ids without the end token
+    ended    the draft closes its answer
+    cuts     [K] token positions, the last one N; empty for an empty draft
+    scores   [K] the judge's scores
+    right    [K] whether the prefix up to each cut is free of errors; None where only the final answer is known
+    correct  whether the complete draft is a right answer
+    error    why it could not be judged; it is then left out of every figure, and counted
+    """
+
+    part: str
+    id: str
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    ended: bool = False
+    cuts: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    right: tuple[bool, ...] | None = None
+    correct: bool = False
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS or len(self.scores) != len(self.cuts):
+            raise ValueError(f"sample {self.id} of part {self.part!r} has {len(self.scores)} scores, {self.cuts} cuts")
+        if self.right is not None and len(self.right) != len(self.cuts):
+            raise ValueError(f"sample {self.id} has {len(self.right)} labels for {len(self.cuts)} cuts")
+
+    @property
+    def first_wrong(self) -> int:
+        """Index of the first wrong cut; K if none is."""
+        if self.right is None:
+            raise ValueError(f"sample {self.id} has no labels of its prefixes, only of its final answer")
+        return next((k for k, right in enumerate(self.right) if not right), len(self.cuts))
+
+    def kept_tokens(self, segments: int) -> int:
+        """Tokens of the first `segments` segments."""
+        return self.cuts[segments - 1] if segments else 0
+
+    def as_data(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any]) -> Sample:
+        """The inverse of `as_data` after a round trip through JSON."""
+        right = data["right"]
+        return cls(
+            part=data["part"],
+            id=data["id"],
+            tokens=tuple(data["tokens"]),
+            text=data["text"],
+            ended=data["ended"],
+            cuts=tuple(data["cuts"]),
+            scores=tuple(data["scores"]),
+            right=None if right is None else tuple(right),
+            correct=data["correct"],
+            error=data["error"],
+        )
+
+
+def right_prefixes(draft: Draft, cuts: Sequence[int], score: Score) -> tuple[bool, ...]:
+    """Whether the prefix up to each cut is free of errors, by the checker's first wrong line and character.
+
+    A prefix of whole lines is right if all its lines are. One that stops inside the wrong line is right as long as
+    some right answer begins like it.
+    """
+    wrong = score.first_wrong_line
+    if wrong is None:
+        return (True,) * len(cuts)
+    marks = []
+    for cut in cuts:
+        end = draft.ends[cut - 1]
+        lines = draft.text[:end].rstrip().count("\n")
+        whole_lines = draft.text[end : end + 1] in ("", "\n") or draft.text[:end].endswith("\n")
+        begins_right = not whole_lines and score.error_at is not None and end <= score.error_at
+        marks.append(lines < wrong or begins_right)
+    return tuple(marks)

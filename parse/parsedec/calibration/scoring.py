@@ -1,0 +1,147 @@
+"""A question becomes a judged sample: the draft model writes, the segmenter cuts, the judge scores, as in the engine.
+
+Only `Judge.bind` and `Judge.score` are used of a judge, so every judge can be calibrated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from parsedec.answer import Answer
+from parsedec.backends import open_session
+from parsedec.calibration.samples import Sample
+from parsedec.calibration.sources import Answers, Question, Source, Steps, right
+from parsedec.chat import prompt_ids
+from parsedec.drafter import Drafter
+from parsedec.engine import Parse
+from parsedec.errors import ConfigError, ParsedecError, PromptError
+from parsedec.experiment.build import build_engine, build_model, build_sampling
+from parsedec.experiment.nodes import check_local
+from parsedec.model import LanguageModel
+from parsedec.outer import DraftVerification, TargetOnly
+from parsedec.sampling import Sampler
+from parsedec.text import Draft
+from parsedec.types import Limits
+
+log = logging.getLogger(__name__)
+
+
+class Scorer:
+    """Judges drafts of questions, and lets the target go on from kept prefixes.
+
+    Raises ConfigError or IncompatibleStack for configurations there is nothing to calibrate in.
+    """
+
+    def __init__(self, cfg: DictConfig, source: Source) -> None:
+        outer = instantiate(cfg.outer)
+        if not isinstance(outer, DraftVerification):
+            raise ConfigError(
+                f"outer is {type(outer).__name__}, which has no thresholds to calibrate; expected outer=parse or "
+                "outer=parse_streamed."
+            )
+        self.source = source
+        self.limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
+        self.sampling = build_sampling(cfg)
+        self.seed = int(cfg.seed)
+        if not source.prefixes and not self.sampling.greedy:
+            raise ConfigError(
+                f"sampling.temperature={self.sampling.temperature}, but labels=answers compares what the target writes "
+                "with and without a kept prefix, which takes greedy decoding. Set sampling.temperature=0."
+            )
+        check_local(cfg)
+        self.engine: Parse | None = None
+        self.target: LanguageModel = build_model(cfg.target)
+        if source.drafts:
+            self.engine = build_engine(cfg)
+            bound = self.engine.outer
+            assert isinstance(bound, DraftVerification)
+            self.outer: DraftVerification = bound
+            self.alone = Parse(
+                self.target, inner=instantiate(cfg.inner), acceptance=self.engine.acceptance, outer=TargetOnly()
+            )
+        else:
+            self.outer = outer.bind(self.target)
+
+    def sample(self, question: Question, index: int) -> Sample:
+        """The question's draft, judged; one that cannot be (too long, say) says why."""
+        problem = question.problem
+        try:
+            prompt = self.prompt(problem.prompt)
+            if isinstance(self.source, Steps):
+                draft, cuts, labels = self.source.draft(self.target, problem)
+                right: tuple[bool, ...] | None = tuple(labels)
+                correct = labels[-1]
+            else:
+                assert isinstance(self.source, Answers)
+                draft = self._draft(problem.prompt, prompt, index)
+                cuts = self.outer.segmenter.cuts(draft)
+                right, correct = self.source.label(question, draft, cuts)
+            return Sample(
+                part=question.part,
+                id=problem.id,
+                tokens=draft.tokens,
+                text=draft.text,
+                ended=draft.ended,
+                cuts=tuple(cuts),
+                scores=self._scores(prompt, draft, cuts),
+                right=right,
+                correct=correct,
+            )
+        except PromptError as error:
+            log.warning("%s is left out: %s", problem.id, error)
+            return Sample(part=question.part, id=problem.id, error=str(error))
+
+    def prompt(self, text: str) -> list[int]:
+        """The problem as the target's prompt."""
+        return prompt_ids(self.target, [{"role": "user", "content": text}])
+
+    @torch.inference_mode()
+    def answer(self, question: Question, tokens: Sequence[int]) -> bool:
+        """Whether the target, going on from the first tokens of a draft, ends with a right answer."""
+        left = self.limits.max_new_tokens - len(tokens)
+        written = list(tokens)
+        if left > 0:
+            ids = [*self.prompt(question.problem.prompt), *tokens]
+            try:
+                result = self.alone.generate(ids, max_new_tokens=left, stop=self.limits.stop)
+            except ParsedecError as error:
+                log.warning("%s: the target cannot go on: %s", question.problem.id, error)
+                return False
+            written += [token for token in result.tokens if token not in self.target.end_ids]
+        text = self.target.decode(written)
+        ends = [text.find(stop) for stop in self.limits.stop if stop in text]
+        return right(question.task, question.problem, text[: min(ends, default=len(text))])
+
+    @torch.inference_mode()
+    def _draft(self, text: str, prompt: list[int], index: int) -> Draft:
+        """What the draft model writes, in the target's tokens, as the outer level would ask for it."""
+        engine = self.engine
+        assert engine is not None
+        assert engine.draft is not None
+        assert engine.draft_inner is not None
+        draft_model = engine.draft
+        reads_ours = self.target.same_vocabulary(draft_model) and not draft_model.has_template
+        own = prompt if reads_ours else prompt_ids(draft_model, [{"role": "user", "content": text}])
+        room = self.target.context_limit - len(prompt) - self.outer.judge.suffix_rows
+        limit = min(self.limits.max_new_tokens, room, self.outer.max_draft_tokens or room)
+        if limit < 1 or len(own) >= draft_model.context_limit:
+            raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a draft and its judge.")
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        sampler = Sampler(self.sampling, generator)
+        drafter = Drafter(
+            draft_model, self.target, engine.draft_inner, sampler, own, self.limits.stop, engine.acceptance
+        )
+        return drafter.write(Answer(self.target, self.limits), limit)
+
+    @torch.inference_mode()
+    def _scores(self, prompt: list[int], draft: Draft, cuts: Sequence[int]) -> tuple[float, ...]:
+        if not cuts:
+            return ()
+        session = open_session(self.target)
+        session.feed(prompt)
+        return self.outer.judge.score(session, draft, cuts, cuts).values

@@ -1,0 +1,214 @@
+"""Where labels come from: a task's checker, labelled steps, or - for any pair and task - final answers alone.
+
+Every source gives two disjoint sets of questions: `fit`, on which thresholds are found, and `check`, on which the goal
+is checked. Where no second set is named, a share of the first is held out, drawn by the problems' ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from parsedec.calibration.risk import drawn
+from parsedec.calibration.samples import right_prefixes
+from parsedec.errors import ConfigError
+from parsedec.model import LanguageModel
+from parsedec.tasks.base import Problem, Score, Task
+from parsedec.tasks.jsonl import JsonlTask, TaskDataError
+from parsedec.text import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A problem, the part it belongs to, and the task that scores answers to it."""
+
+    part: str
+    problem: Problem
+    task: Task
+
+
+Labels = tuple[tuple[bool, ...] | None, bool]  # (per cut whether the prefix is right, whether the draft is)
+
+
+class Source(ABC):
+    """Base of all sources.
+
+    prefixes  whether it knows which prefixes are right, not only which answers
+    drafts    whether the stack's draft model writes what is judged
+    """
+
+    prefixes: ClassVar[bool]
+    drafts: ClassVar[bool]
+    controls: ClassVar[str]  # what a fitted threshold keeps in bounds, for people
+
+    @abstractmethod
+    def questions(self, seed: int) -> list[Question]:
+        """Those of `fit`, then those of `check`; ids differ within a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(Source):
+    """Labels of the final answers of a task, of whatever kind: nothing is known about prefixes.
+
+    What is kept in bounds is the outcome: the share of requests that the target alone answers rightly and the two
+    levels together do not (spoilt). The accuracy lost is that share less the requests that are gained, so never more.
+    Whether a kept prefix was right is not known; a target may recover from a wrong one.
+
+    task      any task
+    fit       settings of the task for the problems thresholds are fitted on
+    check     those for the problems the goal is checked on; null: `held_out` of the former
+    held_out  share of the problems held out where `check` is null
+    """
+
+    prefixes: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
+    controls: ClassVar[str] = "requests the target alone answers rightly and PARSE does not"
+
+    task: Any  # a Task; Hydra builds it
+    fit: Mapping[str, Any]
+    check: Mapping[str, Any] | None = None
+    held_out: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_share(self.held_out)
+
+    def questions(self, seed: int) -> list[Question]:
+        fit = self._with(self.fit, "fit")
+        check = None if self.check is None else self._with(self.check, "check")
+        return divided(fit, check, self.held_out, seed)
+
+    def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
+        """What is known to be right of a draft."""
+        return None, right(question.task, question.problem, draft.text)
+
+    def _with(self, settings: Mapping[str, Any], name: str) -> Task:
+        try:
+            changed: Task = replace(self.task, **settings)
+        except TypeError as error:
+            raise ConfigError(
+                f"labels.{name}={dict(settings)} does not fit {type(self.task).__name__}: {error}. Expected settings "
+                f"of that task, e.g. labels.{name}={{n: 100}}."
+            ) from error
+        return changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checker(Answers):
+    """Labels by a task that can check every line of an answer (the zoo's tasks)."""
+
+    prefixes: ClassVar[bool] = True
+    controls: ClassVar[str] = "drafts of which the kept prefix is wrong"
+
+    def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
+        score = question.task.score(question.problem, draft.text)
+        if not score.correct and score.first_wrong_line is None:
+            raise ConfigError(
+                f"{type(question.task).__name__} says that an answer to {question.problem.id} is wrong but not in "
+                "which line, so it cannot label prefixes. Use labels=answers, or a task that checks lines."
+            )
+        return right_prefixes(draft, cuts, score), bool(score.correct)
+
+
+def right(task: Task, problem: Problem, text: str) -> bool:
+    """Whether an answer is right; raises ConfigError for an open-ended question, which no program can score."""
+    correct = task.score(problem, text).correct
+    if correct is None:
+        raise ConfigError(f"{problem.id} is open-ended: no program scores its answers. Calibrate on another task.")
+    return correct
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFile(JsonlTask):
+    """Solutions with the first wrong step marked (ProcessBench, arXiv 2412.06559): `meta.steps`, and `reference` the
+    0-based index of the first wrong one, -1 if all are right. An answer is that index."""
+
+    name: str = "steps"
+
+    def score(self, problem: Problem, text: str) -> Score:
+        return Score(text.strip() == problem.reference, f"said {text.strip()!r}, expected {problem.reference}")
+
+    def prepare(self, problem: Problem) -> Problem:
+        steps = problem.meta.get("steps")
+        usable = isinstance(steps, list) and steps and all(isinstance(s, str) and s.strip() for s in steps)
+        if not usable or problem.reference not in {str(i) for i in range(-1, len(steps or ()))}:
+            raise TaskDataError(
+                f"{self.path}: {problem.id} has {len(steps) if isinstance(steps, list) else steps!r} steps and the "
+                f"label {problem.reference!r}; expected meta.steps to be a list of texts and reference the index of "
+                "one of them, or -1."
+            )
+        return problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Source):
+    """Labels from a file of solutions with the first wrong step marked. Their texts are judged as if drafted.
+
+    path        JSONL for the fit, a line each: {"id", "prompt", "reference", "meta": {"steps": [...]}}
+    check_path  the same for the check; null: `held_out` of `path`
+    n, check_n  problems taken of each; null: all
+    held_out    share of the problems held out where `check_path` is null
+    separator   stands between two steps of the judged text
+    """
+
+    prefixes: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
+    controls: ClassVar[str] = "solutions of which the kept prefix is wrong"
+
+    path: str | Path
+    check_path: str | Path | None = None
+    n: int | None = None
+    check_n: int | None = None
+    held_out: float = 0.5
+    separator: str = "\n\n"
+
+    def __post_init__(self) -> None:
+        require_share(self.held_out)
+
+    def questions(self, seed: int) -> list[Question]:
+        fit = StepFile(path=self.path, n=self.n)
+        check = None if self.check_path is None else StepFile(path=self.check_path, n=self.check_n)
+        return divided(fit, check, self.held_out, seed)
+
+    def draft(self, target: LanguageModel, problem: Problem) -> tuple[Draft, list[int], list[bool]]:
+        """The solution as a draft, a cut at the end of each step, and which prefixes are right.
+
+        Two steps that end in one token share a cut, which is right if both are.
+        """
+        steps, wrong = problem.meta["steps"], int(problem.reference)
+        draft = Draft.of(target, target.encode(self.separator.join(steps), plain=True), ended=True)
+        right: dict[int, bool] = {}
+        offset = 0
+        for i, step in enumerate(steps):
+            offset += len(step) + (len(self.separator) if i else 0)
+            cut = draft.position(offset) if i < len(steps) - 1 else len(draft.tokens)
+            right[cut] = wrong < 0 or i < wrong
+        return draft, list(right), list(right.values())
+
+
+def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Question]:
+    """The questions of two tasks, or of one of which a share is held out."""
+    problems = fit.problems()
+    if check is None:
+        held = drawn([problem.id for problem in problems], held_out, seed, "held out")
+        parts = ["check" if out else "fit" for out in held]
+        asked = [Question(part, problem, fit) for part, problem in zip(parts, problems, strict=True)]
+        asked.sort(key=lambda question: question.part != "fit")  # stable: the order within a part stays
+    else:
+        others = check.problems()
+        if shared := {problem.id for problem in problems} & {problem.id for problem in others}:
+            raise ConfigError(
+                f"{len(shared)} problems are in both the fit and the check, e.g. {min(shared)}; expected none, or the "
+                "check says nothing. Choose other problems for one of them."
+            )
+        asked = [Question("fit", p, fit) for p in problems] + [Question("check", p, check) for p in others]
+    if {question.part for question in asked} != {"fit", "check"}:
+        raise ConfigError(f"{len(asked)} problems leave a part without any; expected some to fit and some to check.")
+    return asked
+
+
+def require_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise ConfigError(f"labels.held_out={held_out}; expected a share between 0 and 1.")

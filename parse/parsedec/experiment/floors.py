@@ -1,0 +1,247 @@
+"""Decode step, tree of guesses and judge pass of one model, beside the least they can take on this device.
+
+    bytes    every weight is read once a pass:       weight bytes / copy bandwidth
+    matrix   every weight is used once a row:        2 x weights x rows / rate of a matrix product
+
+A pass takes at least the larger of the two. Bandwidth and rate are measured in the same run. The embedding table is
+left out, since a pass reads only its rows' entries, unless it is the output matrix as well; attention is left out, too.
+
+Shapes: R rows of a pass, N draft rows, K probes, S rows a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from parsedec.backends import open_session
+from parsedec.errors import ConfigError
+from parsedec.experiment import table
+from parsedec.experiment.plot import Bar, draw_bars
+from parsedec.model import LanguageModel
+from parsedec.reference import random_tokens
+from parsedec.session import Session
+from parsedec.types import Tree
+
+WARM_UPS = 2  # passes before those that count; graphs are captured and buckets compiled in them
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes: beyond every cache
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product is timed
+GIB = 1 << 30
+HEADS = ("shape", "pass", "rows", "ms", "of its decode step", "floor ms", "bound by", "share of floor", "peak GiB")
+
+Row = dict[str, Any]  # of one pass, as it is stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeSize:
+    """N draft rows and K probes of S rows."""
+
+    draft: int
+    probes: int
+    suffix: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.probes <= self.draft or self.suffix < 1:
+            raise ConfigError(
+                f"a judge pass of draft={self.draft}, probes={self.probes}, suffix={self.suffix}; expected 1 <= probes "
+                "<= draft and suffix >= 1."
+            )
+
+    @property
+    def rows(self) -> int:
+        return self.draft + self.probes * self.suffix
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the device can do: bytes a second of a copy, read and written ones both counted, and FLOP a second."""
+
+    bandwidth: float
+    rate: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype, repeats: int) -> Device:
+        count, side = COPIED[device.type], SIDE[device.type]
+        source = torch.zeros(count, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        a = torch.randn(side, side, device=device).to(dtype)
+        copying = least_seconds(lambda: target.copy_(source), device, repeats)
+        return cls(2 * count / copying, 2 * side**3 / least_seconds(lambda: a @ a, device, repeats))
+
+    def floor(self, weights: int, width: int, rows: int) -> tuple[float, str]:
+        """Seconds a pass takes at least, and what bounds it. weights: how many; width: bytes of each."""
+        by_bytes, by_matrix = weights * width / self.bandwidth, 2 * weights * rows / self.rate
+        return (by_matrix, "matrix") if by_matrix > by_bytes else (by_bytes, "bytes")
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
+
+
+def least_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    for _ in range(WARM_UPS):
+        call()
+    return min(seconds_of(call, device) for _ in range(repeats))
+
+
+def weights_of(model: LanguageModel) -> int:
+    """Weights a pass reads: all but the embedding table, unless that is the output matrix."""
+    hf = model.hf
+    table_ = hf.get_input_embeddings().weight
+    tied = table_.data_ptr() == hf.get_output_embeddings().weight.data_ptr()
+    return sum(int(p.numel()) for p in hf.parameters()) - (0 if tied else int(table_.numel()))
+
+
+def wide_tree(root: int, guesses: Sequence[int]) -> Tree:
+    """A tree as EAGLE grows it: half the guesses in a chain, the others as siblings along it."""
+    tokens, parents, spine = [root], [-1], 0
+    for i, token in enumerate(guesses):
+        tokens.append(token)
+        parents.append(spine)
+        if i % 2 == 0:
+            spine = len(tokens) - 1
+    return Tree(tuple(tokens), tuple(parents))
+
+
+def passes(
+    model: LanguageModel, context: int, nodes: int, sizes: Sequence[JudgeSize], kernels: Sequence[str]
+) -> Iterator[tuple[str, int, Callable[[], Session]]]:
+    """(name, rows, call) of every pass behind `context` tokens. A call works on a fork and returns it, so that all see
+    the same cache."""
+    prompt, token = random_tokens(model, context, 0), random_tokens(model, 1, 1)[0]
+    tree = wide_tree(token, random_tokens(model, nodes - 1, 2))
+    base = open_session(model)
+    base.feed(prompt)
+
+    def step() -> Session:
+        session = base.fork()
+        session.feed([token])
+        return session
+
+    def verify() -> Session:
+        session = base.fork()
+        session.append(token)
+        session.tree(tree)
+        session.keep([0])
+        return session
+
+    yield "decode", 1, step
+    yield f"tree of {nodes}", nodes, verify
+    for size in sizes:
+        for kernel in kernels:
+            own = open_session(replace(model, judge_kernel=kernel))
+            own.feed(prompt)
+            yield f"judge {size.draft} + {size.probes} x {size.suffix}, {kernel}", size.rows, judging(own, size)
+
+
+def judging(base: Session, size: JudgeSize) -> Callable[[], Session]:
+    """A judge pass, nothing of which is kept."""
+    draft, suffix = random_tokens(base.model, size.draft, 3), random_tokens(base.model, size.suffix, 4)
+    cuts = [size.draft * (i + 1) // size.probes for i in range(size.probes)]
+
+    def call() -> Session:
+        session = base.fork()
+        session.judge(draft, cuts, suffix)
+        session.keep_draft(0)
+        return session
+
+    return call
+
+
+def measure(
+    model: LanguageModel,
+    *,
+    context: int,
+    nodes: int,
+    sizes: Sequence[JudgeSize],
+    kernels: Sequence[str],
+    repeats: int,
+    after_each: Callable[[str], None],
+) -> tuple[Device, list[Row]]:
+    """The device, and a row for every pass of the model: seconds of each repeat, and the floor."""
+    device = Device.measured(model.device, model.dtype, repeats)
+    weights, width, rows = weights_of(model), model.dtype.itemsize, []
+    for name, count, call in passes(model, context, nodes, sizes, kernels):
+        for _ in range(WARM_UPS):
+            call()
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        seconds = [seconds_of(call, model.device) for _ in range(repeats)]
+        peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
+        floor, bound = device.floor(weights, width, count)
+        rows.append(
+            {"shape": model.name, "pass": name, "rows": count, "seconds": seconds, "floor_s": floor, "bound": bound}
+            | {"peak_bytes": peak}
+        )
+        after_each(f"{model.name} {name}")
+    return device, rows
+
+
+def cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """Cells of the table, a list per pass; seconds are medians."""
+    steps = {row["shape"]: median(row["seconds"]) for row in record["rows"] if row["pass"] == "decode"}
+    return [
+        [
+            row["shape"].removeprefix("replay:"),
+            row["pass"],
+            str(row["rows"]),
+            f"{1000 * (middle := median(row['seconds'])):.2f}",
+            f"{middle / steps[row['shape']]:.2f}",
+            f"{1000 * row['floor_s']:.2f}",
+            row["bound"],
+            f"{100 * row['floor_s'] / middle:.0f} %",
+            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.1f}",
+        ]
+        for row in record["rows"]
+    ]
+
+
+def caption(record: Mapping[str, Any]) -> str:
+    config, devices = record["config"], record["devices"]
+    measured = "; ".join(
+        f"{name.removeprefix('replay:')}: copies {d['bandwidth'] / 1e9:.0f} GB/s, matrix products "
+        f"{d['rate'] / 1e12:.2f} TFLOP/s"
+        for name, d in devices.items()
+    )
+    return (
+        f"Random weights of real shapes, {config['target']['dtype']}, batch 1, {config['context']} tokens of context, "
+        f"medians of {config['repeats']}. Floor: weights read once at the bandwidth of a copy, or 2 x weights x rows "
+        f"at the rate of a matrix product, whichever is longer; attention is left out of it. {measured}. "
+        f"{table.origin(dict(record))}"
+    )
+
+
+def terminal(record: dict[str, Any]) -> Table:
+    return table.printed(record["title"], HEADS, cells(record), caption(record))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The same with the command that made it, to be committed beside the record."""
+    return (
+        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n"
+        f"{table.grid(HEADS, cells(record))}\n\n{caption(record)}\n"
+    )
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Milliseconds of every pass, with the range of its repeats, and its floor."""
+    bars = []
+    for row in record["rows"]:
+        middle, low, high = (1000 * of(row["seconds"]) for of in (median, min, max))
+        name = f"{row['shape'].removeprefix('replay:')}: {row['pass']}"
+        bars.append(Bar(name, middle, low, high, 1000 * row["floor_s"]))
+    draw_bars(bars, record["title"], "milliseconds a pass", "floor", path)

@@ -1,0 +1,103 @@
+"""The table and plot of a replay: measured speed beside the analytic ceiling, from costs of the same run.
+
+With t the seconds a token, N drafted tokens, R tokens the target wrote itself, and rho what EAGLE-3 gains alone:
+
+    ceiling of PARSE = T t_target / (N t_draft / rho_draft + judge + R t_target / rho)
+
+for T tokens of answers; prompts and all that stands between forwards are left out, so it cannot be reached. A rho is 1
+where that model decodes plainly. The ceiling of EAGLE-3 alone is tau: trees at the price of a token, and a free head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from parsedec.experiment import table
+from parsedec.experiment.plot import Bar, draw_bars
+
+INNER = "inner=eagle3_random"
+DRAFT_INNER = "inner@draft.inner=eagle3_random"
+SHOWN = ("new tokens", "target calls", "tau", "kept share", "errors", "tok/s", "speed-up in tok/s", "in time")
+HEADS = ("arm", *SHOWN, "ms a token", "ceiling", "share of it")
+
+
+def token_seconds(record: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds per token of the arms in which one model writes alone, prompts aside."""
+    alone = ("target", "draft", "eagle3", "draft_eagle3")
+    sums = {arm["name"]: arm["summary"] for arm in record["arms"] if arm["name"] in alone}
+    return {name: s["decode_s"] / s["new_tokens"] for name, s in sums.items() if s["new_tokens"]}
+
+
+def ceiling(arm: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
+    """The formula above; None for arms it says nothing about."""
+    summary, settings = arm["summary"], arm["description"].split()
+    if not summary["draft_tokens"]:
+        return summary["tau"] if INNER in settings else None
+    draft, rest = costs.get("draft_eagle3" if DRAFT_INNER in settings else "draft"), costs.get("target")
+    own = costs.get("eagle3" if INNER in settings else "target")
+    if draft is None or own is None or rest is None:
+        return None
+    written = summary["new_tokens"] - summary["kept_draft_tokens"]
+    least = summary["draft_tokens"] * draft + summary["judge_s"] + written * own
+    return float(summary["new_tokens"] * rest / least)
+
+
+def rows(record: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table, a list per arm."""
+    against = {row["arm"]: row for row in record.get("comparison", [])}
+    render, costs, made = dict(table.COLUMNS), token_seconds(record), []
+    for arm in record["arms"]:
+        summary, row, best = arm["summary"], against.get(arm["name"]), ceiling(arm, costs)
+        each = summary["wall_s"] / summary["new_tokens"] if summary["new_tokens"] else None
+        share = row["speedup"] / best if row and best else None
+        made.append(
+            [
+                arm["name"],
+                *(render[name](summary, row) for name in SHOWN),
+                "-" if each is None else f"{1000 * each:.2f}",
+                "-" if best is None else f"{best:.2f}",
+                "-" if share is None else f"{100 * share:.0f} %",
+            ]
+        )
+    return made
+
+
+def caption(record: dict[str, Any]) -> str:
+    config, costs = record["config"], token_seconds(record)
+    judge, rule = config["judge"], config["acceptance"]
+    seconds = ", ".join(f"{name} {1000 * value:.2f}" for name, value in costs.items())
+    return (
+        f"Tier: {table.tier(record)}. Shapes: {config['target']['source']}, {config['draft']['model']['source']}, "
+        f"{config['target']['dtype']}. Trace: kept share {judge['kept']} ± {judge['spread']}, full accepts "
+        f"{100 * judge['whole']:.0f} %, tau {rule['tau']}, seed {judge['seed']}; what came of it is in the table. "
+        f"Milliseconds a token without the prompt: {seconds}. Ceiling: tokens x target / (drafted x draft + judge + "
+        "rewritten x target, each at its speed with its speculator). Arms hf_*: Hugging Face's own loops, eager. "
+        f"n = {record['arms'][0]['summary']['requests']}, at most {config['max_new_tokens']} new tokens; 95 % paired "
+        f"bootstrap intervals. {table.origin(record)}"
+    )
+
+
+def terminal(record: dict[str, Any]) -> Table:
+    return table.printed(record["title"], HEADS, rows(record), caption(record))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The same with the command that made it, to be committed beside the record."""
+    return (
+        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n"
+        f"{table.grid(HEADS, rows(record))}\n\n{caption(record)}\n"
+    )
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Speed-ups in tokens per second over the baseline, and the ceilings."""
+    costs, arms = token_seconds(record), {arm["name"]: arm for arm in record["arms"]}
+    bars = [
+        Bar(row["arm"], row["speedup"], row["speedup_low"], row["speedup_high"], ceiling(arms[row["arm"]], costs))
+        for row in record.get("comparison", [])
+    ]
+    draw_bars(bars, record["title"], f"tokens per second over the arm '{record['baseline']}'", "ceiling", path)

@@ -1,0 +1,118 @@
+"""Requests that can be paused in the middle of a pass, so that passes of several can be made together.
+
+Each request runs the ordinary code - outer level, speculator, session - in a thread of its own. Only one of the threads
+runs at a time, until it asks for a pass or ends: they take turns like coroutines, in an order that is always the same,
+and nothing they share needs a lock. Python's own coroutines would have to be written into every function on the way.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_here = threading.local()
+
+
+class Closed(BaseException):
+    """Raised where a fiber is paused when nobody wants its result any more. No `except Exception` stops it."""
+
+
+class Fiber(Generic[T]):
+    """`body` in a thread of its own.
+
+    question  what it waits for; None before it was started and once it has ended
+    asked     how often it has asked
+    spent     seconds: while it ran, and what `charge` added - its share of the passes made for it
+    """
+
+    def __init__(self, body: Callable[[], T]) -> None:
+        self.question: Any = None
+        self.asked = 0
+        self.spent = 0.0
+        self._body = body
+        self._answer: Any = None
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+        self._since = 0.0
+        self._running = self._closed = False
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._result) or self._error is not None
+
+    @property
+    def result(self) -> T:
+        """What the body returned; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+    def resume(self, answer: Any = None) -> None:
+        """Let it run on with the answer to its question, until it asks again or ends."""
+        self._answer = answer
+        self._since = time.perf_counter()
+        self._running = True
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._wait()
+        self.spent += time.perf_counter() - self._since
+
+    def charge(self, seconds: float) -> None:
+        self.spent += seconds
+
+    def seconds(self) -> float:
+        """`spent` up to now; to be called by the body."""
+        return self.spent + time.perf_counter() - self._since
+
+    def ask(self, question: Any) -> Any:
+        """Pause until there is an answer; to be called by the body."""
+        self.question = question
+        self.asked += 1
+        self._paused.release()
+        self._go.acquire()
+        if self._closed:
+            raise Closed
+        self.question = None
+        return self._answer
+
+    def close(self) -> None:
+        """End it where it is; its `finally` clauses run."""
+        self._closed = True
+        if self._running:  # whoever resumed it was interrupted: it may still be on its way to the next question
+            self._wait()
+        if self._thread.ident is not None and not self.ended:
+            self._go.release()
+            self._thread.join()
+
+    def _wait(self) -> None:
+        self._paused.acquire()
+        self._running = False
+
+    def _run(self) -> None:
+        _here.fiber = self
+        try:
+            self._result.append(self._body())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller of `result` gets it
+            self._error = error
+        finally:
+            self.question = None
+            self._paused.release()
+
+
+def current() -> Fiber[Any] | None:
+    """The fiber this code runs in, if any."""
+    return getattr(_here, "fiber", None)
+
+
+def clock() -> Callable[[], float]:
+    """Seconds this request has taken, from any starting point: plain time, or in a fiber what it has spent."""
+    fiber = current()
+    return time.perf_counter if fiber is None else fiber.seconds

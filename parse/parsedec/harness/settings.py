@@ -1,0 +1,87 @@
+"""From the harness's `--model_args` to an engine: they are the overrides of `experiments/run.py`, with three more keys.
+
+config   a YAML file of such overrides, `inner: draft_model` and `inner.length: 4` or nested; what is given beside wins
+record   file for what the engine did, request by request
+model    what the harness calls the model in its results
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from parsedec.errors import ConfigError
+from parsedec.experiment.build import conf_folder
+from parsedec.experiment.cli import expand_shorthand
+
+log = logging.getLogger(__name__)
+OWN_KEYS = ("config", "record", "model")
+
+
+def composed(arguments: Mapping[str, Any]) -> DictConfig:
+    """The configuration that model arguments stand for. Raises what Hydra does for a name that does not exist."""
+    conf = conf_folder()
+    listed: dict[str, Any] = {}
+    if arguments.get("config") is not None:
+        listed |= _read(Path(str(arguments["config"])).expanduser())
+    listed |= {key: value for key, value in arguments.items() if key not in OWN_KEYS}
+    written = [f"{key}={_written(value)}" for key, value in listed.items()]
+    overrides = [expanded for override in written for expanded in expand_shorthand(override, conf)]
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        return compose("config", overrides)
+
+
+def of_the_harness(additional: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the harness's own options say about the model: `--device` is used, batches are not."""
+    given = additional or {}
+    if str(given.get("batch_size") or 1) != "1":
+        log.warning("batch_size=%s is not used: requests run one at a time", given["batch_size"])
+    device = given.get("device")
+    if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
+        return {}  # the harness's default is cuda:0 on every machine
+    return {"runtime.device": device}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"config={str(path)!r} cannot be read: {error}. Expected a YAML file of settings, such as 'inner: pard'."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"config={str(path)!r} holds {type(loaded).__name__}; expected settings, such as 'inner: pard'."
+        )
+    return dict(_flat(loaded))
+
+
+def _flat(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _written(value: object) -> str:
+    """A value in Hydra's notation. A plain word or a place stays as it is: it may name a group's member."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        plain = value and all(c.isalnum() or c in "_-./:@" for c in value)
+        return value if plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Sequence):
+        return f"[{','.join(_written(item) for item in value)}]"
+    return str(value)

@@ -1,0 +1,221 @@
+"""One forward for passes of several requests: their rows stand one behind another, without any padding.
+
+All layers but attention treat rows alone, so they see one sequence of all rows. Attention is handed in as transformers'
+`AttentionInterface` allows it: it appends each request's keys and values to that request's own cache and attends within
+it, under that request's own mask. So caches are never joined, requests come and go freely, and a prompt, a tree and a
+judge pass may share a forward with single tokens.
+
+Shapes in this file:  B passes, n rows of one, R = rows of all, C cached columns of a pass, A query heads, d head size,
+V vocabulary, L taps, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, Self, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from parsedec import kv, masks
+from parsedec.model import SELECTS_LAYERS, LanguageModel
+from parsedec.reference import excess, plain_logits, random_tokens
+from parsedec.remote.model import RemoteModel
+
+Output = tuple[Tensor, Tensor | None]
+NAME = "parsedec_joint"
+LONGEST_WINDOW = 512  # as in the engine's other self-tests: longer ones would take too long to cross on a CPU
+
+
+class Pass(Protocol):
+    """A forward that a request waits for; passes of the same `group` can be made together."""
+
+    @property
+    def group(self) -> object: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @classmethod
+    def together(cls, passes: Sequence[Self]) -> list[Output]:
+        """Logits [kept, V] and taps [n, L, H] of each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HfPass:
+    """The arguments of `LanguageModel.forward` for one request: n ids behind `cache`, which grows by them."""
+
+    model: LanguageModel
+    cache: DynamicCache
+    ids: list[int]
+    keep: int | Tensor
+    positions: Tensor | None
+    mask: Tensor | dict[str, Tensor] | None
+    taps: tuple[int, ...]
+
+    @property
+    def group(self) -> object:
+        return id(self.model.hf), self.taps
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @classmethod
+    def together(cls, passes: Sequence[HfPass]) -> list[Output]:
+        return [passes[0].alone()] if len(passes) == 1 else _forward(passes)
+
+    def alone(self) -> Output:
+        where = None if self.positions is None else self.positions[None]
+        logits, taps = self.model.forward(
+            [self.ids], self.cache, keep=self.keep, positions=where, mask=self.mask, taps=self.taps
+        )
+        return logits[0], None if taps is None else taps[0]
+
+
+class Rows:
+    """Attention of a joint forward: rows bounds[i] to bounds[i + 1] are those of passes[i]."""
+
+    def __init__(self, passes: Sequence[HfPass], bounds: Sequence[int], kinds: Sequence[str]) -> None:
+        self._kinds = kinds
+        self._parts = [(p.cache, _masks(p), a, b) for p, (a, b) in zip(passes, pairwise(bounds), strict=True)]
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """query [1, A, R, d], keys and values of all rows: [1, R, A, d]"""
+        layer = cast(int, module.layer_idx)
+        kind, out = self._kinds[layer], []
+        for cache, mask, start, stop in self._parts:
+            keys, values = cache.update(key[:, :, start:stop], value[:, :, start:stop], layer)
+            visible = mask.get(kind)
+            out.append(sdpa_attention_forward(module, query[:, :, start:stop], keys, values, visible, **options)[0])
+        return torch.cat(out, dim=1)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    *,
+    joint_rows: Rows,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function as transformers calls it; `joint_rows` travels through the model's keyword arguments."""
+    return joint_rows(module, query, key, value, options), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@torch.inference_mode()
+def _forward(passes: Sequence[HfPass]) -> list[Output]:
+    model, taps = passes[0].model, passes[0].taps
+    bounds, kept, keep, positions = [0], [0], [], []
+    for one in passes:
+        n, start = one.rows, bounds[-1]
+        which = torch.arange(n - one.keep, n) if isinstance(one.keep, int) else one.keep
+        keep.append(which.cpu() + start)
+        cached = one.cache.get_seq_length()
+        positions.append(torch.arange(cached, cached + n) if one.positions is None else one.positions.cpu())
+        bounds.append(start + n)
+        kept.append(kept[-1] + len(which))
+    with _attending(model.hf):
+        out = model.hf(
+            input_ids=torch.tensor([[i for one in passes for i in one.ids]], device=model.device),
+            position_ids=torch.cat(positions)[None].to(model.device),
+            use_cache=False,  # the attention keeps the caches
+            logits_to_keep=torch.cat(keep).to(model.device),
+            output_hidden_states=(list(taps) if SELECTS_LAYERS else True) if taps else None,
+            joint_rows=Rows(passes, bounds, _kinds(model)),
+        )
+    logits = [out.logits[0, a:b] for a, b in pairwise(kept)]
+    if not taps:
+        return [(own, None) for own in logits]
+    shown = torch.stack([out.hidden_states[i][0] for i in taps], dim=1)  # [R, L, H]
+    # clones: a session keeps its taps, and a view would keep those of all requests alive
+    return [(own, shown[a:b].clone()) for own, (a, b) in zip(logits, pairwise(bounds), strict=True)]
+
+
+@contextmanager
+def _attending(hf: PreTrainedModel) -> Iterator[None]:
+    """The model attends by `Rows` for a while; nothing else may run it meanwhile."""
+    config = hf.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _kinds(model: LanguageModel) -> list[str]:
+    """The kind of every layer."""
+    only = next(iter(model.windows))
+    return list(getattr(model.hf.config.get_text_config(), "layer_types", None) or [only] * model.num_layers)
+
+
+def _masks(one: HfPass) -> dict[str, Tensor]:
+    """Additive mask [1, 1, n, C + n] by kind of layer; none where the rows see everything, or plainly causally."""
+    model, n = one.model, one.rows
+    if isinstance(one.mask, dict):
+        return one.mask
+    if one.mask is not None:
+        return dict.fromkeys(model.windows, one.mask)
+    cached = one.cache.get_seq_length()
+    columns = cached + n
+    hidden = any(window is not None and columns > window for window in model.windows.values())
+    if not hidden and (n == 1 or not cached):
+        return {}
+    allowed = torch.ones(n, columns, dtype=torch.bool).tril(cached)
+    at = torch.arange(columns)
+    made = masks.for_model(allowed, at[cached:], at, windows=model.windows, dtype=model.dtype, device=model.device)
+    return made if isinstance(made, dict) else dict.fromkeys(model.windows, made)
+
+
+_obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
+def joint_obstacle(model: LanguageModel) -> str | None:
+    """Why passes of several requests cannot share a forward of this model, or None where they can. Found out once."""
+    if model.hf not in _obstacles:
+        _obstacles[model.hf] = _unfit(model) or _disagreement(model)
+    return _obstacles[model.hf]
+
+
+def _unfit(model: LanguageModel) -> str | None:
+    if isinstance(model, RemoteModel):
+        return "its weights on a server, which is asked for one request at a time"
+    if model.mask_obstacle:
+        return model.mask_obstacle
+    attention = model.hf.config._attn_implementation
+    return None if attention == "sdpa" else f"attention implementation '{attention}'; joint passes need sdpa"
+
+
+def _disagreement(model: LanguageModel) -> str | None:
+    """What is wrong with a forward of two requests' rows, compared with plain forwards; windows are crossed."""
+    windows = [window for window in model.windows.values() if window and window <= LONGEST_WINDOW]
+    texts = [random_tokens(model, n + max(windows, default=0), seed) for seed, n in enumerate((9, 7))]
+    caches = [kv.new_cache(model.hf) for _ in texts]
+    try:
+        for parts in ([ids[:-3] for ids in texts], [ids[-3:] for ids in texts]):
+            passes = [HfPass(model, cache, ids, 1, None, None, ()) for cache, ids in zip(caches, parts, strict=True)]
+            out = _forward(passes)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises here means that it cannot serve this way
+        return f"a forward that does not take rows of several requests ({type(error).__name__}: {error})"
+    ours, plain = torch.cat([logits for logits, _ in out]), torch.cat([plain_logits(model, ids) for ids in texts])
+    error_size = excess(model, ours, plain)
+    return None if error_size is None else f"a forward in which requests disturb each other (by {error_size:.2g})"

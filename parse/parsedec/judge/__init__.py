@@ -1,0 +1,38 @@
+"""Judges: how likely is a draft free of errors up to each of its cuts? One seam, several sources of the answer.
+
+    LabelJudge        the target says Correct or Incorrect behind every prefix (PARSE, arXiv 2605.04263)
+    DigitJudge        the target gives every prefix a digit from 0 to 9 (SpecReason, arXiv 2504.07891)
+    LogprobJudge      how likely the target finds the draft's own tokens; costs no row
+    ConfidenceJudge   how likely the draft model found them; unsure segments are asked of another judge (ConfSpec)
+    ProbeJudge        a trained linear probe on a hidden state of the target, behind a question or at the cut itself
+    CombinedJudge     logistic regression over several of them, off the same pass
+
+To score by hand:  bound = judge.bind(target);  session = judging_session(target, bound);  session.feed(prompt);
+bound.score(session, draft, cuts, probes).
+"""
+
+from parsedec.judge.combined import CombinedJudge
+from parsedec.judge.confidence import ConfidenceJudge
+from parsedec.judge.digit import DigitJudge
+from parsedec.judge.label import LABELS, QUESTION, LabelJudge, how_to_ask
+from parsedec.judge.logprob import LogprobJudge
+from parsedec.judge.probe import ProbeJudge
+from parsedec.judge.seam import Judge, JudgeNeeds, PassJudge, Reading, Scores, judging_session
+
+__all__ = [
+    "LABELS",
+    "QUESTION",
+    "CombinedJudge",
+    "ConfidenceJudge",
+    "DigitJudge",
+    "Judge",
+    "JudgeNeeds",
+    "LabelJudge",
+    "LogprobJudge",
+    "PassJudge",
+    "ProbeJudge",
+    "Reading",
+    "Scores",
+    "how_to_ask",
+    "judging_session",
+]

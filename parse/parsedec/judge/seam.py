@@ -1,0 +1,229 @@
+"""The seam between an outer level and a judge, and the base of the judges that read one pass of the target.
+
+Shapes in this file:  N draft tokens, K probes, V vocabulary, L taps, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from parsedec.backends import open_session
+from parsedec.boundary import Thresholds
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
+from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
+from parsedec.selftest import probe_error
+from parsedec.session import Session
+from parsedec.staged import JudgeRows
+from parsedec.text import Draft
+from parsedec.types import JudgePath
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of the probed cuts, in order, and what came out of the same pass.
+
+    values          one score in [0, 1] per probe
+    draft_logprobs  the target's log-probability of every draft token, nats
+    """
+
+    values: tuple[float, ...]
+    draft_logprobs: tuple[float, ...]
+    rows: int
+    path: JudgePath
+    note: str | None = None  # e.g. why the packed path was not taken
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeNeeds:
+    """What a judge reads besides logits.
+
+    hidden_layers   of the target, indices as in `output_hidden_states`; its session is opened with them
+    draft_logprobs  the draft model's log-probabilities of its own tokens, `Draft.logprobs`
+    """
+
+    hidden_layers: tuple[int, ...] = ()
+    draft_logprobs: bool = False
+
+
+class Judge(Protocol):
+    """How likely is the answer up to each cut free of errors? The draft is left staged in `session`."""
+
+    def bind(self, target: LanguageModel) -> Self:
+        """A copy for `target`; whatever is wrong with the pair is found here."""
+
+    def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
+        """Scores of `probes`, a subset of `cuts`. `session` is one that `judging_session` could have opened."""
+
+    @property
+    def needs(self) -> JudgeNeeds:
+        """What sessions and drafts must hold for it; known once it is bound."""
+
+    @property
+    def suffix_rows(self) -> int:
+        """Rows a probe costs."""
+
+    @property
+    def card(self) -> Thresholds | None:
+        """The thresholds that were calibrated for its scores on this target, if there are any."""
+
+
+def judging_session(target: LanguageModel, judge: Judge) -> Session:
+    """A new session of `target` that shows what the bound `judge` reads. The engine's are opened the same way, with
+    the hidden states its inner speculator reads in front."""
+    return open_session(target, judge.needs.hidden_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One judge pass as its readers see it.
+
+    layers  what the L taps of `rows` are, indices as in `output_hidden_states`
+    """
+
+    draft: Draft
+    cuts: Sequence[int]
+    probes: Sequence[int]
+    rows: JudgeRows
+    layers: tuple[int, ...]
+
+    @classmethod
+    def take(
+        cls,
+        session: Session,
+        draft: Draft,
+        cuts: Sequence[int],
+        probes: Sequence[int],
+        *,
+        suffix: Sequence[int] = (),
+        path: JudgePath = JudgePath.CAUSAL,
+        wanted: Sequence[int] | None = None,
+    ) -> Reading:
+        """Make the pass; the draft is left staged. `wanted`: ids whose logits its readers look at, as in `judge`."""
+        rows = session.judge(draft.tokens, cuts, suffix, probes=probes, path=path, wanted=wanted)
+        return cls(draft, cuts, probes, rows, session.taps)
+
+    def probe_states(self, layer: int) -> Tensor:
+        """Hidden states of `layer` at every probe's last row [K, H] float32; without a suffix that is the cut's row."""
+        return self._states(self.rows.probe_taps, layer)
+
+    def cut_states(self, layer: int) -> Tensor:
+        """Hidden states of `layer` at the last token of every probed prefix [K, H] float32."""
+        return self._states(self.rows.cut_taps, layer)
+
+    def _states(self, taps: Tensor | None, layer: int) -> Tensor:
+        if taps is None or layer not in self.layers:
+            raise JudgeError(
+                f"a judge reads hidden layer {layer}, but the session shows {list(self.layers)}. Open it with "
+                "judging_session(target, judge)."
+            )
+        return taps[:, self.layers.index(layer)].float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassJudge(ABC):
+    """Base of the judges whose scores can be read off one pass of the target, which others may read, too.
+
+    suffix  rows appended behind every probed prefix; none: the draft is read as it stands, without a mask
+    chosen  the path of the pass; None: not bound yet
+    reason  why it is not the packed one, where a suffix is asked for
+    card    the thresholds of its scores on this target, where they are known
+    """
+
+    # Filled in by bind:
+    suffix: tuple[int, ...] = ()
+    chosen: JudgePath | None = None
+    reason: str | None = None
+    card: Thresholds | None = None
+
+    @abstractmethod
+    def bind(self, target: LanguageModel) -> Self: ...
+
+    @abstractmethod
+    def read(self, reading: Reading) -> Tensor:
+        """A score in [0, 1] per probe [K], off a pass with this judge's suffix."""
+
+    @property
+    def needs(self) -> JudgeNeeds:
+        return JudgeNeeds()
+
+    @property
+    def wanted(self) -> tuple[int, ...] | None:
+        """Ids whose logits `read` looks at, the one that speaks most for the draft first; None: it may look at all,
+        which no server shows."""
+        return None
+
+    @property
+    def suffix_rows(self) -> int:
+        return len(self.suffix)
+
+    def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
+        reading = Reading.take(
+            session, draft, cuts, probes, suffix=self.suffix, path=self.bound_path, wanted=self.wanted
+        )
+        return scores_of(self.read(reading), [reading], self.reason)
+
+    @property
+    def bound_path(self) -> JudgePath:
+        if self.chosen is None:
+            raise JudgeError("the judge was not bound to a target; call bind(target) first.")
+        return self.chosen
+
+
+def scores_of(values: Tensor, readings: Sequence[Reading], note: str | None) -> Scores:
+    """`values` [K] with what the passes they came from tell besides; refuses what is no number."""
+    last = readings[-1].rows
+    if not bool(values.isfinite().all()):
+        raise JudgeError(
+            f"the scores of a draft of {len(last.draft_logprobs)} tokens are not all numbers, so the target's logits "
+            "overflow in their dtype. Use dtype=bfloat16 or float32 for the target."
+        )
+    rows = sum(reading.rows.rows for reading in readings)
+    return Scores(tuple(values.tolist()), tuple(last.draft_logprobs.tolist()), rows, readings[0].rows.path, note)
+
+
+def check_path(path: str) -> None:
+    """Refuse a `path` setting that does not exist."""
+    if path not in ("auto", "packed", "forked"):
+        raise ConfigError(f"judge.path='{path}'; expected auto, packed or forked.")
+
+
+def check_here(target: LanguageModel, judge: str, reads: str) -> None:
+    """Refuse a judge that reads what a server keeps."""
+    if isinstance(target, RemoteModel):
+        raise IncompatibleStack(
+            f"judge={judge} reads {reads}, and {target.name} does not show them. Use judge=label or judge=digit, or "
+            "engine=local."
+        )
+
+
+def choose_path(target: LanguageModel, suffix: tuple[int, ...], wanted: str) -> tuple[JudgePath, str | None]:
+    """How probes with `suffix` run on `target`, and why not packed. `wanted`: auto, packed or forked."""
+    if isinstance(target, RemoteModel):
+        if target.judge_obstacle:
+            raise IncompatibleStack(f"the judge cannot run on {target.judge_obstacle}. Use outer=none.")
+        if wanted != "auto":
+            raise IncompatibleStack(
+                f"judge.path={wanted}, but the probes of {target.name} go to a server as prompts. Use judge.path=auto."
+            )
+        return JudgePath.REMOTE, None
+    problem = target.mask_obstacle or probe_error(target, suffix, JudgePath.PACKED)
+    if wanted == "packed" and problem:
+        raise IncompatibleStack(f"judge.path=packed, but {target.name} has {problem}. Use judge.path=auto.")
+    if wanted != "forked" and not problem:
+        return JudgePath.PACKED, None
+    if failure := probe_error(target, suffix, JudgePath.FORKED):
+        raise IncompatibleStack(
+            f"the judge cannot run on {target.name}: packed, {problem}; forked, {failure}. Use outer=none."
+        )
+    if problem:
+        log.warning("judge runs as a forked batch on %s: %s", target.name, problem)
+    return JudgePath.FORKED, problem

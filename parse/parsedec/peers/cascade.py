@@ -1,0 +1,57 @@
+"""outer=cascade: the draft model answers, the target judges the whole answer and keeps it or writes its own.
+
+The plain way to use two models (FrugalGPT, arXiv 2305.05176), and PARSE (arXiv 2605.04263) without its prefixes: what
+PARSE gains over it is what keeping a valid beginning is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from parsedec.boundary import FirstFailure
+from parsedec.errors import ConfigError
+from parsedec.gate import Always, Gate
+from parsedec.judge import Judge, LabelJudge
+from parsedec.model import LanguageModel
+from parsedec.outer import PrefixVerification, Work, Written
+from parsedec.segmenters import Lines
+
+WHOLE = Lines(max_cuts=1)  # a single cut, behind the draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cascade:
+    """Accept the whole draft, or none of it.
+
+    threshold         least score with which the draft is the answer; None: what the judge card says of complete
+                      drafts, if the judge asks as the card does; else 0.9
+    max_draft_tokens  longest draft; None: as long as the answer may be. A draft of that length which is accepted but
+                      not finished is continued by the target
+    """
+
+    prefill: ClassVar[bool] = True
+    needs_draft: ClassVar[bool] = True
+
+    judge: Judge = field(default_factory=LabelJudge)
+    threshold: float | None = None
+    gate: Gate = field(default_factory=Always)
+    max_draft_tokens: int | None = None
+    verification: PrefixVerification | None = None  # filled in by bind
+
+    def bind(self, target: LanguageModel) -> Self:
+        # a prefix threshold of 1 keeps nothing that the check of the whole draft has not kept already
+        unbound = PrefixVerification(
+            judge=self.judge,
+            segmenter=WHOLE,
+            boundary=FirstFailure(threshold=1.0, full_threshold=self.threshold),
+            gate=self.gate,
+            max_draft_tokens=self.max_draft_tokens,
+        )
+        return replace(self, verification=unbound.bind(target))
+
+    def run(self, work: Work) -> Iterator[Written]:
+        if self.verification is None:
+            raise ConfigError("the cascade was not bound to a target; call bind(target) first.")
+        yield from self.verification.run(work)

@@ -1,0 +1,156 @@
+"""Do two texts mean the same? The judges of outer=lookahead (Lookahead Reasoning, arXiv 2506.19830).
+
+Published: a model of its own, asked for one word. Any model can be asked here, the target by default; two plain rules
+stand beside it, for targets that cannot be asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import torch
+
+from parsedec.backends import open_session
+from parsedec.chat import label_tokens, prompt_ids, suffix_text
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
+from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
+
+OWN, PROPOSED = "{own}", "{proposed}"
+QUESTION = (
+    "Here are two versions of the next step of a solution. Do they state the same thing and come to the same result, "
+    "whatever their wording? Reply with one word, Same or Different.\n\nVersion A:\n{own}\n\nVersion B:\n{proposed}"
+)
+LABELS = ("Same", "Different")
+NUMBER = r"-?\d+(?:\.\d+)?"
+
+
+@dataclass(frozen=True, slots=True)
+class Sameness:
+    """What a comparison says: the score that the texts mean the same, and what asking cost.
+
+    calls, rows  of the model that was asked; 0 where none was
+    """
+
+    score: float
+    calls: int = 0
+    rows: int = 0
+
+
+class Equivalence(Protocol):
+    """How sure is it that two versions of a step mean the same?"""
+
+    def bind(self, target: LanguageModel) -> Self:
+        """A copy for `target`; whatever is wrong is found here."""
+
+    def compare(self, own: str, proposed: str) -> Sameness:
+        """The target's own version against the draft model's."""
+
+    @property
+    def asks(self) -> LanguageModel | None:
+        """The model that is asked, if one is."""
+
+
+@dataclass(frozen=True)
+class EqualText:
+    """The same letters, spaces and case aside. Every other rule below starts with this one, as published."""
+
+    asks = None
+
+    def bind(self, target: LanguageModel) -> EqualText:
+        return self
+
+    def compare(self, own: str, proposed: str) -> Sameness:
+        return Sameness(float(bare(own) == bare(proposed)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameNumber:
+    """The same result, for arithmetic: equal text, or the same last number. Not from the paper.
+
+    pattern  what a number looks like; commas between digits are taken out first
+    """
+
+    asks = None
+    pattern: str = NUMBER
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"equivalence.pattern={self.pattern!r} is no regular expression: {error}.") from error
+
+    def bind(self, target: LanguageModel) -> SameNumber:
+        return self
+
+    def compare(self, own: str, proposed: str) -> Sameness:
+        last = [re.findall(self.pattern, re.sub(r"(?<=\d),(?=\d)", "", text))[-1:] for text in (own, proposed)]
+        same_number = last[0] == last[1] != []
+        return Sameness(float(same_number or bare(own) == bare(proposed)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelEquivalence:
+    """A model says Same or Different: s = p(same) / (p(same) + p(different)); equal texts are not asked about.
+
+    model     whom to ask; None: the target. Published: a third model, Qwen2.5-7B-Instruct
+    question  the user turn, with {own} and {proposed} where the texts belong
+    labels    (same, different), told apart by their first tokens
+
+    The question has nothing of the problem in it, as published, so that nothing of the answer's cache serves it.
+    """
+
+    model: LanguageModel | None = None
+    question: str = QUESTION
+    labels: Sequence[str] = LABELS
+    label_ids: tuple[int, int] | None = None  # filled in by bind
+
+    def __post_init__(self) -> None:
+        if any(self.question.count(slot) != 1 for slot in (OWN, PROPOSED)) or len(self.labels) != 2:
+            raise ConfigError(
+                f"equivalence has labels={list(self.labels)} and question={self.question!r}; expected two words, and a "
+                f"question with {OWN} and {PROPOSED} in it, once each."
+            )
+
+    @property
+    def asks(self) -> LanguageModel | None:
+        return self.model
+
+    def bind(self, target: LanguageModel) -> LabelEquivalence:
+        model = self.model or target
+        if isinstance(model, RemoteModel):
+            raise IncompatibleStack(
+                f"equivalence=label reads the logits of {model.name}, which are at {model.server.url}. Use "
+                "equivalence=equal or same_number, or equivalence.model with a model that is here."
+            )
+        same, different = label_tokens(model, suffix_text(model, "?"), self.labels)
+        return replace(self, model=model, label_ids=(same, different))
+
+    def compare(self, own: str, proposed: str) -> Sameness:
+        if bare(own) == bare(proposed):
+            return Sameness(1.0)
+        if self.model is None or self.label_ids is None:
+            raise JudgeError("the equivalence judge was not bound to a target; call bind(target) first.")
+        session = open_session(self.model)
+        logits = session.feed(prompt_ids(self.model, [{"role": "user", "content": self._ask(own, proposed)}]))
+        same, different = self.label_ids
+        score = float(torch.sigmoid(logits[same].float() - logits[different].float()))
+        if not 0 <= score <= 1:
+            raise JudgeError(
+                f"the logits of {self.model.name} are not all numbers; they overflow in their dtype. Use "
+                "dtype=bfloat16 or float32 for it."
+            )
+        return Sameness(score, session.calls, session.rows)
+
+    def _ask(self, own: str, proposed: str) -> str:
+        """The question with both texts in it; a text may itself hold what looks like a slot."""
+        slots = {OWN: own.strip(), PROPOSED: proposed.strip()}
+        return re.sub(r"\{own\}|\{proposed\}", lambda slot: slots[slot[0]], self.question)
+
+
+def bare(text: str) -> str:
+    """The text without white space and case."""
+    return "".join(text.split()).lower()

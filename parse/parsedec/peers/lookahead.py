@@ -1,0 +1,249 @@
+"""outer=lookahead: the draft model writes some steps ahead, the target writes its own version of each, and a judge says
+up to where they mean the same.
+
+Lookahead Reasoning (Fu et al., arXiv 2506.19830). The target's versions are independent of one another, each behind the
+drafted steps before it, so they can be written at the same time; that is all there is to gain, since every step that
+stands was also written by the target.
+
+    draft model   d1 | d2 | d3
+    target        t1 | t2 after d1 | t3 after d1 d2 | t4 after d1 d2 d3
+    judge         d1 = t1, d2 = t2, d3 differs from t3:  the answer goes on with  d1 d2 t3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, ClassVar, Self
+
+from parsedec.acceptance import Acceptance
+from parsedec.branches import Branches
+from parsedec.chat import closing_token
+from parsedec.errors import ConfigError
+from parsedec.inner import NoSpeculation
+from parsedec.model import LanguageModel
+from parsedec.outer import Work, Written, drafter_of
+from parsedec.peers.equivalence import Equivalence, LabelEquivalence
+from parsedec.peers.steps import DraftSteps, OwnStep, OwnWriting, joined, write_own
+from parsedec.remote.model import RemoteModel
+from parsedec.sampling import Sampler
+from parsedec.segmenters import Paragraphs, Segmenter
+from parsedec.static.session import StaticSession
+from parsedec.text import Draft
+from parsedec.types import Author, Round, Segment, StopReason, Tree
+
+IN_TURN = "the target wrote its versions one after another: {} cannot decode a batch"
+ANOTHER = "the equivalence judge is {}; its work is in the time, and in none of the counts of target and draft model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookaheadReasoning:
+    """Steps proposed ahead, compared with the target's own.
+
+    steps        how many the draft model proposes per round
+    equivalence  says whether two versions of a step mean the same
+    threshold    least score with which they do
+    segmenter    what a step is: published, text up to a blank line
+    together     "auto": the target writes its versions as a batch where it decodes without an inner speculator and on
+                 the eager backend, else one after another up to the first that differs; "never": one after another
+
+    As published but for this: one chain of proposals, no tree of them, and rounds in turn, without proposing for the
+    next round while the target writes; a drafted step that closes the answer stands if the target's own version closes
+    it as well. The batch stops as soon as the first difference is known. Time is wall-clock as it runs, on the devices
+    there are: no time is claimed for versions that would have been written elsewhere. The target calls and rows that
+    are counted include what was written and then not used.
+    """
+
+    prefill: ClassVar[bool] = True
+    needs_draft: ClassVar[bool] = True
+
+    steps: int = 4
+    equivalence: Equivalence = field(default_factory=LabelEquivalence)
+    threshold: float = 0.5
+    segmenter: Segmenter = field(default_factory=Paragraphs)
+    together: str = "auto"
+    end_token: int = -1  # closes an answer whose last step is the draft model's; filled in by bind
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.threshold <= 1 or self.together not in ("auto", "never"):
+            raise ConfigError(
+                f"outer has steps={self.steps}, threshold={self.threshold}, together={self.together!r}; expected at "
+                "least one step, a threshold from 0 to 1, and auto or never."
+            )
+
+    def bind(self, target: LanguageModel) -> Self:
+        return replace(self, equivalence=self.equivalence.bind(target), end_token=closing_token(target))
+
+    def run(self, work: Work) -> Iterator[Written]:
+        asked = self.equivalence.asks
+        if asked is not None and asked is not work.target.session.model:
+            work.notes.add(ANOTHER.format(asked.name))
+        ahead = DraftSteps(drafter_of(work), work.answer, self.segmenter)
+        while work.answer.stop is None:
+            work.answer.begin_round()
+            round_ = Comparison(self, work, self._propose(work, ahead))
+            yield from round_.run()
+            work.rounds.append(round_.record())
+
+    def _propose(self, work: Work, ahead: DraftSteps) -> list[Draft]:
+        ahead.restart()
+        limit = min(work.answer.remaining, work.target.session.room - 1)
+        proposed: list[Draft] = []
+        with work.meter.span("draft"):
+            while limit > 0 and len(proposed) < self.steps and not (proposed and proposed[-1].ended):
+                step = ahead.next(limit)
+                if not step.tokens:
+                    break
+                proposed.append(step)
+        return proposed
+
+
+class Comparison:
+    """One round: proposed steps against the target's own."""
+
+    def __init__(self, outer: LookaheadReasoning, work: Work, proposed: list[Draft]) -> None:
+        self.outer = outer
+        self.work = work
+        self.proposed = proposed
+        self.scores: list[float] = []
+        self.stands = 0  # leading steps that do
+        self._before = {phase: work.meter.seconds(phase) for phase in ("judge", "decode")}
+        self._asked = [0, 0]  # passes, rows of the equivalence judge
+        self._counts = [0, 0]  # tokens of the answer: the draft model's, the target's
+
+    def run(self) -> Iterator[Written]:
+        """Yields the steps that stand and the target's own behind them."""
+        work, session = self.work, self.work.target.session
+        obstacle = "an inner speculator" if not isinstance(work.target.inner, NoSpeculation) else None
+        if obstacle is None and isinstance(session, StaticSession):
+            obstacle = "the static backend"
+        if obstacle is None and isinstance(session.model, RemoteModel):
+            obstacle = "a model on a server"
+        if not self.proposed:
+            own = self._write_own()
+        elif self.outer.together == "auto" and obstacle is None:
+            own = self._together()
+        else:
+            work.notes |= {IN_TURN.format(obstacle)} if obstacle else set()
+            own = self._in_turn()
+        kept: list[int] = []
+        if self.stands:
+            closed = [self.outer.end_token] if self.proposed[self.stands - 1].ended else []
+            kept = work.answer.extend([*joined(self.proposed[: self.stands]), *closed], Author.DRAFT)
+            yield Author.DRAFT, kept
+        taken: list[int] = []
+        if own is not None and work.answer.stop is None:
+            taken = work.answer.extend(own.tokens, Author.TARGET)
+            if taken:
+                yield Author.TARGET, taken
+            else:
+                work.answer.stop = StopReason.CONTEXT_LIMIT  # there was no room to write in
+        self._counts = [len(kept), len(taken)]
+
+    def _in_turn(self) -> OwnStep | None:
+        """Versions one after another, up to the first that differs; the target's session goes along."""
+        work = self.work
+        session, target = work.target.session, work.target
+        for step in self.proposed:
+            base = session.length
+            own = self._write_own()
+            if own is None or not self._same(own, step):
+                target.note_refused(step.tokens)
+                return own
+            with work.meter.span("decode"):
+                target.rewind(base)
+                session.feed(step.tokens)
+            self.stands += 1
+        return None if self.proposed[-1].ended else self._write_own()
+
+    def _write_own(self) -> OwnStep | None:
+        """The target's version behind the steps that stand so far; None where the answer has no room for one."""
+        work = self.work
+        left = work.answer.remaining - sum(len(step.tokens) for step in self.proposed[: self.stands])
+        if not left:
+            return None
+        with work.meter.span("decode"):
+            return write_own(work.target, work.answer, self.outer.segmenter, left)
+
+    def _together(self) -> OwnStep | None:
+        """Versions as a batch, and one behind the last proposal, until it is known which is the first that differs."""
+        work, session = self.work, self.work.target.session
+        ends = [0, *accumulate(len(step.tokens) for step in self.proposed)]
+        room = min(work.answer.remaining, session.room)
+        cuts = [end for end in ends if end < room]
+        if self.proposed[-1].ended:
+            cuts = cuts[: len(self.proposed)]
+        with work.meter.span("decode"):
+            branches = session.fan_out(list(joined(self.proposed)), cuts)
+            writings = [OwnWriting(work.answer, self.outer.segmenter, room - cut) for cut in cuts]
+        own: OwnStep | None = None
+        while own is None and self.stands < len(cuts):
+            with work.meter.span("decode"):
+                _write_until_done(branches, writings, self.stands, work.target.acceptance, work.target.sampler)
+            version = writings[self.stands].step()
+            last = self.stands == len(self.proposed)
+            if last or not self._same(version, self.proposed[self.stands]):
+                own = version
+            else:
+                self.stands += 1
+        with work.meter.span("decode"):
+            session.calls += branches.calls
+            session.rows += branches.rows
+            session.keep_draft(ends[self.stands])
+            if own is not None:
+                session.feed(own.tokens)  # read once more, in one pass: a branch's cache is not taken over
+        return own
+
+    def _same(self, own: OwnStep, step: Draft) -> bool:
+        with self.work.meter.span("judge"):
+            said = self.outer.equivalence.compare(own.text, step.text)
+        self.scores.append(said.score if own.ended == step.ended else 0.0)
+        self._asked[0] += said.calls
+        self._asked[1] += said.rows
+        session = self.work.target.session
+        if self.outer.equivalence.asks is session.model:
+            session.calls += said.calls
+            session.rows += said.rows
+        return self.scores[-1] >= self.outer.threshold
+
+    def record(self) -> Round:
+        """What the round was, for the trace; counts what was drafted and judged."""
+        work, tally = self.work, self.work.target.tally
+        drafted = sum(len(step.tokens) + step.ended for step in self.proposed)
+        tally.draft_tokens += drafted
+        tally.kept_draft_tokens += self._counts[0]
+        tally.judge_passes += self._asked[0]
+        tally.judge_rows += self._asked[1]
+        scores = [*self.scores, *([None] * (len(self.proposed) - len(self.scores)))]
+        facts: dict[str, Any] = {phase + "_s": work.meter.seconds(phase) - s for phase, s in self._before.items()}
+        return Round(
+            drafted=bool(self.proposed),
+            judged_tokens=sum(len(step.tokens) for step in self.proposed),
+            kept_tokens=self._counts[0],
+            draft_ended=bool(self.proposed) and self.proposed[-1].ended,
+            segments=tuple(
+                Segment(text=step.text, tokens=len(step.tokens), score=score, kept=k < self.stands)
+                for k, (step, score) in enumerate(zip(self.proposed, scores, strict=True))
+            ),
+            judge_passes=self._asked[0],
+            judge_rows=self._asked[1],
+            target_tokens=self._counts[1],
+            **facts,
+        )
+
+
+def _write_until_done(
+    branches: Branches, writings: list[OwnWriting], wanted: int, acceptance: Acceptance, sampler: Sampler
+) -> None:
+    """Write a token in every branch until the wanted one is done; the last token of each is then still to be read.
+    Finished ones are read on with the token they end in, since a batch has no holes."""
+    root = Tree.chain([0])
+    while not writings[wanted].done:
+        if writings[wanted].text.tokens:
+            branches.step([writing.text.tokens[-1] for writing in writings])
+        for branch, writing in enumerate(writings):
+            if not writing.done:
+                _, token = acceptance.accept(root, branches.logits[branch][None], sampler)
+                writing.text.extend([token], Author.TARGET)
+                writing.push(token)

@@ -1,0 +1,126 @@
+"""outer=specreason: the draft model writes one step, the target scores it and keeps it or writes the step itself.
+
+SpecReason (Pan et al., arXiv 2504.07891), the sequential relative of PARSE: as many judge passes as there are steps,
+each over one step, and drafting waits for every verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from parsedec.chat import closing_token
+from parsedec.errors import ConfigError
+from parsedec.judge import Judge, LabelJudge
+from parsedec.model import LanguageModel
+from parsedec.outer import Work, Written, drafter_of
+from parsedec.peers.steps import DraftSteps
+from parsedec.segmenters import Paragraphs, Segmenter
+from parsedec.text import Draft
+from parsedec.types import Author, Round, Segment
+
+PUBLISHED_THRESHOLD = 7 / 9  # a score of 7 on its scale of 0 to 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecReason:
+    """A judge pass after every step.
+
+    judge                  scores the answer so far, the new step its last; any judge
+    segmenter              what a step is: published, text up to a blank line
+    threshold              least score of a step that stands, from 0 to 1. None: what the judge card says of prefixes,
+                           if the judge asks as the card does; else 7/9, as published
+    first_steps_by_target  steps at the beginning of the answer which the target writes itself
+
+    As published but for this: the whole answer is written this way, not its reasoning alone; the answer ends with an
+    end token or a limit, not with "boxed" or "Answer:" in a step or with a step repeated; and the judge's pass goes on
+    from the cache, so that it reads the step and the question only. Its pass is the step's prefill, too.
+    """
+
+    prefill: ClassVar[bool] = True
+    needs_draft: ClassVar[bool] = True
+
+    judge: Judge = field(default_factory=LabelJudge)
+    segmenter: Segmenter = field(default_factory=Paragraphs)
+    threshold: float | None = None
+    first_steps_by_target: int = 0
+    end_token: int = -1  # closes an answer whose last step is the draft model's; filled in by bind
+
+    def __post_init__(self) -> None:
+        if self.first_steps_by_target < 0 or not 0 <= (self.threshold or 0) <= 1:
+            raise ConfigError(
+                f"outer has first_steps_by_target={self.first_steps_by_target}, threshold={self.threshold}; expected 0 "
+                "or more steps and a threshold from 0 to 1 or null."
+            )
+
+    def bind(self, target: LanguageModel) -> Self:
+        judge, threshold = self.judge.bind(target), self.threshold
+        if threshold is None:
+            threshold = judge.card.threshold if judge.card else PUBLISHED_THRESHOLD
+        return replace(self, judge=judge, threshold=threshold, end_token=closing_token(target))
+
+    def run(self, work: Work) -> Iterator[Written]:
+        steps = DraftSteps(drafter_of(work), work.answer, self.segmenter)
+        while work.answer.stop is None:
+            work.answer.begin_round()
+            limit = min(work.answer.remaining, work.target.session.room - self.judge.suffix_rows)
+            facts: dict[str, Any] = {"drafted": limit > 0 and len(work.rounds) >= self.first_steps_by_target}
+            if facts["drafted"]:
+                yield from self._propose(work, steps, limit, facts)
+            before, start = work.meter.seconds("decode"), len(work.answer.tokens)
+            if not facts.get("kept_tokens"):
+                steps.restart()
+                yield from work.target_writes(until=self.segmenter)
+            facts |= {
+                "target_tokens": len(work.answer.tokens) - start,
+                "decode_s": work.meter.seconds("decode") - before,
+            }
+            # as in PARSE: the whole draft is the answer, here when every step was kept and the last one closes it
+            own = facts["target_tokens"] or any(earlier.target_tokens for earlier in work.rounds)
+            facts["accepted_whole"] = bool(facts.pop("closed", False)) and not own
+            work.rounds.append(Round(**facts))
+
+    def _propose(self, work: Work, steps: DraftSteps, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
+        """A step of the draft model; yields it if it stands."""
+        before = {phase: work.meter.seconds(phase) for phase in ("draft", "judge")}
+        with work.meter.span("draft"):
+            step = steps.next(limit)
+        facts |= {"draft_s": work.meter.seconds("draft") - before["draft"], "draft_ended": step.ended}
+        kept: list[int] = []
+        if step.tokens:
+            with work.meter.span("judge"):
+                stands = self._judge(work, step, facts)
+            facts["judge_s"] = work.meter.seconds("judge") - before["judge"]
+            if stands:
+                closed = [self.end_token] if step.ended else []
+                kept = work.answer.extend([*step.tokens, *closed], Author.DRAFT)
+                facts |= {"kept_tokens": len(kept), "closed": step.ended}
+        drafted = len(step.tokens) + step.ended
+        work.target.tally.draft_tokens += drafted
+        work.target.tally.kept_draft_tokens += len(kept)
+        work.history.add_draft(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, len(kept))
+        if kept:
+            yield Author.DRAFT, kept
+
+    def _judge(self, work: Work, step: Draft, facts: dict[str, Any]) -> bool:
+        """Whether the step stands; the target's session is then behind it, else before it."""
+        session, n = work.target.session, len(step.tokens)
+        scores = self.judge.score(session, step, [n], [n])
+        assert self.threshold is not None
+        stands = scores.values[0] >= self.threshold
+        session.keep_draft(n if stands else 0)
+        if not stands:
+            work.target.note_refused(step.tokens)
+        work.notes |= {scores.note} if scores.note else set()
+        work.target.tally.judge_passes += 1
+        work.target.tally.judge_rows += scores.rows
+        facts |= {
+            "judged_tokens": n,
+            "segments": (Segment(text=step.text, tokens=n, score=scores.values[0], kept=stands),),
+            "judge_path": scores.path,
+            "judge_passes": 1,
+            "judge_rows": scores.rows,
+            "mean_draft_logprob": sum(scores.draft_logprobs) / n if scores.draft_logprobs else None,  # as in `outer`
+        }
+        return stands

@@ -1,0 +1,116 @@
+"""Steps of reasoning, for the outer levels that work step by step: the draft model's next one, and the target's own.
+
+What a step is, a segmenter says. The draft model's cut stands before the line break behind a step, as everywhere; the
+target stops behind the token that shows its step to be complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from parsedec.answer import Answer
+from parsedec.drafter import NOTHING, Drafter, Writing
+from parsedec.inner import Decoder
+from parsedec.segmenters import Segmenter
+from parsedec.text import Draft, GrowingDraft
+from parsedec.types import Author, Limits, StopReason
+
+
+class DraftSteps:
+    """The draft model's text, taken a step at a time. As long as its steps are kept it simply writes on."""
+
+    def __init__(self, drafter: Drafter, answer: Answer, segmenter: Segmenter) -> None:
+        self._drafter = drafter
+        self._answer = answer
+        self._segmenter = segmenter
+        self._writing: Writing | None = None
+        self._taken: tuple[int, ...] = ()  # tokens of the steps that were taken from the text being written
+        self._more = False
+
+    def next(self, limit: int) -> Draft:
+        """The step behind the ones taken since `restart`. Empty where there is none: the draft model has closed its
+        answer, `limit` tokens are written, or nothing can be drafted.
+
+        limit   most tokens of all steps taken until the next `restart`; read when the first of them is asked for
+        """
+        if self._writing is None:
+            self._writing = self._drafter.begin(self._answer, limit)
+            self._taken, self._more = (), True
+        if self._writing is None:
+            return NOTHING
+        start = len(self._taken)
+        while True:
+            draft = self._writing.draft(final=not self._more)
+            if draft.tokens[:start] != self._taken:  # text of another vocabulary, encoded anew with what follows it
+                return NOTHING
+            rest = draft.part(start, len(draft.tokens))
+            end = self._segmenter.first_end(rest)
+            if end is not None or not self._more:
+                step = rest.part(0, len(rest.tokens) if end is None else end)
+                self._taken += step.tokens
+                return step
+            self._more = self._writing.step()
+
+    def restart(self) -> None:
+        """What was taken does not stand as it is: the next step follows the answer."""
+        self._writing = None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnStep:
+    """A step the target wrote: its tokens, an end token included, the text before that, and whether it closes the
+    answer."""
+
+    tokens: tuple[int, ...]
+    text: str
+    ended: bool
+
+
+class OwnWriting:
+    """A step of the target being written; takes its tokens one by one."""
+
+    def __init__(self, answer: Answer, segmenter: Segmenter, limit: int) -> None:
+        self.text = Answer(answer.model, Limits(max_new_tokens=limit, stop=answer.limits.stop))
+        self.complete = False
+        self._segmenter = segmenter
+        self._growing = GrowingDraft(answer.model)
+
+    @property
+    def done(self) -> bool:
+        return self.complete or self.text.stop is not None
+
+    def push(self, token: int) -> None:
+        """Read a token that was just written into `text`."""
+        self.complete = self.complete or self._segmenter.first_end(self._growing.push(token)) is not None
+
+    def step(self) -> OwnStep:
+        tokens = tuple(self._growing.tokens)
+        ended = self.text.stop is StopReason.END_TOKEN and len(tokens) == len(self.text.tokens)
+        return OwnStep(tokens, self.text.model.decode(tokens[:-1] if ended else tokens), ended)
+
+
+def write_own(target: Decoder, answer: Answer, segmenter: Segmenter, limit: int) -> OwnStep:
+    """The target's next step behind the committed tokens, its inner speculator at work; `answer` stays as it is.
+
+    At most `limit` tokens, 1 or more; none where the context is full. The step is committed in the target's session;
+    tokens an inner speculator committed beyond it are taken back.
+    """
+    base = target.session.length
+    own = OwnWriting(answer, segmenter, limit)
+    for tokens in target.write(own.text, Author.TARGET):
+        for token in tokens:
+            if not own.complete:
+                own.push(token)
+        if own.complete:
+            break
+    step = own.step()
+    if target.session.length > base + len(step.tokens):
+        target.rewind(base + len(step.tokens))
+    return step
+
+
+def joined(steps: list[Draft]) -> Iterator[int]:
+    """The tokens of several steps, one behind the other."""
+    for step in steps:
+        yield from step.tokens

@@ -1,0 +1,276 @@
+"""Cascade attention for probes: the text they share and their own suffixes are read apart and merged.
+
+Softmax over the columns of two parts is their average, weighted with the share of each in the sum of exponentials:
+
+    out = out_1 e^(l_1 - l) + out_2 e^(l_2 - l),      l = log(e^l_1 + e^l_2),      l_i the log-sum-exp of part i
+
+(as in FlashAttention, arXiv 2205.14135, and FlashInfer's cascade, arXiv 2501.01005). The probes of a draft share
+beginnings of different length, a staircase:
+
+              text of the draft
+    probe 0   xxxx
+    probe 1   xxxxxxxxx
+    probe 2   xxxxxxxxxxx          a group of probes sees all columns before its first cut: no mask there
+
+Shapes in this file:  R = K * S rows, K probes, S rows a probe, T columns, A query heads, G key and value heads,
+g = A / G, d head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+from parsedec.static.attention import additive
+from parsedec.static.memory import Buffers
+
+log = logging.getLogger(__name__)
+
+GROUP = 128  # rows of a group of probes, about: fewer leave less behind the first cut, more fill the processor
+PAGE = 256  # columns of a page: flash attention asks for a multiple of it
+CAUSAL = (-1, 0)  # varlen_attn's name for it; rows stand at the right end of their columns
+HALF = (torch.float16, torch.bfloat16)
+TOLERANCE = 2e-2  # of half precision, for outputs of size one
+
+Part = tuple[Tensor, Tensor]  # [..., R, d] and the log-sum-exp of its scores [..., R], float32
+
+
+@dataclass(frozen=True, slots=True)
+class Stair:
+    """Some neighbouring probes: rows start, …, stop - 1, all of which see the first `shared` columns.
+
+    tail  [stop - start, last cut - shared] additive: which of them see what of the text behind; None if there is none
+    """
+
+    start: int
+    stop: int
+    shared: int
+    tail: Tensor | None
+
+
+def stairs(cuts: Sequence[int], suffix: int, dtype: torch.dtype, device: torch.device) -> list[Stair]:
+    """Probes in groups of about GROUP rows."""
+    step, found = max(1, GROUP // suffix), []
+    for first in range(0, len(cuts), step):
+        some = cuts[first : first + step]
+        shared, tail = some[0], None
+        if some[-1] > shared:
+            column = torch.arange(shared, some[-1], device=device)
+            reach = torch.tensor(some, device=device).repeat_interleave(suffix)
+            tail = additive(column < reach[:, None], dtype, device)
+        found.append(Stair(first * suffix, (first + len(some)) * suffix, shared, tail))
+    return found
+
+
+def probes(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, staircase: Sequence[Stair], suffix: int, scale: float
+) -> Tensor:
+    """Rows of probes q [R, A, d] against text [1, G, T, d] and their own k and v [R, G, d]: [R, A * d]."""
+    rows, shared = q.shape[0], k.shape[1]
+    own, weight = _own(q, k, v, suffix, scale)  # [G, g, R, d], [G, g, R]
+    out = torch.empty_like(own)
+    for stair in staircase:
+        some = slice(stair.start, stair.stop)
+        queries = _by_head(q[some], shared)
+        parts = [(own[:, :, some], weight[:, :, some])]
+        if stair.shared:
+            parts.append(part(queries, keys[:, :, : stair.shared], values[:, :, : stair.shared], None, scale))
+        if stair.tail is not None:
+            tail = slice(stair.shared, stair.shared + stair.tail.shape[1])
+            parts.append(part(queries, keys[:, :, tail], values[:, :, tail], stair.tail, scale))
+        out[:, :, some] = merged(parts)
+    return out.permute(2, 0, 1, 3).reshape(rows, -1)
+
+
+def _own(q: Tensor, k: Tensor, v: Tensor, suffix: int, scale: float) -> Part:
+    """Each probe against itself."""
+    shared, size = k.shape[1:]
+    group, count = q.shape[1] // shared, q.shape[0] // suffix
+    queries = q.view(count, suffix, shared, group, size).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [K * G, g, S, d]
+    keys, values = (x.view(count, suffix, shared, size).transpose(1, 2).flatten(0, 1)[None] for x in (k, v))
+    out, weight = part(queries, keys, values, None, scale, causal=True)
+    out = out.view(count, shared, group, suffix, size).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return out, weight.view(count, shared, group, suffix).permute(1, 2, 0, 3).flatten(2, 3)
+
+
+def _by_head(q: Tensor, shared: int) -> Tensor:
+    """[R, A, d] to [G, g, R, d]"""
+    rows, heads, size = q.shape
+    return q.view(rows, shared, heads // shared, size).permute(1, 2, 0, 3)
+
+
+def part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False) -> Part:
+    """q [B, g, R, d] against keys and values [1, B, T, d], with a mask [R, T] that is added; causal needs R = T.
+
+    A row that sees nothing here weighs nothing when parts are merged.
+    """
+    (batch, group), columns = q.shape[:2], keys.shape[2]
+    keys, values = (x.transpose(0, 1).expand(batch, group, columns, -1) for x in (keys, values))
+    if q.device.type == "cpu":
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, is_causal=causal, attn_mask=mask, scale=scale
+        )
+        return out, weight.float() if q.dtype in HALF else weight
+    return by_hand(q, keys, values, mask, scale, causal)
+
+
+def by_hand(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Part:
+    """The same with all scores in memory at once; keys and values [B, 1 or g, T, d]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ keys.to(wide).transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    weight = scores.logsumexp(-1)
+    return ((scores - weight[..., None]).exp() @ values.to(wide)).to(q.dtype), weight
+
+
+def merged(parts: Sequence[Part]) -> Tensor:
+    """[..., R, d]"""
+    weights = torch.stack([weight for _, weight in parts]).softmax(0)[..., None]  # [parts, ..., R, 1]
+    total = weights[0] * parts[0][0]
+    for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, weight, out.to(total.dtype))
+    return total.to(parts[0][0].dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A block for flash attention with sequences of their own length (torch.nn.attention.varlen), on CUDA.
+
+    The cache is read as pages of PAGE columns. All probes have the same pages; each uses the columns before its cut.
+
+    states          [M, G, C / PAGE, PAGE, d] the cache of all layers
+    table           [K, pages] int32, the same for every probe
+    used            [K] int32, columns each probe sees
+    starts          [K + 1] int32, where the rows of each probe begin
+    draft_rows, draft_columns   [2] int32, of the one sequence the draft is
+    """
+
+    states: Tensor
+    table: Tensor
+    used: Tensor
+    starts: Tensor
+    draft_rows: Tensor
+    draft_columns: Tensor
+    drafted: int
+    text: int
+    longest: int
+    suffix: int
+
+    @classmethod
+    def of(cls, states: Tensor, before: int, drafted: int, cuts: Sequence[int], suffix: int) -> Pages:
+        device, longest = states.device, max(cuts, default=0)
+        pages = torch.arange(-(-longest // PAGE), dtype=torch.int32)
+
+        def numbers(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device)
+
+        return cls(
+            states=states[:, 0].view(states.shape[0], states.shape[2], -1, PAGE, states.shape[-1]),
+            table=pages.repeat(len(cuts), 1).to(device),
+            used=numbers(*cuts),
+            starts=numbers(*(suffix * i for i in range(len(cuts) + 1))),
+            draft_rows=numbers(0, drafted),
+            draft_columns=numbers(0, before + drafted),
+            drafted=drafted,
+            text=before + drafted,
+            longest=longest,
+            suffix=suffix,
+        )
+
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [R, A, d] against text [1, G, T, d] and the block's own k and v [R, G, d]: [R, A * d]."""
+        n, out = self.drafted, torch.empty_like(q)
+        if n:
+            keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)  # [T, G, d]
+            sizes = n, self.text
+            out[:n] = _flash(q[:n], keys, values, self.draft_rows, self.draft_columns, sizes, scale, causal=True)[0]
+        if len(q) > n:
+            keys, values = self.states[2 * layer : 2 * layer + 2].permute(0, 2, 3, 1, 4)  # [pages, PAGE, G, d]
+            sizes = self.suffix, self.longest
+            shared = _flash(q[n:], keys, values, self.starts, None, sizes, scale, used=self.used, table=self.table)
+            sizes = self.suffix, self.suffix
+            own = _flash(q[n:], k[n:], v[n:], self.starts, self.starts, sizes, scale, causal=True)
+            out[n:] = merged([shared, own])
+        return out.flatten(1)
+
+
+def _flash(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    row_starts: Tensor,
+    column_starts: Tensor | None,
+    longest: tuple[int, int],
+    scale: float,
+    *,
+    causal: bool = False,
+    used: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Part:
+    """Sequences of rows q [R, A, d] against columns of their own: out [R, A, d] and weights [R, A]."""
+    made = varlen_attn(
+        q,
+        keys,
+        values,
+        row_starts,
+        column_starts,
+        *longest,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=CAUSAL if causal else (-1, -1),
+        enable_gqa=True,
+        seqused_k=used,
+        block_table=table,
+    )
+    assert isinstance(made, tuple)
+    out, weight = made
+    # documented as [R, A], made as [A, R] (torch 2.13)
+    return out, weight.t() if weight.shape == (q.shape[1], len(q)) else weight
+
+
+def fused_for(buffers: Buffers, suffix: int) -> bool:
+    """Whether flash attention reads these buffers, and has been seen to give the right numbers on this device."""
+    states = buffers.states
+    fits = states.device.type == "cuda" and states.dtype in HALF and buffers.capacity % PAGE == 0
+    return fits and suffix > 0 and _flash_agrees(states.device, states.dtype, states.shape[2], states.shape[-1])
+
+
+@cache
+def _flash_agrees(device: torch.device, dtype: torch.dtype, shared: int, size: int) -> bool:
+    """A block of a small judge pass both ways, once per device and shape of heads."""
+    generator = torch.Generator().manual_seed(0)
+    cuts, suffix, drafted, before, heads = (130, 259, 300), 5, 40, 260, 2 * shared
+    rows = drafted + len(cuts) * suffix
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    states = numbers(2, 1, shared, 2 * PAGE, size)
+    q, k, v = numbers(rows, heads, size), numbers(rows, shared, size), numbers(rows, shared, size)
+    keys, values = (state[:, :, : before + drafted] for state in states)
+    scale = size**-0.5
+    try:
+        ours = Pages.of(states, before, drafted, cuts, suffix).attend(0, q, keys, values, k, v, scale)
+    except (RuntimeError, ValueError, TypeError) as error:
+        log.warning("judge_kernel=cascade runs without flash attention: %s", str(error).splitlines()[0])
+        return False
+    column = torch.arange(before + drafted, device=device)
+    mask = additive(column <= column[before:, None], dtype, device)
+    draft, _ = part(_by_head(q[:drafted], shared), keys, values, mask, scale)
+    staircase = stairs(cuts, suffix, dtype, device)
+    rest = probes(q[drafted:], keys, values, k[drafted:], v[drafted:], staircase, suffix, scale)
+    expected = torch.cat([draft.permute(2, 0, 1, 3).reshape(drafted, -1), rest])
+    off = float((ours - expected).float().abs().max())
+    if not off <= TOLERANCE:
+        log.warning("judge_kernel=cascade runs without flash attention: its output differs by %.2g", off)
+    return off <= TOLERANCE

@@ -1,0 +1,103 @@
+"""One forward of the static network for passes of several requests: their rows stand one behind another (`joint`).
+
+Each pass attends in its own buffers. Everything else is one operation for all rows.
+
+Shapes in this file:  n rows of a pass, R = rows of all, V vocabulary, L taps, H hidden, A query heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from parsedec.joint import Output
+from parsedec.static.judging import Block, attention_behind
+from parsedec.static.memory import Lease
+from parsedec.static.network import Attend
+
+if TYPE_CHECKING:
+    from parsedec.static.session import StaticSession
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StaticPass:
+    """A block of rows behind those of `lease`, which grows by them; the arguments are those of `StaticSession.run`."""
+
+    session: StaticSession
+    lease: Lease
+    ids: list[int]
+    positions: Tensor | None
+    allowed: Tensor | None
+    block: Block | None
+    keep: Tensor | int | None
+    taps: tuple[int, ...]
+
+    @property
+    def group(self) -> object:
+        return id(self.session.network), self.taps
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.session.model.device
+
+    @classmethod
+    @torch.inference_mode()
+    def together(cls, passes: Sequence[StaticPass]) -> list[Output]:
+        return [passes[0].alone()] if len(passes) == 1 else _forward(passes)
+
+    def alone(self) -> Output:
+        return self.session.run(
+            self.ids, positions=self.positions, allowed=self.allowed, block=self.block, keep=self.keep
+        )
+
+    def attention(self) -> Attend:
+        return attention_behind(self.lease, self.rows, self.allowed, self.block, self.session.model.judge_kernel)
+
+    def kept(self) -> Tensor:
+        """The rows whose logits are wanted."""
+        if isinstance(self.keep, Tensor):
+            return self.keep.cpu()
+        return torch.arange(self.rows - (self.rows if self.keep is None else self.keep), self.rows)
+
+
+class JointRows:
+    """Attention of a joint forward: rows bounds[i] to bounds[i + 1] attend as parts[i] does."""
+
+    def __init__(self, parts: Sequence[Attend], bounds: Sequence[int]) -> None:
+        self._parts = [(part, a, b) for part, (a, b) in zip(parts, pairwise(bounds), strict=True)]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([part(layer, q[a:b], k[a:b], v[a:b]) for part, a, b in self._parts])
+
+
+def _forward(passes: Sequence[StaticPass]) -> list[Output]:
+    network, device, taps = passes[0].session.network, passes[0].device, passes[0].taps
+    bounds, kept, keep, positions = [0], [0], [], []
+    for one in passes:
+        start, n, which = one.lease.rows, one.rows, one.kept()
+        network.positions.reach(start + n)
+        positions.append(torch.arange(start, start + n) if one.positions is None else one.positions.cpu())
+        keep.append(which + bounds[-1])
+        bounds.append(bounds[-1] + n)
+        kept.append(kept[-1] + len(which))
+    logits, shown = network.forward(
+        network.embed([i for one in passes for i in one.ids]),
+        network.angles(torch.cat(positions).to(device), bounds[-1]),
+        JointRows([one.attention() for one in passes], bounds),
+        torch.cat(keep).to(device),
+        taps,
+    )
+    for one in passes:
+        one.lease.rows += one.rows
+    # clones: a session keeps its taps, and a view would keep those of all requests alive
+    own = [None if shown is None else shown[a:b].clone() for a, b in pairwise(bounds)]
+    return [(logits[a:b], tap) for (a, b), tap in zip(pairwise(kept), own, strict=True)]

@@ -1,0 +1,81 @@
+"""Multiple choice: MMLU-Redux (arXiv 2406.04127), MMLU-Pro (arXiv 2406.01574), GPQA (arXiv 2311.12022).
+
+The letter an answer chooses is, in this order: the one after the last "answer is" or "answer:", the one in the last
+`\\boxed{}`, the last capital letter that stands by itself. Brackets and asterisks around it are read over. A letter
+that no option has is none, and "A" and "I" before a small word are words.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from parsedec.tasks.base import Problem, Score, TaskDataError
+from parsedec.tasks.hub import LETTERS
+from parsedec.tasks.jsonl import JsonlTask
+
+_OPTION = re.compile(r"(?m)^([A-Z])\. ")
+_ALONE = r"(?<![A-Za-z0-9'\u2019\\])([{letters}])(?![A-Za-z0-9'\u2019])"
+_ANNOUNCED = r"(?i:answer(?:\s+is)?\s*:?)\s*(?:(?i:option)\s+)?[*({{\[$\\\s]*(?:boxed|text|mathrm)?[({{]*"
+_BOXED = r"\\boxed\{{\s*(?:\\(?:text|mathrm)\{{)?[\s(]*"
+_WORD = r"(?! [a-z])"  # "A cat", "I think"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(JsonlTask):
+    """Problems whose prompt lists options, a line `A. …` each; the reference is a letter.
+
+    `meta` may hold `accept`, the letters that are right, and `scoreable`: false where the benchmark's own annotators
+    found the question broken; such problems are left out.
+
+    instruction  appended to each question after an empty line; "": nothing
+    """
+
+    instruction: str = "Reason step by step. Finish with the line 'The answer is (X)', where X is the letter."
+
+    def counts(self, problem: Problem) -> bool:
+        return bool(problem.meta.get("scoreable", True))
+
+    def prepare(self, problem: Problem) -> Problem:
+        letters = LETTERS[: _count(problem)]
+        right = set(_accepted(problem))
+        if not letters or not right <= set(letters):
+            raise TaskDataError(
+                f"{self.source}: problem {problem.id!r} has reference={problem.reference!r} and options "
+                f"{letters or 'none'}; expected a letter, and a line 'A. …' per option at the end of the prompt. Is "
+                "this another benchmark's file? Change path, or repair the line."
+            )
+        prompt = f"{problem.prompt}\n\n{self.instruction}" if self.instruction else problem.prompt
+        return replace(problem, prompt=prompt, meta={**problem.meta, "options": len(letters)})
+
+    def score(self, problem: Problem, text: str) -> Score:
+        chosen = chosen_letter(text, int(problem.meta["options"]))
+        right = _accepted(problem)
+        expected = f"expected {' or '.join(right)}"
+        if chosen is None:
+            return Score(False, f"no letter found, {expected}")
+        return Score(True, f"chose {chosen}") if chosen in right else Score(False, f"chose {chosen}, {expected}")
+
+
+def chosen_letter(text: str, options: int) -> str | None:
+    """The letter that an answer to a question of so many options chooses; None if it chooses none."""
+    alone = _ALONE.format(letters=LETTERS[:options])
+    for before, after in ((_ANNOUNCED, _WORD), (_BOXED, ""), ("", _WORD)):
+        if found := re.findall(before.format() + alone + after, text):
+            return str(found[-1])
+    return None
+
+
+def _accepted(problem: Problem) -> list[str]:
+    return [str(letter) for letter in problem.meta.get("accept") or [problem.reference]]
+
+
+def _count(problem: Problem) -> int:
+    """Options of a problem: as its source counted them, or the longest run of lines A., B., … that ends the prompt."""
+    stored = problem.meta.get("options") or len(problem.meta.get("option_starts") or ())
+    if stored:
+        return int(stored)
+    listed = _OPTION.findall(problem.prompt)
+    last = len(listed) - 1 - listed[::-1].index("A") if "A" in listed else len(listed)
+    run = listed[last:]
+    return len(run) if run == list(LETTERS[: len(run)]) else 0

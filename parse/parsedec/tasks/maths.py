@@ -1,0 +1,87 @@
+"""Problems with a mathematical answer, such as GSM8K (arXiv 2110.14168) and MATH-500 (arXiv 2103.03874, 2305.20050).
+
+Answers are found and compared by math-verify: the last boxed or otherwise announced expression of the text, equal to
+the reference as mathematics, not as text. Where references are numbers, a number marked `#### N`, GSM8K's own form,
+goes before anything else.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from parsedec.tasks.base import Problem, Score, TaskDataError, require_extra
+from parsedec.tasks.jsonl import JsonlTask
+
+_SECONDS = 5  # for reading an answer, and again for comparing it: symbolic mathematics can take for ever
+_MARKED = re.compile(r"####\s*\**\s*([-\u2212]?\s*\\?\$?\s*[-\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|[-\u2212]?\.[0-9]+)")
+# "\$" is the currency in LaTeX and never opens a formula; "-$5" is a number, too
+_CURRENCY = re.compile(r"\\\$|(?<=[-\u2212])\$(?=[0-9.])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maths(JsonlTask):
+    """Problems whose `reference` is a number or a LaTeX expression.
+
+    instruction  appended to each question after an empty line; "": nothing
+    numbers      every reference is a number, and an answer may mark its own as `#### N`
+    """
+
+    instruction: str = "Reason step by step, and put your final answer within \\boxed{}."
+    numbers: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_extra("math_verify", f"scoring {self.name}")
+
+    def prepare(self, problem: Problem) -> Problem:
+        parsed = self._gold(problem)
+        if not parsed or (self.numbers and not getattr(parsed[0], "is_number", False)):
+            raise TaskDataError(
+                f"{self.source}: problem {problem.id!r} has reference={problem.reference!r}; expected a "
+                f"{'number' if self.numbers else 'mathematical expression'}. Is this another benchmark's file? "
+                "Change path, or repair the line."
+            )
+        prompt = f"{problem.prompt}\n\n{self.instruction}" if self.instruction else problem.prompt
+        return replace(problem, prompt=prompt)
+
+    def score(self, problem: Problem, text: str) -> Score:
+        from math_verify import verify  # here: importing it takes a second, and not every run has such a task
+
+        expected = f"expected {problem.reference}"
+        predicted = self._answer(text)
+        if not predicted:
+            return Score(False, f"no answer found, {expected}")
+        shown = str(predicted[-1])[:80]
+        if verify(self._gold(problem), predicted, timeout_seconds=_time_limit()):
+            return Score(True, f"predicted {shown}")
+        return Score(False, f"predicted {shown}, {expected}")
+
+    def _gold(self, problem: Problem) -> list[Any]:
+        """The reference: a plain number, or LaTeX without its dollars."""
+        return _remembered(problem.reference if self.numbers else f"${problem.reference}$")
+
+    def _answer(self, text: str) -> list[Any]:
+        """What math-verify reads in a text: the expression, and how it was written."""
+        marked = _MARKED.findall(text) if self.numbers else []
+        said = re.sub(r"[\s\\$,]", "", marked[-1]) if marked else _CURRENCY.sub("", text)
+        return _parsed(said.replace("\u2212", "-"))
+
+
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return list(parse(text, parsing_timeout=_time_limit()))
+
+
+@lru_cache(maxsize=4096)
+def _remembered(reference: str) -> list[Any]:
+    return _parsed(reference)
+
+
+def _time_limit() -> int | None:
+    """math-verify stops itself by a signal, which only the main thread may ask for."""
+    return _SECONDS if threading.current_thread() is threading.main_thread() else None

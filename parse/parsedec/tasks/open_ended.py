@@ -1,0 +1,44 @@
+"""Open-ended questions that no program scores: MT-Bench (arXiv 2306.05685), Spec-Bench (arXiv 2401.07851).
+
+They measure speed and what is kept. Quality needs a judge of its own; a lossless run can be compared text by text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from parsedec.tasks.base import Problem, Score, TaskDataError, require_int
+from parsedec.tasks.jsonl import JsonlTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenEnded(JsonlTask):
+    """Conversations: `meta.turns` holds what the user says; where it is absent the prompt is the only turn.
+
+    turns       most turns of a conversation that are asked, each with the model's own answers before it
+    categories  only problems whose `meta.category` is one of these; (): all
+    """
+
+    references: ClassVar[bool] = False
+    turns: int = 2
+    categories: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("turns", self.turns, 1)
+
+    def counts(self, problem: Problem) -> bool:
+        return not self.categories or problem.meta.get("category") in self.categories
+
+    def prepare(self, problem: Problem) -> Problem:
+        said = problem.meta.get("turns") or [problem.prompt]
+        if not isinstance(said, list) or not all(isinstance(turn, str) and turn.strip() for turn in said):
+            raise TaskDataError(
+                f"{self.source}: problem {problem.id!r} has meta.turns={said!r}; expected a list of texts. "
+                "Is this another benchmark's file? Change path, or repair the line."
+            )
+        return replace(problem, prompt=said[0], follow_ups=tuple(said[1 : self.turns]))
+
+    def score(self, problem: Problem, text: str) -> Score:
+        return Score(None, "not scored")

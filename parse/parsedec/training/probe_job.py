@@ -1,0 +1,128 @@
+"""`experiments/train_probe.py` from configuration to record: drafts, hidden states, probes, weights, figures.
+
+output/probe/           the probes and the combined judge's weights: `judge.weights` of judge=probe and judge=combined
+output/drafts_*.json    the drafts that were labelled; an interrupted run takes them up again
+output/record.json      configuration, provenance and the area under the ROC curve of every probe
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from parsedec.errors import ConfigError
+from parsedec.experiment.build import apply_runtime, build_model, plain
+from parsedec.experiment.cli import progress
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
+from parsedec.judge import how_to_ask
+from parsedec.judge.probe import ProbeCard
+from parsedec.model import LanguageModel
+from parsedec.training import probes
+from parsedec.training.drafts import load_or_sample
+from parsedec.training.prefixes import Marked, from_steps, from_task, with_logprobs
+
+log = logging.getLogger(__name__)
+
+Told = Callable[[str], None]
+
+
+def train_probes(cfg: DictConfig) -> dict[str, Any]:
+    """Train, export and measure; the record is written at the end, and is not made again if it is there."""
+    folder = Path(cfg.output)
+    if cfg.get("combined"):
+        cfg.combined.weights = str(folder / "probe")  # the probe among its judges reads what is written there
+    config = plain(cfg)
+    earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    if earlier is not None:
+        log.info("%s is finished already", folder)
+        return earlier
+    apply_runtime(cfg)
+    head = {"schema_version": SCHEMA_VERSION, "title": "judge probes", "config": config, "provenance": provenance()}
+    started = time.monotonic()
+    target = build_model(cfg.target)
+    draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
+    train, unseen = labelled(cfg, target, draft, folder)
+    layers = probes.grid_of_layers(target, cfg.layers if isinstance(cfg.layers, int) else list(cfg.layers))
+    steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + 2 * len(layers)
+    with progress(steps) as step:
+        card, found = _fit(cfg, target, (train, unseen), layers, folder / "probe", step)
+    rows = probes.layer_table(found)
+    for row in sorted(rows, key=lambda row: (row["position"], row["layer"])):
+        log.info("%s, layer %d: AUC %.4f", row["position"], row["layer"], row["auc"])
+    record = head | {
+        "status": "finished",
+        "card": to_json(card),
+        "probes": rows,
+        "data": {name: _counts(part) for name, part in (("train", train), ("calibration", unseen))},
+        "seconds": time.monotonic() - started,
+    }
+    write_record(record, folder / "record.json")
+    return record
+
+
+def _fit(
+    cfg: DictConfig,
+    target: LanguageModel,
+    data: tuple[Sequence[Marked], Sequence[Marked]],
+    layers: tuple[int, ...],
+    folder: Path,
+    step: Told,
+) -> tuple[ProbeCard, dict[tuple[str, int], probes.Linear]]:
+    """Probes and, if they are wanted, the combined judge's weights, written to `folder`."""
+    question = cfg.question or how_to_ask(target)[0]
+    seen, unseen = (probes.collect(target, question, layers, part, step) for part in data)
+    found = probes.fit_probes(seen, unseen, list(cfg.strengths), step)
+    card = probes.card_of(target, question, found, unseen, cfg.false_accepts)
+    probes.write_probes(folder, card, found)
+    if cfg.get("combined"):
+        mixture = probes.fit_mixture(target, instantiate(cfg.combined), data[1], cfg.false_accepts, step)
+        card = replace(card, combined=mixture)
+        probes.write_probes(folder, card, found)
+    return card, found
+
+
+def labelled(
+    cfg: DictConfig, target: LanguageModel, draft: LanguageModel | None, folder: Path
+) -> tuple[list[Marked], list[Marked]]:
+    """Drafts to train on, and those of other problems to choose and calibrate on."""
+    if cfg.steps.path is not None:
+        every = from_steps(target, draft, cfg.steps.path, cfg.steps.n)
+        at = round(cfg.steps.train_share * len(every))
+        train, unseen = every[:at], every[at:]
+        if draft is not None:
+            train, unseen = with_logprobs(train, draft), with_logprobs(unseen, draft)
+    elif draft is None:
+        raise ConfigError("draft=none, and no step-labelled file is given; set draft, or steps.path to a file.")
+    else:
+        train, unseen = (task_drafts(cfg, target, draft, folder, part) for part in ("train", "calibration"))
+    if not train or not unseen:
+        raise ConfigError(f"{len(train)} drafts to train on and {len(unseen)} others; expected some of both.")
+    return train, unseen
+
+
+def task_drafts(cfg: DictConfig, target: LanguageModel, draft: LanguageModel, folder: Path, part: str) -> list[Marked]:
+    """What the draft model writes for the problems of `cfg.PART`."""
+    task = instantiate(cfg[part])
+    problems = task.problems()
+    pool = load_or_sample(
+        folder / f"drafts_{part}.json",
+        draft,
+        problems,
+        [instantiate(one) for one in cfg.passes],
+        max_new_tokens=cfg.max_new_tokens,
+        batch=cfg.batch,
+        seed=cfg.seed,
+    )
+    return with_logprobs(from_task(target, draft, task, problems, pool), draft)
+
+
+def _counts(marked: Sequence[Marked]) -> dict[str, int]:
+    right = probes.rights(marked)
+    return {"drafts": len(marked), "prefixes": len(right), "wrong_prefixes": int((~right).sum())}

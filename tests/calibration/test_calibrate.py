@@ -1,0 +1,199 @@
+"""Calibration from end to end on the zoo pair: its decisions are the engine's, a broken run ends as an unbroken one."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+from parsedec.calibration.job import run_calibration
+from parsedec.calibration.report import FILE, write_reports
+from parsedec.calibration.scoring import Scorer
+from parsedec.errors import ConfigError, OutputExistsError
+from parsedec.experiment import calibrated
+from parsedec.experiment.build import build_engine
+from parsedec.experiment.cli import expand_shorthand
+from parsedec.tasks.jsonl import TaskDataError
+from parsedec.tasks.zoo_arithmetic import ZooArithmetic
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SMALL = ["runtime=cpu", "max_new_tokens=160", "goal.risk=0.5", "goal.confidence=0.6", "goal.explore=0.5"]
+CHECKED = ["labels.fit.n=12", "labels.check.n=4", "goal.points=6"]
+ANSWERS = ["labels=answers", "task.split=calibration", "labels.fit.n=5", "labels.check={n: 4, split: test}",
+           "goal.points=2", "goal.of=requests"]  # fmt: skip
+
+
+def composed(folder, *overrides, config="calibrate"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config, overrides=[*overrides, f"output={folder}"])
+
+
+def fitted(folder, *overrides):
+    return run_calibration(composed(folder, *SMALL, *overrides), folder)
+
+
+def figures_of(record):
+    """What a run without a break must give, too."""
+    kept = copy.deepcopy(json.loads(json.dumps(record)))
+    for key in ("resume", "output"):
+        del kept["config"][key]
+    return {key: value for key, value in kept.items() if key not in ("provenance", "resumed_from")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "out"
+    record = fitted(folder, *CHECKED)
+    write_reports(record, folder, "first_failure")
+    return folder, record
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    return fitted(tmp_path_factory.mktemp("outcome") / "out", *ANSWERS)
+
+
+def engine_at(used, *overrides):
+    thresholds = [f"boundary.{name}={used[name]!r}" for name in ("threshold", "full_threshold")]
+    return build_engine(composed("unused", "runtime=cpu", *thresholds, *overrides, config="config"))
+
+
+def test_scores_and_decisions_are_the_engines(unbroken):
+    _, record = unbroken
+    used, held = record["calibration"]["used"], record["calibration"]["check"]
+    engine, task = engine_at(used), ZooArithmetic(n=4, split="test")
+    rounds = [engine.generate(p.prompt, max_new_tokens=160).rounds[0] for p in task.problems()]
+    samples = [sample for sample in record["samples"] if sample["part"] == "check"]
+    for one, sample in zip(rounds, samples, strict=True):
+        assert [s.tokens for s in one.segments] == [b - a for a, b in zip([0, *sample["cuts"]], sample["cuts"])]  # noqa: B905
+        assert [s.score for s in one.segments] == pytest.approx(sample["scores"], abs=1e-5)
+    assert held["accepted_whole"] == sum(one.accepted_whole for one in rounds)
+    kept = sum(one.kept_tokens - one.accepted_whole for one in rounds)  # the end token apart
+    assert held["kept_share"] == pytest.approx(kept / sum(one.judged_tokens for one in rounds))
+
+
+def test_labels_are_the_checkers(unbroken):
+    task = ZooArithmetic(n=4, split="test")
+    samples = {sample["id"]: sample for sample in unbroken[1]["samples"]}
+    for problem in task.problems():
+        sample = samples[problem.id]
+        score = task.score(problem, sample["text"])
+        assert sample["correct"] == score.correct
+        assert sum(sample["right"]) == (len(sample["cuts"]) if score.correct else score.first_wrong_line)
+
+
+@pytest.mark.parametrize("settings", [CHECKED, ANSWERS], ids=["checker", "answers"])
+def test_a_broken_run_ends_as_an_unbroken_one(settings, unbroken, outcome, tmp_path, monkeypatch):
+    whole = unbroken[1] if settings is CHECKED else outcome
+    verb = "sample" if settings is CHECKED else "answer"
+    real, calls = getattr(Scorer, verb), []
+
+    def breaking(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Scorer, verb, breaking)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "out", *settings)
+    stored = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert stored["status"] == "interrupted"
+    assert len(stored["samples"]) == (3 if settings is CHECKED else 9)
+    with pytest.raises(OutputExistsError, match="resume=true"):
+        fitted(tmp_path / "out", *settings)
+    again = fitted(tmp_path / "out", *settings, "resume=true")
+    assert figures_of(again) == figures_of(whole)
+    assert len({id(a[0]) for a in calls}) == len(calls) or settings is ANSWERS  # nothing was judged twice
+
+
+def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):
+    folder, record = unbroken
+    assert record["calibration"]["used"]["fitted"]
+    assert {"table.md", FILE, "record.json"} <= {path.name for path in folder.iterdir()}
+    overrides = expand_shorthand(f"calibration={folder / FILE}", CONF)
+    cfg = composed("unused", "runtime=cpu", *overrides, config="config")
+    assert cfg.calibration == str(folder / FILE)
+    bound = build_engine(cfg).outer.boundary
+    used = record["calibration"]["used"]
+    assert (bound.threshold, bound.full_threshold) == (used["threshold"], used["full_threshold"])
+    assert not caplog.records
+    calibrated.warn_of_other_calibration(composed("unused", *overrides, "segmenter=sentences", config="config"))
+    assert "another segmenter" in caplog.text
+    (tmp_path / "other.yaml").write_text("overrides: [judge=label]\n")
+    with pytest.raises(ConfigError, match="holds no overrides of the group boundary"):
+        expand_shorthand(f"calibration={tmp_path / 'other.yaml'}", CONF)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        expand_shorthand(f"calibration={tmp_path / 'none.yaml'}", CONF)
+
+
+def test_the_report_says_the_goal_and_whether_it_holds(unbroken):
+    text = (unbroken[0] / "table.md").read_text()
+    for words in ("at most 50 % of those of which something was kept, with 60% confidence", "AUC, prefixes", "goal **"):
+        assert words in text
+
+
+def test_outcomes_are_the_engines(outcome):
+    """Accuracy with and without what is kept, against whole requests through the engine."""
+    task = ZooArithmetic(n=4, split="test")
+    found = outcome["calibration"]["outcome"]
+    for name, overrides in (("accuracy", []), ("target_accuracy", ["outer=none"])):
+        engine = engine_at(outcome["calibration"]["used"], *overrides)
+        answers = [(p, engine.generate(p.prompt, max_new_tokens=160).text) for p in task.problems()]
+        assert found[name]["count"] == sum(task.score(p, text).correct for p, text in answers)
+    assert "PARSE does not" in outcome["controls"]
+    assert all(sample["right"] is None for sample in outcome["samples"])
+    assert "prefixes" not in outcome["calibration"]
+
+
+@pytest.fixture
+def steps(tmp_path):
+    rows = [
+        {"id": str(i), "prompt": "Tom has 3 apples.", "reference": wrong,
+         "meta": {"steps": ["Tom has 3 apples.", "So he has 4 apples.", "The answer is 4."]}}
+        for i, wrong in enumerate([-1, 0, 1, 2, -1, 1, 1, -1])
+    ]  # fmt: skip
+    path = tmp_path / "steps.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_labelled_steps(steps, tmp_path):
+    record = fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "draft=none", "goal.points=4")
+    wanted = {"-1": [True] * 3, "0": [False] * 3, "1": [True, False, False], "2": [True, True, False]}
+    rows = {row["id"]: row for row in map(json.loads, steps.read_text().splitlines())}
+    assert len(record["samples"]) == 8
+    for sample in record["samples"]:
+        row = rows[sample["id"]]
+        assert (
+            sample["right"] == tuple(wanted[str(row["reference"])]) or sample["right"] == wanted[str(row["reference"])]
+        )
+        assert sample["text"] == "\n\n".join(row["meta"]["steps"])
+        assert sample["correct"] == (row["reference"] == -1)
+    assert {sample["part"] for sample in record["samples"]} == {"fit", "check"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "said"),
+    [
+        (["outer=none"], ConfigError, "no thresholds to calibrate"),
+        (["labels=answers", "labels.fit.n=2", "labels.check={n: 2}", "task.split=test"], ConfigError, "in both"),
+        (["labels=answers", "labels.fit.n=9", "sampling.temperature=1"], ConfigError, "greedy"),
+        (["labels=answers", "labels.check={path: a}"], ConfigError, "does not fit ZooArithmetic"),
+        (["labels=steps", "labels.path=nowhere"], TaskDataError, "nowhere"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(overrides, error, said, tmp_path):
+    with pytest.raises(error, match=said):
+        fitted(tmp_path / "out", *overrides)
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
+def test_a_bad_label_is_named(steps, tmp_path):
+    steps.write_text(steps.read_text().replace('"reference": 2', '"reference": 3'))
+    with pytest.raises(TaskDataError, match="3 steps and the label '3'"):
+        fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "draft=none")

@@ -1,0 +1,109 @@
+"""Judges side by side: areas against scikit-learn, thresholds against trying all of them, and the whole command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parsedec.experiment import judging
+from parsedec.text import Draft
+from parsedec.training.prefixes import Marked
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def drafts(n, seed=0, cuts=(3, 5, 9), signal=1.0):
+    """Made-up drafts of 9 tokens, and scores that know somewhat where they go wrong."""
+    random = np.random.default_rng(seed)
+    marked, scores = [], []
+    for i in range(n):
+        wrong = int(random.integers(0, 5))
+        right = tuple(k < wrong for k in range(len(cuts)))
+        draft = Draft(tuple(range(9)), "x" * 9, tuple(range(1, 10)), ended=True)
+        marked.append(Marked(str(i), (1,), None, draft, cuts, right))
+        scores.append(tuple(round(float(1 / (1 + np.exp(-signal * good - random.normal()))), 2) for good in right))
+    return marked, scores
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_areas_are_those_of_scikit_learn(seed):
+    metrics = pytest.importorskip("sklearn.metrics")
+    marked, scores = drafts(40, seed)
+    draws = np.random.default_rng(seed).multinomial(40, [1 / 40] * 40, 5)
+    point, spread = judging._areas(marked, scores, draws)
+
+    def expected(counts):
+        chosen = np.repeat(np.arange(40), counts)
+        right = [good for i in chosen for good in marked[i].right]
+        return metrics.roc_auc_score(right, [value for i in chosen for value in scores[i]])
+
+    assert point == pytest.approx(expected(np.ones(40, int)))
+    assert spread == pytest.approx([expected(drawn) for drawn in draws])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.83, 1.0])
+def test_the_threshold_keeps_as_much_as_it_may(share):
+    marked, scores = drafts(30)
+    at = judging.threshold_keeping(marked, scores, share)
+    every = sorted({value for row in scores for value in row} | {1.0})
+    kept = {t: judging.share_kept(marked, scores, t) for t in every}
+    best = max((k for k in kept.values() if k <= share), default=0.0)
+    assert judging.share_kept(marked, scores, at) == pytest.approx(best)
+
+
+def test_boundaries_are_counted_by_hand():
+    marked, _ = drafts(3)
+    marked = [Marked(m.problem, m.prompt, None, m.draft, m.cuts, r) for m, r in zip(marked, [
+        (True, False, False), (True, True, True), (False, False, False)], strict=True)]  # fmt: skip
+    found = judging.localised(marked, [(0.9, 0.1, 0.9), (0.9, 0.9, 0.2), (0.7, 0.9, 0.9)], 0.5)
+    assert (found["wrong_drafts"], found["exact"], found["never_later"]) == (2, 1, 1)
+    assert found["kept_share"] == pytest.approx((3 + 5 + 9) / 27)
+
+
+def test_a_better_judge_is_seen_to_be_better_and_chance_is_not():
+    """95 % intervals of the difference: a copy with other noise holds 0, a judge that knows more does not."""
+    marked, scores = drafts(300, seed=1)
+    twin, better = (
+        drafts(300, seed=1)[1],
+        [
+            tuple(0.5 * value + 0.5 * good for value, good in zip(row, one.right, strict=True))
+            for row, one in zip(scores, marked, strict=True)
+        ],
+    )
+    said = {
+        name: judging.Verdicts(scores=rows, rows=[9] * 300, seconds=[0.1] * 300, path="causal")
+        for name, rows in (("first", scores), ("twin", twin), ("better", better))
+    }
+    summary = judging.summarise(said, [0.05], marked, kept_share=None, threshold=0.7)
+    assert summary["judges"]["twin"]["auc_difference_interval"] == [0.0, 0.0]
+    assert summary["judges"]["better"]["auc_difference_interval"][0] > 0
+    low, high = summary["judges"]["first"]["auc_interval"]
+    assert low < summary["judges"]["first"]["auc"] < high < low + 0.15
+    assert summary["judges"]["first"]["decode_steps"] == pytest.approx(2.0)
+    assert summary["kept_share"] == pytest.approx(judging.share_kept(marked, scores, 0.7))
+    assert all(row["at"]["kept_share"] <= summary["kept_share"] + 1e-9 for row in summary["judges"].values())
+
+
+def test_the_command_measures_judges_on_labelled_steps(tmp_path):
+    """The whole of experiments/judges.py on a file of two solutions, without a draft model."""
+    steps = tmp_path / "steps.jsonl"
+    rows = [{"problem": "How many?", "steps": ["1 + 1 = 2", "2 + 2 = 5", "5"], "label": label} for label in (1, -1)]
+    steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "judges.py", "runtime=cpu", "draft=none", f"steps.path={steps}",
+         "~judges.confidence", "~judges.escalating", f"output={tmp_path / 'out'}"],
+        capture_output=True, text=True, cwd=tmp_path, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "record.json")
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    judges = record["summary"]["judges"]
+    assert list(judges) == ["label", "digit", "logprob"]
+    assert [len(row) for row in record["scores"]["digit"]] == [3, 3]
+    assert judges["logprob"]["rows"] == record["summary"]["draft_tokens"] < judges["label"]["rows"]
+    assert judges["logprob"]["path"] == "causal"
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in judges)
+    assert "2 drafts" in table
