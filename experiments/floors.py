@@ -33,7 +33,9 @@ def measure_all(cfg: DictConfig) -> dict[str, Any]:
 
     from parsedec.experiment.cli import progress
     from parsedec.experiment.floors import JudgeSize, measure
+    from parsedec.experiment.nodes import check_local
 
+    check_local(cfg)
     sizes = [JudgeSize(**size) for size in cfg.judge_passes]
     rows, devices = [], {}
     with progress(len(cfg.shapes) * (2 + len(sizes) * len(cfg.kernels))) as step:

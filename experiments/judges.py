@@ -33,9 +33,11 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from parsedec.experiment import judging
     from parsedec.experiment.build import build_model
     from parsedec.experiment.cli import progress
+    from parsedec.experiment.nodes import check_local
     from parsedec.training.generation import prompts, write_answers
     from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 
+    check_local(cfg)
     target = build_model(cfg.target)
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
     chosen = {**cfg.judges, **(cfg.trained if cfg.probes is not None else {})}

@@ -34,7 +34,9 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from parsedec.experiment import overhead
     from parsedec.experiment.build import build_engine, build_model
     from parsedec.experiment.cli import progress
+    from parsedec.experiment.nodes import check_local
 
+    check_local(cfg)
     model = build_model(cfg.target)
     engines = {}
     for entry in dict.fromkeys(["none", *cfg.inners] if cfg.inners else []):

@@ -176,6 +176,7 @@ def _for_batches(engine: Parse) -> Parse:
 
 def _named(error: ParsedecError, i: int) -> ParsedecError:
     """The error with the place of its request in front."""
-    named = type(error)(f"request {i}: {error}")
-    named.__cause__ = error
+    named = type(error).__new__(type(error))  # some hold more than their message
+    named.__dict__.update(error.__dict__)
+    named.args, named.__cause__ = (f"request {i}: {error}",), error
     return named

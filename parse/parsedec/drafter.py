@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
-from parsedec.inner import Decoder, InnerSpeculator
+from parsedec.inner import InnerSpeculator
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
+from parsedec.remote.stack import open_decoder
 from parsedec.sampling import Sampler
 from parsedec.text import Draft, GrowingDraft, carried, common_prefix
 from parsedec.types import Author, Limits, StopReason
@@ -36,14 +38,15 @@ class Drafter:
         acceptance: Acceptance | None = None,
         logprobs: bool = False,
     ) -> None:
-        """`logprobs`: its drafts hold the log-probabilities of their tokens; for models of one vocabulary."""
+        """`logprobs`: its drafts hold the log-probabilities of their tokens; for models of one vocabulary, not on a
+        server."""
         self.model = model
         self.target = target
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        self.decoder = Decoder(model, inner, sampler, Tally(), acceptance)
-        self.logprobs = logprobs
+        self.decoder = open_decoder(model, inner, sampler, Tally(), acceptance)
+        self.logprobs = logprobs and not isinstance(model, RemoteModel)
 
     def write(self, answer: Answer, limit: int) -> Draft:
         """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""

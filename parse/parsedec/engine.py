@@ -13,18 +13,19 @@ from parsedec.answer import Answer
 from parsedec.batch import Batch, BatchResult
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, ParsedecError, PromptError
+from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, ParsedecError, PromptError, TargetLost
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
-from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
+from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import AsksJudge, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
 from parsedec.text import StopText, TextStream
-from parsedec.types import Author, Delta, Limits, Message, Result, Sampling
+from parsedec.types import Author, Delta, Limits, Message, Result, Sampling, StopReason
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -74,11 +75,14 @@ class Parse:
             check_decoding(model)
         self.target = target
         self.draft = draft
+        self.acceptance: Acceptance = acceptance or Siblings()
+        check_inner(inner or NoSpeculation(), target, self.acceptance)
+        if draft is not None:
+            check_inner(draft_inner or NoSpeculation(), draft)
         self.outer: Outer = chosen.bind(target)
         self.judge_needs = _judge_needs(self.outer, target, draft)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
         self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
-        self.acceptance: Acceptance = acceptance or Siblings()
         self.history = GateHistory()
 
     @property
@@ -179,7 +183,7 @@ class Parse:
     ) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
         layers = self.judge_needs.hidden_layers
-        target = Decoder(self.target, self.inner, sampler, Tally(), self.acceptance, layers)
+        target = open_decoder(self.target, self.inner, sampler, Tally(), self.acceptance, layers)
         if self.outer.prefill:
             with meter.span("prefill"):
                 target.session.feed(ids)
@@ -188,11 +192,16 @@ class Parse:
         work = Work(len(ids), target, drafter, answer, meter, self.history)
         text = StopText(TextStream(self.target), limits.stop)
         author = Author.TARGET
-        for author, tokens in self.outer.run(work):
-            meter.saw_token()
-            piece = Delta(text=text.push(*tokens) if spelt else "", tokens=tuple(tokens), author=author)
-            with meter.away():
-                yield piece
+        try:
+            for author, tokens in self.outer.run(work):
+                meter.saw_token()
+                piece = Delta(text=text.push(*tokens) if spelt else "", tokens=tuple(tokens), author=author)
+                with meter.away():
+                    yield piece
+        except TargetLost as lost:
+            answer.stop = StopReason.SERVER_LOST
+            lost.partial = self._result(ids, work)
+            raise
         self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))
 
@@ -217,7 +226,9 @@ class Parse:
             counters=counters,
             times=times,
             judge_path=paths[0] if paths else None,
-            notes=tuple(sorted(work.notes)),
+            notes=tuple(
+                sorted(work.notes | work.target.notes | (work.drafter.decoder.notes if work.drafter else set()))
+            ),
         )
 
     def _drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
@@ -274,6 +285,7 @@ def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageMod
 def _judge_needs(outer: Outer, target: LanguageModel, draft: LanguageModel | None) -> JudgeNeeds:
     """What the judge of a bound outer level reads, if there is one and this pair can give it."""
     needs = outer.judge.needs if isinstance(outer, AsksJudge) else JudgeNeeds()
+    check_judge(needs, target, draft)
     if needs.draft_logprobs and draft is not None and not target.same_vocabulary(draft):
         raise IncompatibleStack(
             f"the judge reads the draft model's probabilities token by token, but {draft.name} and {target.name} have "

@@ -3,6 +3,11 @@ expected and what to do; anything else that escapes the engine is a defect of ou
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parsedec.types import Result
+
 
 class ParsedecError(Exception):
     """Base of every error the user can cause; `except ParsedecError` never hides a bug of ours."""
@@ -34,3 +39,21 @@ class ConfigError(ParsedecError):
 
 class OutputExistsError(ParsedecError):
     """The output folder already holds a record that would be overwritten."""
+
+
+class ServerError(ParsedecError):
+    """A model server could not be reached, was busy, or answered with nonsense. Asking again may help."""
+
+
+class ServerRefused(ServerError):
+    """A model server understood a request and will not serve it (an HTTP status of 4xx)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TargetLost(ServerError):
+    """The target's server went away in the middle of a request. `partial` is the answer as far as it had come."""
+
+    partial: Result | None = None

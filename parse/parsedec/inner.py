@@ -16,6 +16,7 @@ from parsedec.backends import open_session
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
+from parsedec.session import Session
 from parsedec.staged import token_logprobs
 from parsedec.types import Author, Needs, Outcome, Seen, StopReason, Tree
 
@@ -97,13 +98,18 @@ class Decoder:
         tally: Tally,
         acceptance: Acceptance | None = None,
         layers: Sequence[int] = (),
+        *,
+        session: Session | None = None,
     ) -> None:
-        """`layers`: hidden states that others than the speculator read of this session."""
+        """`layers`: hidden states that others than the speculator read of this session. `session`: one to work in,
+        in place of a new one that holds these states."""
         own = inner.needs.hidden_layers
-        self.session = open_session(model, own + tuple(layer for layer in layers if layer not in own))
+        shown = own + tuple(layer for layer in layers if layer not in own)
+        self.session = open_session(model, shown) if session is None else session
         self.inner = inner
         self.sampler = sampler
         self.tally = tally
+        self.notes: set[str] = set()  # what a reader of the trace should know
         self.acceptance: Acceptance = acceptance or Siblings()
         self.logprobs: list[float] | None = None  # of the tokens written, if somebody has set it to a list
         self._state: Any = None

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from parsedec import kv, masks
 from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
+from parsedec.remote.model import RemoteModel
 
 Output = tuple[Tensor, Tensor | None]
 NAME = "parsedec_joint"
@@ -196,6 +197,8 @@ def joint_obstacle(model: LanguageModel) -> str | None:
 
 
 def _unfit(model: LanguageModel) -> str | None:
+    if isinstance(model, RemoteModel):
+        return "its weights on a server, which is asked for one request at a time"
     if model.mask_obstacle:
         return model.mask_obstacle
     attention = model.hf.config._attn_implementation

@@ -296,7 +296,7 @@ def load(
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
     where, precision = _device(device), _dtype(dtype)
-    location, gguf = _resolve(str(source))
+    location, gguf = find_checkpoint(str(source))
     arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
@@ -318,16 +318,16 @@ def load(
         tokenizer,
         name=name or str(source),
         context_limit=context_limit,
-        chat_template=_read_template(chat_template),
+        chat_template=read_template(chat_template),
         template_args=template_args,
-        judge_card=_read_judge_card(location),
+        judge_card=read_judge_card(location),
         backend=backend,
         compiled=compiled,
         judge_kernel=judge_kernel,
     )
 
 
-def _resolve(source: str) -> tuple[str, str | None]:
+def find_checkpoint(source: str) -> tuple[str, str | None]:
     """(location, gguf file name or None) as `from_pretrained` wants them."""
     if source.startswith("zoo:"):
         return str(in_zoo(source)), None
@@ -364,7 +364,7 @@ def _dtype(dtype: str) -> torch.dtype | str:
     return known[dtype]
 
 
-def _read_template(chat_template: str | None) -> str | None:
+def read_template(chat_template: str | None) -> str | None:
     """A template given as Jinja text or as the path of a file."""
     if chat_template is None or "{" in chat_template:
         return chat_template
@@ -376,7 +376,7 @@ def _read_template(chat_template: str | None) -> str | None:
     return path.read_text()
 
 
-def _read_judge_card(location: str) -> JudgeCard | None:
+def read_judge_card(location: str) -> JudgeCard | None:
     """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
     found = cached_file(
         location, "judge.json", _raise_exceptions_for_missing_entries=False,

@@ -208,7 +208,7 @@ class DraftVerification(ABC):
             "judge_path": passes[0].path,
             "judge_passes": len(passes),
             "judge_rows": sum(p.rows for p in passes),
-            "mean_draft_logprob": sum(logprobs) / len(logprobs),
+            "mean_draft_logprob": sum(logprobs) / len(logprobs) if logprobs else None,  # a server does not tell
         }
 
 

@@ -230,7 +230,7 @@ class StreamedVerification(DraftVerification):
     """outer=parse_streamed: finished segments are judged while the draft model writes on.
 
     chunk    segments per judge pass: fewer find an error sooner, more let the target read its weights less often
-    overlap  "auto": drafting and judging at the same time where the target is on CUDA; "always", "never"
+    overlap  "auto": drafting and judging at the same time unless the target is on the CPU; "always", "never"
 
     The boundary rule has to be one whose decision about a prefix no later score changes: first_failure or smoothed.
     """
@@ -343,7 +343,7 @@ class StreamedVerification(DraftVerification):
 
     def _lane(self, work: Work) -> Lane:
         target, draft = work.target.session.model, drafter_of(work).model
-        if self.overlap == "never" or (self.overlap == "auto" and target.device.type != "cuda"):
+        if self.overlap == "never" or (self.overlap == "auto" and target.device.type == "cpu"):
             return InTurn()
         if target.hf is draft.hf:
             work.notes.add(ONE_MODEL)

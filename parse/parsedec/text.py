@@ -114,6 +114,11 @@ def carried(
     """
     head = source.decode(list(before))
     text = source.decode([*before, *tokens])[len(head) :].rstrip(INCOMPLETE)
+    return encoded_behind(into, text, after)
+
+
+def encoded_behind(into: LanguageModel, text: str, after: Sequence[int]) -> list[int]:
+    """`text` as tokens of a model that will stand behind `after`."""
     anchor = into.decode(list(after[-8:]))
     known = into.encode(anchor, plain=True)
     joined = into.encode(anchor + text, plain=True)

@@ -25,6 +25,7 @@ class StopReason(StrEnum):
     STOP_STRING = "stop_string"
     TOKEN_LIMIT = "token_limit"
     CONTEXT_LIMIT = "context_limit"
+    SERVER_LOST = "server_lost"
 
 
 class Author(StrEnum):
@@ -35,12 +36,13 @@ class Author(StrEnum):
 
 
 class JudgePath(StrEnum):
-    """How a judge pass was computed: probes in one masked pass or as a batch of forked caches (same scores), or the
-    draft alone, causally, with nothing appended."""
+    """How a judge pass was computed: probes in one masked pass, as a batch of forked caches or as prompts to a server
+    (same scores), or the draft alone, causally, with nothing appended."""
 
     PACKED = "packed"
     FORKED = "forked"
     CAUSAL = "causal"
+    REMOTE = "remote"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
@@ -19,6 +19,7 @@ from oracle.test_judge_kinds import probe_folder
 from parallel_heads import new_head
 from parsedec.engine import Parse
 from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
+from parsedec.experiment.nodes import draft_node, target_node
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
@@ -36,6 +37,7 @@ BUILT = [member for member in MEMBERS if member not in EXPERIMENTS]
 NEEDS = {  # settings without a default
     "target/any": ["target.source=zoo:draft"],
     "draft/any": ["draft.model.source=zoo:draft"],
+    "engine/openai": ["engine.target.url=http://127.0.0.1:1", "engine.target.tokenizer=zoo:target"],
     "inner/eagle3": ["inner.head={problems.parent}/eagle3"],
     "inner/medusa": ["inner.heads={problems.parent}/medusa"],
     "inner/parallelspec": ["inner.head={problems.parent}/parallel"],
@@ -165,6 +167,20 @@ def is_acceptance(cfg):
     return instantiate(cfg.acceptance).accept(tree, logits, sampler) == ([0, 1], 0)
 
 
+def is_engine(cfg):
+    """Every setting of a server is listed, and a draft model without one runs here."""
+    if cfg.engine.target is None:
+        return cfg.engine.draft is None and (target_node(cfg), draft_node(cfg)) == (cfg.target, cfg.draft.model)
+    for node in (cfg.engine.target, cfg.engine.draft):
+        assert set(node) - {"_target_"} == set(inspect.signature(get_object(node._target_)).parameters)
+    assert draft_node(cfg) == cfg.draft.model
+    cfg.engine.draft.url = "http://127.0.0.1:2"
+    assert draft_node(cfg).tokenizer == "zoo:target"
+    with pytest.raises(InstantiationException, match="could not be read"):
+        instantiate(target_node(cfg), retries=0)
+    return True
+
+
 def is_runtime(cfg):
     runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
     built = [instantiate(node) for node in (cfg.target, cfg.draft.model)]
@@ -225,6 +241,7 @@ BUILDS = {
     "outer": is_outer,
     "equivalence": is_equivalence,
     "segmenter": is_segmenter,
+    "engine": is_engine,
     "runtime": is_runtime,
     "task": is_task,
     "boundary": lambda cfg: [instantiate(cfg.boundary).keep([score] * 3) for score in (0.0, 1.0)] == [0, 3],

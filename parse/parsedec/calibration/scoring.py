@@ -21,6 +21,7 @@ from parsedec.drafter import Drafter
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
 from parsedec.experiment.build import build_engine, build_model, build_sampling
+from parsedec.experiment.nodes import check_local
 from parsedec.model import LanguageModel
 from parsedec.outer import DraftVerification, TargetOnly
 from parsedec.sampling import Sampler
@@ -52,6 +53,7 @@ class Scorer:
                 f"sampling.temperature={self.sampling.temperature}, but labels=answers compares what the target writes "
                 "with and without a kept prefix, which takes greedy decoding. Set sampling.temperature=0."
             )
+        check_local(cfg)
         self.engine: Parse | None = None
         self.target: LanguageModel = build_model(cfg.target)
         if source.drafts:

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from parsedec.engine import Parse
 from parsedec.model import LanguageModel
 from parsedec.reference import plain_logits
+from parsedec.remote.model import RemoteModel
 from parsedec.types import Sampling
 
 Json = dict[str, Any]
@@ -36,7 +37,11 @@ def model_facts(model: LanguageModel) -> Json:
                      the share that is used
     attention_width  heads * head size, summed over the layers that attend: a query-key pair costs 4 FLOPs for each
     devices          those that hold a parameter
+
+    Of a model on a server only its name: its rows are not known, nor where it runs.
     """
+    if isinstance(model, RemoteModel):
+        return {"name": model.name}
     config = model.hf.config.get_text_config()
     embedding, head = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
     separate = head is not None and embedding.weight is not head.weight
@@ -67,7 +72,11 @@ def measure_entropy(engine: Parse, requests: Sequence[Json], sampling: Sampling)
 
     nats, squared   sums of E[-ln p] and of E[(ln p)^2] at each of `tokens` positions
     temperature     of the distributions: the run's, or 1 where it is greedy
+
+    None where there is no answer, or the target is on a server, which does not show its distributions.
     """
+    if isinstance(engine.target, RemoteModel):
+        return None
     temperature = 1.0 if sampling.greedy else sampling.temperature
     tokens, nats, squared = 0, 0.0, 0.0
     answered = [request for request in requests if request.get("result") and request["result"]["tokens"]]
@@ -97,22 +106,26 @@ def rows_per_tree(summary: Json) -> float | None:
     return decoding / summary["inner_steps"] if summary["inner_steps"] else None
 
 
-def flops(facts: Json | None, rows: int, pairs: float) -> float:
-    """2 x parameters x rows, and the attention of `pairs` query-key pairs."""
+def flops(facts: Json | None, rows: int, pairs: float) -> float | None:
+    """2 x parameters x rows, and the attention of `pairs` query-key pairs; None for a model on a server."""
+    if facts is not None and "row_parameters" not in facts:
+        return None
     return 0.0 if facts is None else 2.0 * facts["row_parameters"] * rows + 4.0 * facts["attention_width"] * pairs
 
 
 def work(arm: Json) -> Json:
     """FLOPs of target and draft model, and device seconds: wall-clock times the devices that hold the arm's models.
 
-    Passes of an inner speculator's own head or model are in the time, not in the FLOPs.
+    Passes of an inner speculator's own head or model are in the time, not in the FLOPs. None for what a server does.
     """
     facts, summary = arm["models"], arm["summary"]
-    devices = {device for model in facts.values() if model for device in model["devices"]}
+    models = [model for model in facts.values() if model]
+    devices = {device for model in models for device in model.get("devices", ())}
+    known = all("devices" in model for model in models)
     return {
         "target_flops": flops(facts["target"], summary["target_rows"], summary["target_pairs"]),
         "draft_flops": flops(facts["draft"], summary["draft_rows"], summary["draft_pairs"]),
-        "device_s": summary["wall_s"] * len(devices),
+        "device_s": summary["wall_s"] * len(devices) if known else None,
         "cpu": devices == {"cpu"},
     }
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.experiment.calibrated import warn_of_other_calibration
+from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.model import LanguageModel
 from parsedec.outer import TargetOnly
 from parsedec.types import Sampling
@@ -37,7 +38,7 @@ def build_model(cfg: DictConfig) -> LanguageModel:
     """A model from its node; equal nodes share one copy, so the arms of a comparison do not load it again."""
     key = OmegaConf.to_yaml(cfg, resolve=True, sort_keys=True)
     if key not in _models:
-        log.info("loading %s", cfg.source)
+        log.info("loading %s", name_of(cfg))
         _models[key] = instantiate(cfg)
     return _models[key]
 
@@ -48,12 +49,12 @@ def build_engine(cfg: DictConfig) -> Parse:
     if cfg.calibration is not None and outer.needs_draft:
         warn_of_other_calibration(cfg)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
-    draft = cfg.draft if wants_draft and cfg.draft.model is not None else None
+    draft = draft_node(cfg) if wants_draft else None
     return Parse(
-        build_model(cfg.target),
-        build_model(draft.model) if draft else None,
+        build_model(target_node(cfg)),
+        build_model(draft) if draft is not None else None,
         inner=instantiate(cfg.inner),
-        draft_inner=instantiate(draft.inner) if draft else None,
+        draft_inner=instantiate(cfg.draft.inner) if draft is not None else None,
         acceptance=instantiate(cfg.acceptance),
         outer=outer,
     )
@@ -61,10 +62,11 @@ def build_engine(cfg: DictConfig) -> Parse:
 
 def build_draft_alone(cfg: DictConfig) -> Parse:
     """The draft model as if it were the target: the lower end of every comparison."""
-    if cfg.draft.model is None:
+    draft = draft_node(cfg)
+    if draft is None:
         raise ConfigError("draft=none, but an arm runs the draft model alone. Choose a draft, or other arms (arms=…).")
     return Parse(
-        build_model(cfg.draft.model),
+        build_model(draft),
         inner=instantiate(cfg.draft.inner),
         acceptance=instantiate(cfg.acceptance),
         outer=TargetOnly(),

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from parsedec.errors import ConfigError
+from parsedec.experiment.nodes import checkpoint_of, draft_node, target_node
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,10 @@ def read_calibration(path: Path) -> dict[str, Any]:
 def warn_of_other_calibration(cfg: DictConfig) -> None:
     """Say so if the run has another pair, judge or segmenter than the one the thresholds were fitted for."""
     holds = read_calibration(Path(str(cfg.calibration))).get("holds_for") or {}
+    draft = draft_node(cfg)
     here = {
-        "target": cfg.target.source,
-        "draft": cfg.draft.model.source if cfg.draft.model else None,
+        "target": checkpoint_of(target_node(cfg)),
+        "draft": None if draft is None else checkpoint_of(draft),
         "judge": OmegaConf.to_container(cfg.judge, resolve=True),
         "segmenter": OmegaConf.to_container(cfg.segmenter, resolve=True),
     }

@@ -14,10 +14,12 @@ from omegaconf import DictConfig
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import build_sampling, plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
+from parsedec.remote.model import RemoteModel
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def run_job(
         "schema_version": SCHEMA_VERSION,
         "title": cfg.title or _title(cfg),
         "config": config,
-        "provenance": provenance(),
+        "provenance": provenance() | _servers(arms),
         "resumed_from": earlier["provenance"] if earlier else None,
     }
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
@@ -90,6 +92,13 @@ def run_job(
     return record
 
 
+def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Which servers the arms' models are on, and what those can do."""
+    models = [model for arm in arms for model in (arm.engine.target, arm.engine.draft)]
+    found = {model.name: model.provenance for model in models if isinstance(model, RemoteModel)}
+    return {"servers": found} if found else {}
+
+
 def _settings(cfg: DictConfig) -> Settings:
     limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
     seeds = tuple(cfg.seeds or ())
@@ -125,7 +134,8 @@ def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None) 
 
 
 def _title(cfg: DictConfig) -> str:
-    names = [str(cfg.target.source), str(cfg.draft.model.source) if cfg.draft.model else "no draft model"]
+    draft_model = draft_node(cfg)
+    names = [name_of(target_node(cfg)), name_of(draft_model) if draft_model is not None else "no draft model"]
     target, draft = (name.rsplit("/", 1)[-1].removesuffix(".gguf") for name in names)
     task = cfg.task.get("name") or str(cfg.task._target_).rsplit(".", 1)[-1]
     return f"{target} with {draft} on {task}"

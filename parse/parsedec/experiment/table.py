@@ -66,6 +66,8 @@ def _per_request(key: str) -> Callable[[dict[str, Any], dict[str, Any]], str]:
 
 def _device_seconds(arm: dict[str, Any], _: dict[str, Any]) -> str:
     done = work(arm)
+    if done["device_s"] is None:
+        return "-"
     return f"{done['device_s']:.4g} {'CPU' if done['cpu'] else 'GPU'} s"
 
 
@@ -106,7 +108,8 @@ WORK: Section = (
 )
 WORK_CAPTION = (
     "n = {n}. GFLOP per answered request: 2 x parameters x rows and attention, rows counted, from the models' sizes; "
-    "an inner speculator's head or model is not among them. Device time: wall-clock times devices, all requests."
+    "an inner speculator's head or model is not among them. Device time: wall-clock times devices, all requests. "
+    "Neither is known of models on servers."
 )
 ANALYSIS: Section = (
     ("speed-up in time", _measured),
@@ -205,6 +208,8 @@ def origin(record: dict[str, Any]) -> str:
 
 def tier(record: dict[str, Any]) -> str:
     """Which kind of evidence this is; the kinds are never mixed in one table."""
+    if (record["config"].get("engine") or {}).get("target"):
+        return "models on servers"
     source = str(record["config"]["target"]["source"])
     kinds = {"zoo:": "zoo", "replay:": "replay (random weights, scripted decisions: speed and nothing else)"}
     return next((kind for prefix, kind in kinds.items() if source.startswith(prefix)), "real checkpoints")

@@ -20,6 +20,8 @@ from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.judge.probe import Mixture, read_card
 from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, Scores, scores_of
 from parsedec.model import LanguageModel
+from parsedec.remote.capabilities import Labels
+from parsedec.remote.model import RemoteModel
 from parsedec.session import Session
 from parsedec.text import Draft
 
@@ -56,6 +58,11 @@ class CombinedJudge:
                 f"judge.weights are for {sorted(mixture.weights)}, judge.judges are {sorted(self.judges)}; expected "
                 "the same names. Fit weights for these judges: python experiments/train_probe.py"
             )
+        if isinstance(target, RemoteModel) and target.can.labels is Labels.TOP:
+            raise IncompatibleStack(
+                f"judge=combined weighs scores, and where a label is missing those of {target.name} are only bounds: "
+                f"it shows the {target.can.top} most probable tokens. Use judge=label, or engine=local."
+            )
         bound = {name: judge.bind(target) for name, judge in self.judges.items()}
         return replace(self, judges=bound, mixture=mixture)
 
@@ -89,10 +96,20 @@ class CombinedJudge:
         found: dict[str, Tensor] = {}
         readings: list[Reading] = []
         for suffix, names in self._passes().items():
-            path = self.judges[names[-1]].bound_path
-            readings.append(Reading.take(session, draft, cuts, probes, suffix=suffix, path=path))
+            path, wanted = self.judges[names[-1]].bound_path, self._wanted(names)
+            readings.append(Reading.take(session, draft, cuts, probes, suffix=suffix, path=path, wanted=wanted))
             found |= {name: log_odds(self.judges[name].read(readings[-1])) for name in names}
         return found, readings
+
+    def _wanted(self, names: Sequence[str]) -> tuple[int, ...] | None:
+        """Ids whose logits some of these judges look at; None: they may look at all."""
+        ids: list[int] = []
+        for name in names:
+            wanted = self.judges[name].wanted
+            if wanted is None:
+                return None
+            ids += wanted
+        return tuple(dict.fromkeys(ids))
 
     def _passes(self) -> dict[tuple[int, ...], list[str]]:
         """Suffix -> the judges that read that pass. Those without one join the first that there is."""

@@ -56,6 +56,10 @@ class ConfidenceJudge(PassJudge):
         return JudgeNeeds(self.judge.needs.hidden_layers if self.judge else (), draft_logprobs=True)
 
     @property
+    def wanted(self) -> tuple[int, ...]:
+        return ()  # by itself it asks the target nothing
+
+    @property
     def suffix_rows(self) -> int:
         return self.judge.suffix_rows if self.judge else 0
 
@@ -74,7 +78,9 @@ class ConfidenceJudge(PassJudge):
             if any(confident[cut] < self.sure for cut in cuts if before < cut <= probe):
                 asked.append(probe)
         if not asked:
-            return scores_of(torch.ones(len(probes)), [Reading.take(session, draft, cuts, [])], None)
+            return scores_of(
+                torch.ones(len(probes)), [Reading.take(session, draft, cuts, [], wanted=self.wanted)], None
+            )
         scores = self.judge.score(session, draft, cuts, asked)
         answers = dict(zip(asked, scores.values, strict=True))
         values, latest = [], 1.0

@@ -54,6 +54,10 @@ class DigitJudge(PassJudge):
         chosen, reason = choose_path(target, ids, self.path)
         return replace(self, suffix=ids, digit_ids=digits, chosen=chosen, reason=reason)
 
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        return self.digit_ids[::-1]
+
     def read(self, reading: Reading) -> Tensor:
         if not self.digit_ids:
             raise JudgeError("the judge was not bound to a target; call bind(target) first.")

@@ -73,6 +73,10 @@ class LabelJudge(PassJudge):
             card=card if card and (question, labels) == (card.question, tuple(card.labels)) else None,
         )
 
+    @property
+    def wanted(self) -> tuple[int, ...] | None:
+        return self.label_ids
+
     def read(self, reading: Reading) -> Tensor:
         if self.label_ids is None:
             raise JudgeError("the judge was not bound to a target; call bind(target) first.")

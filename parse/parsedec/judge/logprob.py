@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parsedec.errors import ConfigError
-from parsedec.judge.seam import PassJudge, Reading
+from parsedec.judge.seam import PassJudge, Reading, check_here
 from parsedec.model import LanguageModel
 from parsedec.types import JudgePath
 
@@ -39,6 +39,7 @@ class LogprobJudge(PassJudge):
             raise ConfigError(f"judge.over='{self.over}'; expected one of {', '.join(OVER)}.")
 
     def bind(self, target: LanguageModel) -> Self:
+        check_here(target, "logprob", "the target's log-probabilities of the draft's tokens")
         return replace(self, chosen=JudgePath.CAUSAL)
 
     def read(self, reading: Reading) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from parsedec.chat import suffix_text
 from parsedec.checkpoints import find_file, read_tensors
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
-from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, check_path, choose_path
+from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, check_here, check_path, choose_path
 from parsedec.model import LanguageModel
 from parsedec.types import JudgePath
 
@@ -143,6 +143,7 @@ class ProbeJudge(PassJudge):
             raise ConfigError(f"judge.position='{self.position}'; expected one of {', '.join(POSITIONS)}.")
 
     def bind(self, target: LanguageModel) -> Self:
+        check_here(target, "probe", "hidden states of the target")
         card, file = read_card(self.weights)
         if (card.hidden_size, card.num_layers) != (target.hidden_size, target.num_layers):
             raise IncompatibleStack(

@@ -17,6 +17,7 @@ from parsedec.backends import open_session
 from parsedec.boundary import Thresholds
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
 from parsedec.selftest import probe_error
 from parsedec.session import Session
 from parsedec.staged import JudgeRows
@@ -104,9 +105,10 @@ class Reading:
         *,
         suffix: Sequence[int] = (),
         path: JudgePath = JudgePath.CAUSAL,
+        wanted: Sequence[int] | None = None,
     ) -> Reading:
-        """Make the pass; the draft is left staged."""
-        rows = session.judge(draft.tokens, cuts, suffix, probes=probes, path=path)
+        """Make the pass; the draft is left staged. `wanted`: ids whose logits its readers look at, as in `judge`."""
+        rows = session.judge(draft.tokens, cuts, suffix, probes=probes, path=path, wanted=wanted)
         return cls(draft, cuts, probes, rows, session.taps)
 
     def probe_states(self, layer: int) -> Tensor:
@@ -154,11 +156,19 @@ class PassJudge(ABC):
         return JudgeNeeds()
 
     @property
+    def wanted(self) -> tuple[int, ...] | None:
+        """Ids whose logits `read` looks at, the one that speaks most for the draft first; None: it may look at all,
+        which no server shows."""
+        return None
+
+    @property
     def suffix_rows(self) -> int:
         return len(self.suffix)
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
-        reading = Reading.take(session, draft, cuts, probes, suffix=self.suffix, path=self.bound_path)
+        reading = Reading.take(
+            session, draft, cuts, probes, suffix=self.suffix, path=self.bound_path, wanted=self.wanted
+        )
         return scores_of(self.read(reading), [reading], self.reason)
 
     @property
@@ -186,8 +196,25 @@ def check_path(path: str) -> None:
         raise ConfigError(f"judge.path='{path}'; expected auto, packed or forked.")
 
 
+def check_here(target: LanguageModel, judge: str, reads: str) -> None:
+    """Refuse a judge that reads what a server keeps."""
+    if isinstance(target, RemoteModel):
+        raise IncompatibleStack(
+            f"judge={judge} reads {reads}, and {target.name} does not show them. Use judge=label or judge=digit, or "
+            "engine=local."
+        )
+
+
 def choose_path(target: LanguageModel, suffix: tuple[int, ...], wanted: str) -> tuple[JudgePath, str | None]:
     """How probes with `suffix` run on `target`, and why not packed. `wanted`: auto, packed or forked."""
+    if isinstance(target, RemoteModel):
+        if target.judge_obstacle:
+            raise IncompatibleStack(f"the judge cannot run on {target.judge_obstacle}. Use outer=none.")
+        if wanted != "auto":
+            raise IncompatibleStack(
+                f"judge.path={wanted}, but the probes of {target.name} go to a server as prompts. Use judge.path=auto."
+            )
+        return JudgePath.REMOTE, None
     problem = target.mask_obstacle or probe_error(target, suffix, JudgePath.PACKED)
     if wanted == "packed" and problem:
         raise IncompatibleStack(f"judge.path=packed, but {target.name} has {problem}. Use judge.path=auto.")

@@ -15,8 +15,9 @@ import torch
 
 from parsedec.backends import open_session
 from parsedec.chat import label_tokens, prompt_ids, suffix_text
-from parsedec.errors import ConfigError, JudgeError
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.model import LanguageModel
+from parsedec.remote.model import RemoteModel
 
 OWN, PROPOSED = "{own}", "{proposed}"
 QUESTION = (
@@ -120,6 +121,11 @@ class LabelEquivalence:
 
     def bind(self, target: LanguageModel) -> LabelEquivalence:
         model = self.model or target
+        if isinstance(model, RemoteModel):
+            raise IncompatibleStack(
+                f"equivalence=label reads the logits of {model.name}, which are at {model.server.url}. Use "
+                "equivalence=equal or same_number, or equivalence.model with a model that is here."
+            )
         same, different = label_tokens(model, suffix_text(model, "?"), self.labels)
         return replace(self, model=model, label_ids=(same, different))
 

@@ -22,6 +22,7 @@ from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.inner import NoSpeculation
 from parsedec.model import LanguageModel
 from parsedec.outer import Work, Written
+from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
 from parsedec.text import common_prefix
 from parsedec.types import Author, Round, Sampling, StopReason
@@ -61,6 +62,7 @@ class HfGenerate:
         return self.assisted
 
     def bind(self, target: LanguageModel) -> HfGenerate:
+        _check_here(target)
         if self.assisted and target.recurrent:
             raise IncompatibleStack(
                 f"outer.assisted=true: Hugging Face's assisted generation cannot roll back {target.name}, which has "
@@ -113,6 +115,7 @@ class HfGenerate:
         if not self.assisted or work.drafter is None:
             return None
         model = work.drafter.model
+        _check_here(model)
         if target.vocab_size == model.vocab_size and not target.same_vocabulary(model):
             raise IncompatibleStack(
                 f"{model.name} and {target.name} have as many tokens but not the same ones, and Hugging Face's "
@@ -125,6 +128,14 @@ class HfGenerate:
                 "Use temperature 0, or a draft model with as many rows."
             )
         return model
+
+
+def _check_here(model: LanguageModel) -> None:
+    if isinstance(model, RemoteModel):
+        raise IncompatibleStack(
+            f"outer=hf_generate runs `model.generate`, and the weights of {model.name} are at {model.server.url}. Use "
+            "outer=none, or engine=local."
+        )
 
 
 class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here

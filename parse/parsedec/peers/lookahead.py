@@ -26,6 +26,7 @@ from parsedec.model import LanguageModel
 from parsedec.outer import Work, Written, drafter_of
 from parsedec.peers.equivalence import Equivalence, LabelEquivalence
 from parsedec.peers.steps import DraftSteps, OwnStep, OwnWriting, joined, write_own
+from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
 from parsedec.segmenters import Paragraphs, Segmenter
 from parsedec.static.session import StaticSession
@@ -117,6 +118,8 @@ class Comparison:
         obstacle = "an inner speculator" if not isinstance(work.target.inner, NoSpeculation) else None
         if obstacle is None and isinstance(session, StaticSession):
             obstacle = "the static backend"
+        if obstacle is None and isinstance(session.model, RemoteModel):
+            obstacle = "a model on a server"
         if not self.proposed:
             own = self._write_own()
         elif self.outer.together == "auto" and obstacle is None:

@@ -121,6 +121,6 @@ class SpecReason:
             "judge_path": scores.path,
             "judge_passes": 1,
             "judge_rows": scores.rows,
-            "mean_draft_logprob": sum(scores.draft_logprobs) / n,
+            "mean_draft_logprob": sum(scores.draft_logprobs) / n if scores.draft_logprobs else None,  # as in `outer`
         }
         return stands

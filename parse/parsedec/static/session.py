@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -75,9 +76,8 @@ class StaticSession(Session):
         self._steps = self._machine.steps[model.compiled]
         self._lease = Lease(self._machine.pool)  # rows: the cached ones, and the staged ones behind them
 
-    def fork(self) -> Session:
+    def fork(self) -> Self:
         twin = super().fork()
-        assert isinstance(twin, StaticSession)
         twin._lease = self._lease.fork()
         return twin
 

@@ -1,0 +1,275 @@
+"""Committed tokens and the cache behind them: what decoding needs of a request in one model.
+
+Here and in `session`, which adds the verbs that judge a draft, is the only code that touches a cache. A session's
+tokens are in three parts:
+
+    cached    committed and in the cache                        tokens[:cached]
+    pending   committed, not yet read by the model              tokens[cached:]
+    staged    read by the model in the last `tree` or `judge`, not committed; `keep` says which of them stay
+
+`next_logits` are the model's logits after the last committed token, whenever nothing is pending; after a `keep` they
+come from the pass that staged the rows, so decoding on never needs another prefill.
+
+Shapes in this file:  N nodes of a tree, V vocabulary, L taps, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from parsedec import fibers, kv, masks
+from parsedec.errors import IncompatibleStack, PromptError
+from parsedec.joint import HfPass, Output, joint_obstacle
+from parsedec.model import LanguageModel
+from parsedec.staged import Staged
+from parsedec.types import Seen, Tree
+
+
+class DecodingSession:
+    """Reads, commits, guesses and goes back; any Hugging Face causal LM, batch 1."""
+
+    def __init__(self, model: LanguageModel, taps: tuple[int, ...] = ()) -> None:
+        self.model = model
+        self.taps = taps
+        self.tokens: list[int] = []
+        self.cached = self.calls = self.rows = 0
+        self._cache = kv.new_cache(model.hf)
+        self._logits: Tensor | None = None  # after the last cached row
+        self._staged: Staged | None = None
+        self._tap_rows: list[Tensor] = []  # [rows, L, H] each, together one row per cached token
+        # Recurrent models go back by restoring: committed length -> (cache, logits after it). First and latest feed.
+        self._marks: dict[int, tuple[DynamicCache, Tensor | None]] = {}
+
+    @property
+    def length(self) -> int:
+        """Committed tokens, pending ones included."""
+        return len(self.tokens)
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed tokens that the model has not read yet."""
+        return self.tokens[self.cached :]
+
+    @property
+    def next_logits(self) -> Tensor | None:
+        """Logits after the last committed token [V]; None while tokens are pending."""
+        return self._logits if self.cached == self.length else None
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be committed before the context is full."""
+        return self.model.context_limit - self.length
+
+    def seen(self, start: int) -> Seen:
+        """Taps of the cached rows from `start` on."""
+        if not self.taps:
+            return Seen()
+        wanted, parts = self.cached - start, []
+        for rows in reversed(self._tap_rows):  # a step asks for the last few; joining all each time would be quadratic
+            if wanted <= 0:
+                break
+            parts.append(rows[-wanted:])
+            wanted -= len(rows)
+        if len(parts) == 1:
+            return Seen(parts[0])
+        if not parts:
+            parts = [
+                self._tap_rows[-1][:0] if self._tap_rows else torch.empty(0, len(self.taps), self.model.hidden_size)
+            ]
+        return Seen(torch.cat(parts[::-1]))
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
+        self._drop_staged()
+        self._check_room(len(tokens))
+        self.tokens.extend(tokens)
+        if self.pending:
+            self._read_pending(self.length)
+            if self.model.recurrent:
+                self._mark()
+        if self._logits is None:
+            raise PromptError("feed() was given no tokens on an empty session; expected at least one token.")
+        return self._logits
+
+    def append(self, token: int) -> None:
+        """Commit a token without reading it: the root of the next tree."""
+        self._drop_staged()
+        self.tokens.append(token)
+
+    def read_ahead(self) -> None:
+        """Read all pending tokens but the last; there is more than one after a rewind or an injection."""
+        if len(self.pending) > 1:
+            self._read_pending(self.length - 1)
+
+    def tree(self, tree: Tree) -> Tensor:
+        """Read a tree of guesses whose node 0 is the last committed token, which is pending.
+
+        Returns the logits after every node [N, V]; `keep` then commits the accepted path.
+
+        Rows are read depth-first: the path of the likelier siblings then stands in one piece, and keeping it is a cut.
+        """
+        self._drop_staged()
+        self._check_room(tree.depth)
+        self.read_ahead()
+        if self.pending != [tree.tokens[0]]:
+            raise ValueError(f"tree root is {tree.tokens[0]}, the pending tokens {self.pending}; expected the same")
+        base = kv.snapshot(self._cache) if self.model.recurrent and tree.size > 1 else None
+        laid, row_of = tree.depth_first()
+        if tree.is_chain:
+            logits, taps = self._forward(list(tree.tokens), keep=tree.size)
+        else:
+            logits, taps = self._read_branching(laid)
+        self.cached += 1
+        self._logits = logits[0]  # a view: the logits of the last pass are alive in any case
+        if taps is not None:
+            self._tap_rows.append(taps[:1])
+        self._staged = Staged(list(laid.tokens[1:]), logits[1:], taps, row_of)
+        if base is not None:
+            self._staged.before = (base, [tree.tokens[0]])
+        return logits if laid is tree else logits.index_select(0, torch.tensor(row_of, device=logits.device))
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Commit the accepted path of the staged tree: node indices from the root on."""
+        if self._staged is None or self._staged.logprobs is not None or not path or path[0] != 0:
+            raise ValueError(f"keep({list(path)}) needs a staged tree and a path that starts at its root, node 0")
+        self._keep_rows([self._staged.row_of[node] - 1 for node in path[1:]])
+
+    def rewind(self, length: int) -> None:
+        """Go back to the first `length` committed tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"rewind({length}) on a session of {self.length} tokens; expected 0 to {self.length}")
+        self._drop_staged()
+        if length < self.cached or (length == self.cached and self._logits is None):
+            self._go_back(length)
+        del self.tokens[length:]
+
+    def fork(self) -> Self:
+        """An independent copy; attention caches are shared until one of the two grows, so it costs next to nothing."""
+        self._drop_staged()
+        twin = copy.copy(self)  # a new Session would make a cache, which takes longer than the rest
+        twin.tokens, twin.calls, twin.rows = list(self.tokens), 0, 0
+        twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
+        return twin
+
+    def _forward(
+        self,
+        ids: list[int],
+        *,
+        keep: int | Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
+        self.calls += 1
+        self.rows += len(ids)
+        wanted = HfPass(self.model, self._cache, ids, keep, positions, mask, self.taps)
+        request = fibers.current()
+        if request is None or joint_obstacle(self.model):
+            return wanted.alone()
+        out: Output = request.ask(wanted)
+        return out
+
+    def _read_pending(self, end: int) -> None:
+        """Read the pending tokens before position `end`."""
+        logits, taps = self._forward(self.tokens[self.cached : end], keep=1)
+        self._logits = logits[-1]
+        self.cached = end
+        if taps is not None:
+            self._tap_rows.append(taps)
+
+    def _read_branching(self, tree: Tree) -> tuple[Tensor, Tensor | None]:
+        if obstacle := self.model.mask_obstacle:
+            raise IncompatibleStack(
+                f"{self.model.name} has {obstacle}; a branching tree cannot be verified on it. "
+                "Choose an inner speculator that drafts chains, or inner=none."
+            )
+        positions = torch.tensor([self.cached + depth for depth in tree.depths()])
+        return self._forward(
+            list(tree.tokens),
+            keep=tree.size,
+            positions=positions,
+            mask=self._mask(masks.tree_mask(self.cached, tree.parents), positions),
+        )
+
+    def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        windows = self.model.windows
+        rows_at = columns_at = positions  # read only where there is a window
+        if any(windows.values()):
+            rows_at, columns_at = positions[-len(allowed) :], torch.cat([torch.arange(self.cached), positions])
+        return masks.for_model(
+            allowed,
+            rows_at,
+            columns_at,
+            windows=windows,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+
+    def _keep_rows(self, rows: list[int]) -> None:
+        staged = self._staged
+        assert staged is not None
+        self._staged = None
+        total, in_one_piece = len(staged.tokens), rows == list(range(len(rows)))
+        if self.model.recurrent and len(rows) < total:
+            self._restore(staged, rows)
+        elif in_one_piece:
+            kv.cut_tail(self._cache, total - len(rows))
+        else:
+            kv.keep_rows(self._cache, self.cached, rows)
+        self.tokens.extend(staged.tokens[row] for row in rows)
+        self.cached += len(rows)
+        if rows:
+            self._logits = staged.known[rows[-1]]
+            if staged.taps is not None:
+                if staged.row_of:  # the root's are there; one piece with what follows is quicker to show
+                    self._tap_rows.pop()
+                self._tap_rows.append(staged.kept_taps(rows))
+
+    def _restore(self, staged: Staged, rows: list[int]) -> None:
+        """Recurrent models: back to the snapshot after len(rows) rows, or to before the pass to read them again."""
+        if len(rows) in staged.snapshots:
+            self._cache = kv.snapshot(staged.snapshots[len(rows)])
+            return
+        assert staged.before is not None
+        cache, read = staged.before
+        self._cache = kv.snapshot(cache)
+        self._forward(read + [staged.tokens[row] for row in rows], keep=1)
+
+    def _drop_staged(self) -> None:
+        if self._staged is not None:
+            self._keep_rows([])
+
+    def _mark(self) -> None:
+        """Remember the state after a feed; the first one (the prompt) and the latest are enough for our rewinds."""
+        while len(self._marks) > 1:
+            self._marks.pop(max(self._marks))
+        self._marks[self.cached] = (kv.snapshot(self._cache), self._logits)
+
+    def _go_back(self, length: int) -> None:
+        """Shorten the cache to at most `length` rows; what is missing before `length` becomes pending again."""
+        if self.model.recurrent:
+            at = max((mark for mark in self._marks if mark <= length), default=0)
+            cache, self._logits = self._marks.get(at, (kv.new_cache(self.model.hf), None))
+            self._cache = kv.snapshot(cache)
+            self._marks = {mark: state for mark, state in self._marks.items() if mark <= at}
+        else:
+            at = max(0, length - 1)  # the last token is read again: the logits after it are gone
+            kv.cut_tail(self._cache, self.cached - at)
+            self._logits = None
+        if self.taps:
+            self._tap_rows = [rows] if (rows := self.seen(0).taps) is not None and at else []
+            self._tap_rows = [rows[:at] for rows in self._tap_rows]
+        self.cached = at
+
+    def _check_room(self, extra: int) -> None:
+        if self.length + extra > self.model.context_limit:
+            raise PromptError(
+                f"{self.length} tokens plus {extra} more exceed the context of {self.model.name}, "
+                f"{self.model.context_limit} tokens. Shorten the prompt or lower max_new_tokens."
+            )

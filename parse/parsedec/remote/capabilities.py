@@ -1,0 +1,67 @@
+"""What a server can do, as found out by asking it (`probing`): nothing is assumed from its name but how it batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class TokensBack(StrEnum):
+    """How the ids of generated tokens come back."""
+
+    FIELD = "field"  # token_ids beside the text (vLLM), output_ids (SGLang)
+    LOGPROBS = "logprobs"  # among the log-probabilities: an id (llama.cpp) or a name "token_id:7" (vLLM before 0.10)
+    TEXT = "text"  # not at all: the text is encoded once more
+
+
+class Labels(StrEnum):
+    """How the log-probabilities of the judge's labels are read."""
+
+    BY_ID = "by_id"  # of exactly these ids: logprob_token_ids (vLLM), token_ids_logprob (SGLang)
+    TOP = "top"  # among the most probable tokens
+    SCORING = "generative_scoring"  # vLLM's endpoint for it
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """One server and one of its models.
+
+    kind           "vllm", "sglang", "llamacpp" or "unknown"; `version` as it tells it
+    model          what the model is called there
+    native         SGLang's /generate is spoken, not /v1/completions
+    token_prompts  prompts may be token ids
+    many_prompts   one request may hold several prompts
+    extensions     takes top_k, min_p and repetition_penalty, whose defaults some servers read from the checkpoint
+    tokens_back    how generated ids are read; `labels` how the judge's
+    top            how many of the most probable tokens are shown, with Labels.TOP
+    context_limit  most tokens of a request, prompt included; None: it does not say
+    """
+
+    kind: str
+    version: str | None
+    model: str
+    native: bool = False
+    token_prompts: bool = False
+    many_prompts: bool = False
+    extensions: bool = False
+    tokens_back: TokensBack = TokensBack.TEXT
+    labels: Labels = Labels.NONE
+    top: int = 0
+    context_limit: int | None = None
+
+    @property
+    def workarounds(self) -> tuple[str, ...]:
+        """What the server lacks and what is done instead; a result's notes name it."""
+        found = []
+        if not self.token_prompts:
+            found.append("prompts go as text: the server takes no token ids, so its own tokens may differ at the seams")
+        if self.tokens_back is TokensBack.TEXT:
+            found.append("tokens are its text encoded again: the server gives no token ids")
+        if not self.many_prompts:
+            found.append("probes go one by one: the server takes one prompt a request")
+        if self.labels is Labels.TOP:
+            found.append(f"scores from the {self.top} most probable tokens: a label beyond them makes a score a bound")
+        if not self.extensions:
+            found.append("top_k and the server's own sampling defaults are not controlled: it refuses their names")
+        return tuple(found)

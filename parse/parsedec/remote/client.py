@@ -1,0 +1,213 @@
+"""HTTP to one model server: time-outs, a deadline, retries with back-off, bounded connections, streamed events.
+
+Completions are stateless, so asking again is harmless: what failed on the way is simply asked for once more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from parsedec.errors import ConfigError, ServerError, ServerRefused
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LONGEST_WAIT_S = 8.0  # between two attempts
+BUSY = {408, 409, 425, 429}  # refusals that pass by themselves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """How a server is reached.
+
+    url                where it listens; with or without /v1 at the end
+    api_key            sent as a bearer token; None: none is sent
+    connect_timeout_s  seconds until a connection stands
+    read_timeout_s     seconds without a byte, so also the longest prefill in a queue
+    request_timeout_s  seconds for a whole answer, however steadily it drips
+    retries            further attempts after one that failed on the way or found the server busy
+    backoff_s          seconds before the first of them; doubled before each further one
+    cooldown_s         seconds for which a lost draft server is not asked again
+    max_connections    at the same time, over all requests of this process
+    """
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 120.0
+    request_timeout_s: float = 1800.0
+    retries: int = 3
+    backoff_s: float = 0.25
+    cooldown_s: float = 30.0
+    max_connections: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"url='{self.url}' is no address of a server; expected http://HOST:PORT or https://….")
+        limits = (self.connect_timeout_s, self.read_timeout_s, self.request_timeout_s)
+        if min(limits) <= 0 or min(self.retries, self.backoff_s, self.cooldown_s) < 0 or self.max_connections < 1:
+            raise ConfigError(
+                f"connect_timeout_s, read_timeout_s, request_timeout_s={limits}, retries={self.retries}, "
+                f"backoff_s={self.backoff_s}, cooldown_s={self.cooldown_s}, max_connections={self.max_connections}; "
+                "expected time-outs above 0, at least one connection, and the others 0 or more."
+            )
+
+
+class Server:
+    """One endpoint. Safe to use from several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.url = connection.url.rstrip("/").removesuffix("/v1")
+        self._client = _client(connection)
+        self._lost_until = 0.0
+
+    def get(self, path: str) -> Any:
+        """JSON of a page."""
+        return self.again(lambda: self._read("GET", path, None))
+
+    def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the JSON of an answer; if it raises ServerError, the server is asked again, too.
+
+        Raises ServerRefused where asking again would not help, else ServerError.
+        """
+        return self.again(lambda: read(self._read("POST", path, body)))
+
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The server-sent events of a streamed answer, as they come; one attempt. Closing it hangs up, and servers stop
+        working for a client that has gone."""
+        with self._open("POST", path, body) as (response, check):
+            finished = False
+            for line in response.iter_lines():
+                check()
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or not data:
+                    continue
+                if data == "[DONE]":
+                    finished = True
+                    break
+                event = _json(data, self.url)
+                if "error" in event:
+                    raise ServerError(f"{self.url} broke off its answer: {event['error']}.")
+                yield event
+            if not finished:
+                raise ServerError(f"{self.url} closed a stream before its end ([DONE]).")
+
+    def again(self, attempt: Callable[[], T]) -> T:
+        """The result of `attempt`, tried as often as the connection allows."""
+        for wait in self.waits():
+            try:
+                return attempt()
+            except ServerRefused:
+                raise
+            except ServerError as error:
+                if wait is None:
+                    raise
+                log.warning("%s; again in %.2g s", error, wait)
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def waits(self) -> Iterator[float | None]:
+        """Seconds to wait after each attempt that fails; None after the last one."""
+        for i in range(self.connection.retries):
+            yield min(self.connection.backoff_s * 2**i, LONGEST_WAIT_S)
+        yield None
+
+    @property
+    def resting(self) -> bool:
+        """Whether it was lost a short time ago, so that asking would only cost time."""
+        return time.monotonic() < self._lost_until
+
+    def note_lost(self) -> None:
+        self._lost_until = time.monotonic() + self.connection.cooldown_s
+
+    def close(self) -> None:
+        """Give back the connections."""
+        self._client.close()
+
+    def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        with self._open(method, path, body) as (response, check):
+            parts = []
+            for part in response.iter_bytes():
+                check()
+                parts.append(part)
+        return _json(b"".join(parts), self.url)
+
+    @contextmanager
+    def _open(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> Iterator[tuple[httpx.Response, Callable[[], None]]]:
+        """An answer that has begun well, and what to call now and then while it is read."""
+        import httpx
+
+        deadline = time.monotonic() + self.connection.request_timeout_s
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{self.url}{path} took longer than request_timeout_s={self.connection.request_timeout_s:g}. "
+                    "Raise it, or lower max_new_tokens."
+                )
+
+        try:
+            with self._client.stream(method, self.url + path, json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(self.url + path, response.status_code, response.text)
+                yield response, check
+        except httpx.HTTPError as error:
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ServerError(
+                f"{self.url}{path} could not be read ({what}). Check that the server runs and its url; a slow one "
+                "needs a higher read_timeout_s."
+            ) from error
+
+
+def _client(connection: Connection) -> httpx.Client:
+    try:
+        import httpx
+    except ImportError as error:
+        raise ConfigError("engine=openai needs the package httpx: pip install 'parsedec[server]'.") from error
+    seconds = connection.read_timeout_s
+    return httpx.Client(
+        headers={"Authorization": f"Bearer {connection.api_key}"} if connection.api_key else {},
+        timeout=httpx.Timeout(seconds, connect=connection.connect_timeout_s, pool=seconds),
+        limits=httpx.Limits(max_connections=connection.max_connections),
+    )
+
+
+def _refusal(where: str, status: int, text: str) -> ServerError:
+    shown = " ".join(text.split())[:300]
+    if status >= 500 or status in BUSY:
+        return ServerError(f"{where} answered {status}: {shown}")
+    hint = " Check the key: api_key_env." if status in (401, 403) else ""
+    return ServerRefused(f"{where} refused the request ({status}): {shown}.{hint}", status)
+
+
+def _json(text: str | bytes, url: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ServerError(f"{url} answered with something that is no JSON: {text[:200]!r}.") from error
+
+
+_servers: dict[Connection, Server] = {}
+_lock = threading.Lock()
+
+
+def server_of(connection: Connection) -> Server:
+    """The server of a connection: one for the process, so that its limit on connections holds."""
+    with _lock:
+        if connection not in _servers:
+            _servers[connection] = Server(connection)
+        return _servers[connection]

@@ -1,0 +1,161 @@
+"""Whatever a server does, a request ends: with the answer, without the draft, or with an error that has what was done.
+
+Every test has a time limit of its own: nothing may hang.
+"""
+
+import dataclasses
+import time
+
+import pytest
+
+import tiny
+from fake_server import FakeServer
+from parsedec import Parse, PrefixVerification
+from parsedec.boundary import FirstFailure
+from parsedec.errors import ServerError, TargetLost
+from parsedec.remote import connect
+from parsedec.segmenters import EveryTokens
+from parsedec.types import Author, StopReason
+
+NEW = 24
+LIMIT_S = 60.0  # for what takes less than a second where nothing else runs
+ONCE = ("500", "busy", "malformed", "reset", "reset_stream", "broken_stream", "empty")
+FAST = {"retries": 2, "backoff_s": 0.01, "read_timeout_s": 1.5, "connect_timeout_s": 1.0, "cooldown_s": 60.0}
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spoken")
+    tiny.tokenizer().save_pretrained(folder)
+    tiny.model("llama").hf.config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pair(spoken):
+    """(target server, draft server, engine of both, what the local engine answers): half of each draft is kept."""
+    target, draft = tiny.model("llama"), tiny.model("llama", seed=5, layers=2)
+    prompt, _ = tiny.plain_answer(target)
+    outer = PrefixVerification(
+        judge=Half(), segmenter=EveryTokens(delta=4), boundary=FirstFailure(threshold=0.5, full_threshold=1.0)
+    )
+    expected = Parse(target, draft, outer=outer).generate(prompt, max_new_tokens=NEW)
+    assert 0 < expected.counters.kept_draft_tokens < expected.new_tokens
+    with FakeServer(target) as first, FakeServer(draft) as second:
+        models = [connect(server.url, tokenizer=spoken, **FAST) for server in (first, second)]
+        engine = Parse(*models, outer=outer)
+        started = time.monotonic()
+        yield first, second, lambda: engine.generate(prompt, max_new_tokens=NEW), expected
+        assert time.monotonic() - started < LIMIT_S
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(tiny.ScriptedJudge):
+    """The real pass; cuts up to 8 tokens pass, the others fail."""
+
+    def score(self, session, draft, cuts, probes):
+        scores = super().score(session, draft, cuts, probes)
+        return dataclasses.replace(scores, values=tuple(0.9 if cut <= 8 else 0.1 for cut in probes))
+
+
+@pytest.mark.parametrize("fault", ONCE)
+@pytest.mark.parametrize("when", ["judge", "write"])
+def test_target_recovers(pair, fault, when):
+    """A fault that passes changes nothing; a stream that broke off is taken up where it broke."""
+    target, _, generate, expected = pair
+    before = len(target.seen)
+    target.faults.extend([fault] if when == "judge" else [None, fault])
+    result = generate()
+    assert result.tokens == expected.tokens
+    assert not target.faults
+    asked = [body for _, body in target.seen[before:]]
+    streamed = [body for body in asked if body.get("stream")]
+    if when == "write" and fault in ("reset_stream", "broken_stream"):
+        again, first = streamed[-1]["prompt"], streamed[0]["prompt"]
+        # a reset may take with it what the client has not read yet
+        assert len(again) > len(first) or fault == "reset_stream", "it should go on from the tokens that had come"
+        assert again[: len(first)] == first
+    assert result.counters.target_calls >= 2
+
+
+@pytest.mark.parametrize("fault", ONCE)
+def test_draft_recovers(pair, fault):
+    _, draft, generate, expected = pair
+    draft.faults.append(fault)
+    result = generate()
+    assert result.tokens == expected.tokens
+    assert result.counters.kept_draft_tokens == expected.counters.kept_draft_tokens
+
+
+def test_dead_draft_leaves_the_target_alone_and_says_so(pair):
+    target, draft, generate, _ = pair
+    draft.kill()
+    result = generate()
+    assert list(result.tokens) == tiny.plain_answer(tiny.model("llama"))[1][:NEW]
+    assert all(span.author is Author.TARGET for span in result.spans)
+    assert any("target went on alone" in note and draft.url in note for note in result.notes)
+    started = time.monotonic()
+    assert any("a short time ago" in note for note in generate().notes)
+    assert time.monotonic() - started < LIMIT_S / 2
+    assert target.seen
+
+
+def test_draft_that_breaks_off_is_judged_as_far_as_it_came(pair):
+    """Its server dies in mid-draft: what there is of it is not lost."""
+    _, draft, generate, expected = pair
+    draft.faults.extend(["broken_stream", "500", "500"])
+    result = generate()
+    assert result.rounds[0].judged_tokens == 3
+    assert any("did not finish a draft" in note for note in result.notes)
+    assert result.stop is StopReason.TOKEN_LIMIT
+    assert result.new_tokens == expected.new_tokens
+
+
+def test_slow_draft_is_given_up_in_time(pair):
+    _, draft, generate, _ = pair
+    draft.faults.extend(["slow"] * 3)
+    started = time.monotonic()
+    result = generate()
+    assert time.monotonic() - started < 3 * FAST["read_timeout_s"] + LIMIT_S / 2
+    assert any("did not finish a draft" in note and "read_timeout_s" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("fault", ["500", "malformed", "slow", "reset"])
+def test_lost_target_gives_back_what_was_finished(pair, fault):
+    """It goes away after the judge has kept half of the draft: the error holds that half."""
+    target, _, generate, expected = pair
+    target.faults.extend([None] + [fault] * 3)
+    with pytest.raises(TargetLost, match=target.url) as lost:
+        generate()
+    partial = lost.value.partial
+    kept = expected.counters.kept_draft_tokens
+    assert partial.tokens == expected.tokens[:kept]
+    assert (partial.stop, partial.new_tokens) == (StopReason.SERVER_LOST, kept)
+    assert generate().tokens == expected.tokens, "the engine stays usable"
+
+
+def test_target_killed_and_restarted(pair):
+    target, _, generate, expected = pair
+    target.kill()
+    with pytest.raises(TargetLost) as lost:
+        generate()
+    assert lost.value.partial.tokens == ()
+    with target:  # the same port
+        assert generate().tokens == expected.tokens
+
+
+def test_a_server_that_drips_is_bound_by_the_whole_time(spoken):
+    with FakeServer(tiny.model("llama"), pace_s=0.0) as server:
+        remote = connect(server.url, tokenizer=spoken, retries=0, request_timeout_s=1.0, read_timeout_s=5.0)
+        server.pace_s = 0.3
+        prompt, _ = tiny.plain_answer(tiny.model("llama"))
+        with pytest.raises(TargetLost, match="longer than request_timeout_s=1") as lost:
+            Parse(remote).generate(prompt, max_new_tokens=40)
+        assert 0 < lost.value.partial.new_tokens < 10
+
+
+def test_a_server_that_is_not_there_is_an_error_at_once(spoken):
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="Check that the server runs"):
+        connect("http://127.0.0.1:9", tokenizer=spoken, retries=1, backoff_s=0.01)
+    assert time.monotonic() - started < LIMIT_S / 2
