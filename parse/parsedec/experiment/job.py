@@ -20,6 +20,7 @@ from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
 from parsedec.remote.model import RemoteModel
+from parsedec.tasks.base import Problem
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,7 @@ def run_job(
 
     status = "failed"
     try:
-        turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
-        left = sum(turns - len(arm.requests) for arm in arms)
-        with progress(left) as step:
+        with progress(_left(arms, problems, settings)) as step:
 
             def after_each(name: str) -> None:
                 step(name)
@@ -90,6 +89,12 @@ def run_job(
         save(status)
         write_trace(record, folder / "trace.html")
     return record
+
+
+def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:
+    """Requests that are still to be answered; every turn of a conversation is one."""
+    turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
+    return sum(turns - len(arm.requests) for arm in arms)
 
 
 def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
