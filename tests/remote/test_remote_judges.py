@@ -142,10 +142,11 @@ def test_judges_that_read_what_a_server_keeps_are_refused_by_name(serve, pair, t
             Parse(model, drafting, outer=PrefixVerification(judge=ConfidenceJudge(judge=LABEL)))
     sampler = Sampler(Sampling())
     assert not Drafter(drafting, target, NoSpeculation(), sampler, [5, 6], (), logprobs=True).logprobs
+    session = RemoteSession(remote)
+    session.feed([5, 6])
+    suffix = LABEL.bind(remote).suffix
     with pytest.raises(IncompatibleStack, match="reads all logits"):
-        session = RemoteSession(remote)
-        session.feed([5, 6])
-        session.judge([7, 8], [2], LABEL.bind(remote).suffix)
+        session.judge([7, 8], [2], suffix)
 
 
 # Outer levels

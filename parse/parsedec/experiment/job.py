@@ -42,9 +42,7 @@ def run_job(
     problems = task.problems()
     arms = make_arms()
     if earlier:
-        for arm in arms:
-            before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
-            arm.requests = [request for request in before if not request["error"]]  # the others are tried again
+        _take_over(arms, earlier)
     head = {
         "schema_version": SCHEMA_VERSION,
         "title": cfg.title or _title(cfg),
@@ -89,6 +87,13 @@ def run_job(
         save(status)
         write_trace(record, folder / "trace.html")
     return record
+
+
+def _take_over(arms: Sequence[Arm], earlier: dict[str, Any]) -> None:
+    """The finished requests of an interrupted run; those that failed are tried again."""
+    for arm in arms:
+        before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
+        arm.requests = [request for request in before if not request["error"]]
 
 
 def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:
