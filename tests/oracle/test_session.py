@@ -92,9 +92,9 @@ def test_a_random_walk_equals_a_plain_forward(family, seed):
             tree = Tree((expected[-1], *guesses), (-1, *parents))
             session.tree(tree)
             if rng.random() < 0.8:  # otherwise the pass is dropped by whatever comes next
-                path = tree.path_to(rng.randrange(tree.size))
-                session.keep(path)
-                expected = expected + [tree.tokens[node] for node in path[1:]]
+                accepted = tree.path_to(rng.randrange(tree.size))
+                session.keep(accepted)
+                expected = expected + [tree.tokens[node] for node in accepted[1:]]
         elif move == "judge":
             draft, cuts = some(8), [2, 5, 8]
             session.judge(draft, cuts, SUFFIX, path=path)

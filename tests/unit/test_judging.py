@@ -1,6 +1,7 @@
 """Judges side by side: areas against scikit-learn, thresholds against trying all of them, and the whole command."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from parsedec.text import Draft
 from parsedec.training.prefixes import Marked
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'parse'}{os.pathsep}{ROOT / 'adapters'}"}
 
 
 def drafts(n, seed=0, cuts=(3, 5, 9), signal=1.0):
@@ -95,7 +97,7 @@ def test_the_command_measures_judges_on_labelled_steps(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "experiments" / "judges.py", "runtime=cpu", "draft=none", f"steps.path={steps}",
          "~judges.confidence", "~judges.escalating", f"output={tmp_path / 'out'}"],
-        capture_output=True, text=True, cwd=tmp_path, check=False)  # fmt: skip
+        capture_output=True, text=True, cwd=tmp_path, check=False, env=ENVIRONMENT)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "record.json")
     record = json.loads((tmp_path / "out" / "record.json").read_text())

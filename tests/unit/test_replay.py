@@ -81,7 +81,7 @@ def test_the_judge_keeps_what_the_script_says_and_computes_everything(pair, kind
     for prompt in prompts(6):
         result = engine.generate(prompt, max_new_tokens=LENGTH)
         assert result.new_tokens == LENGTH
-        read = engine._target_ids(prompt)
+        read = engine.target_ids(prompt)
         stands = scripted.share(read) * LENGTH
         assert abs(result.counters.kept_draft_tokens - stands) <= 2, "half a segment of four"
         assert result.judge_path == "packed"

@@ -20,6 +20,7 @@ from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
 from parsedec.remote.model import RemoteModel
+from parsedec.tasks.base import Problem
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,13 @@ def run_job(
         for arm in arms:
             before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
             arm.requests = [request for request in before if not request["error"]]  # the others are tried again
-    head = _head(cfg, config, arms, earlier)
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "title": cfg.title or _title(cfg),
+        "config": config,
+        "provenance": provenance() | _servers(arms),
+        "resumed_from": earlier["provenance"] if earlier else None,
+    }
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
     saved = time.monotonic()
@@ -58,9 +65,7 @@ def run_job(
 
     status = "failed"
     try:
-        turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
-        left = sum(turns - len(arm.requests) for arm in arms)
-        with progress(left) as step:
+        with progress(_left(arms, problems, settings)) as step:
 
             def after_each(name: str) -> None:
                 step(name)
@@ -86,17 +91,10 @@ def run_job(
     return record
 
 
-def _head(
-    cfg: DictConfig, config: dict[str, Any], arms: Sequence[Arm], earlier: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What a record says before its arms."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "title": cfg.title or _title(cfg),
-        "config": config,
-        "provenance": provenance() | _servers(arms),
-        "resumed_from": earlier["provenance"] if earlier else None,
-    }
+def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:
+    """Requests that are still to be answered; every turn of a conversation is one."""
+    turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
+    return sum(turns - len(arm.requests) for arm in arms)
 
 
 def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
