@@ -58,8 +58,8 @@ class Session(DecodingSession):
         check_cuts(len(draft), cuts, probes)
         if not suffix or not probes:
             path = JudgePath.CAUSAL
-        elif path is JudgePath.CAUSAL:
-            raise JudgeError(f"a causal pass has no probes, but a suffix of {len(suffix)} tokens was given.")
+        elif path not in (JudgePath.PACKED, JudgePath.FORKED):
+            raise JudgeError(f"path={path} with a suffix of {len(suffix)} tokens; expected packed or forked.")
         self._check_room(len(draft) + len(suffix))
         before = self.rows
         done = self._staged.reusable(draft, cuts) if self._staged else 0

@@ -124,7 +124,7 @@ class LabelEquivalence:
         if isinstance(model, RemoteModel):
             raise IncompatibleStack(
                 f"equivalence=label reads the logits of {model.name}, which are at {model.server.url}. Use "
-                "equivalence=equal or same_number, or equivalence.model with a model that is here."
+                "equivalence=equal or number, or equivalence.model with a model that is here."
             )
         same, different = label_tokens(model, suffix_text(model, "?"), self.labels)
         return replace(self, model=model, label_ids=(same, different))
