@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "experiments/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+    *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+)
 SMALL = {"run.py": ["task.n=2", "warmup=0", "max_new_tokens=24"], "compare.py": ["task.n=1", "warmup=0"],
          "overhead.py": ["task.n=1", "repeats=1"],
          "replay.py": ["task.n=1", "warmup=0", "max_new_tokens=12", "task.words=8", "plot=false"],
