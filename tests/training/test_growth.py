@@ -11,7 +11,7 @@ from parsedec.errors import ConfigError
 from parsedec.model import load
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.training.generation import prompts
-from parsedec.training.growth import freeze, grown
+from parsedec.training.growth import freeze, grown, renew
 from parsedec.training.loop import Trainer
 from parsedec.training.packing import Answer, Packer, Row
 from parsedec.training.solve_judge import Optimisation, SolveAndJudge
@@ -69,6 +69,19 @@ def test_frozen_layers_stay(draft):
     changed = {name for name, weight in model.hf.named_parameters() if not torch.equal(weight, before[name])}
     assert changed
     assert all("layers.2." in name or name in ("model.norm.weight", "lm_head.weight") for name in changed)
+
+
+def test_control_tokens_begin_anew(draft):
+    model = dataclasses.replace(draft, hf=copy.deepcopy(draft.hf))
+    before = draft.hf.get_input_embeddings().weight
+    renew(model, ["Correct", "Incorrect"], seed=1)
+    after = model.hf.get_output_embeddings().weight
+    ids = model.tokenizer.convert_tokens_to_ids(["Correct", "Incorrect"])
+    assert sorted((before != after).any(1).nonzero()[:, 0].tolist()) == sorted(ids)
+    assert abs(torch.cosine_similarity(after[ids[0]], after[ids[1]], dim=0)) < 0.3
+    torch.testing.assert_close(after[ids].norm(dim=1), (before.norm(dim=1).median() / 2).expand(2))
+    with pytest.raises(ConfigError, match="nowhere"):
+        renew(model, ["nowhere"], seed=1)
 
 
 def test_what_cannot_grow_or_freeze_is_refused(texts):

@@ -62,6 +62,28 @@ def freeze(model: LanguageModel, layers: int) -> None:
 
 
 @torch.no_grad()
+def renew(model: LanguageModel, tokens: Sequence[str], seed: int) -> None:
+    """Give tokens that the model has never met new embeddings, in random directions.
+
+    Training without a token pushes its output row where those of all unused tokens go: control tokens then can hardly
+    be told apart, which frozen embeddings would keep so. The new rows are half as long as the median row, so that they
+    stand out nowhere by chance.
+    """
+    ids = model.tokenizer.convert_tokens_to_ids(list(tokens))
+    known = model.tokenizer.get_vocab()
+    if strangers := [token for token in tokens if token not in known]:
+        raise ConfigError(
+            f"recipe.new_tokens has {strangers}, which {model.name}'s vocabulary has not. Leave them out."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tables = {part.weight for part in (model.hf.get_input_embeddings(), model.hf.get_output_embeddings())}
+    for table in tables:  # one, if input and output share it
+        rows = torch.randn(len(ids), table.shape[1], generator=generator)
+        rows *= table.norm(dim=1).median().item() / 2 / rows.norm(dim=1, keepdim=True)
+        table[ids] = rows.to(table)
+
+
+@torch.no_grad()
 def _constant(hf: Any, layer: int, norm: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     """A direction [H] along which the normed inputs of a layer are all about 1: projections here have no bias."""
     rows = torch.cat(

@@ -26,7 +26,7 @@ from parsedec.training.drafts import Pool, load_or_sample, share_wrong
 from parsedec.training.evaluation import accuracy, calibrate, evaluate
 from parsedec.training.export import export, export_card
 from parsedec.training.generation import prompts, write_answers
-from parsedec.training.growth import freeze, grown
+from parsedec.training.growth import freeze, grown, renew
 from parsedec.training.packing import Batch, Packer
 from parsedec.training.rows import Batches, Rows, stream
 from parsedec.training.solve_judge import SolveAndJudge
@@ -42,6 +42,8 @@ class ModelJob:
         self.cfg = cfg
         self.folder = folder
         self.model = new_model(cfg)
+        if cfg.recipe.new_tokens:
+            renew(self.model, cfg.recipe.new_tokens, cfg.seed)
         freeze(self.model, cfg.recipe.freeze)
         self.schedule = instantiate(cfg.recipe.optimisation)
         self.objective = SolveAndJudge(
