@@ -10,9 +10,21 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from parsedec.reporting.curves import depth_figure
-from parsedec.reporting.figure import COLOURS, INK, Cell, Figure, Rows, bars_height, beside, lines, names, numbers
-from parsedec.reporting.figure import series as lines_of
-from parsedec.reporting.figure import stacked, whiskers
+from parsedec.reporting.figure import (
+    COLOURS,
+    INK,
+    Cell,
+    Figure,
+    Rows,
+    bars_height,
+    beside,
+    lines,
+    names,
+    numbers,
+    series,
+    stacked,
+    whiskers,
+)
 
 Json = Mapping[str, Any]
 STEP_PARTS = ("target", "drafter", "speculator", "engine")
@@ -55,7 +67,7 @@ def training_pictures(record: Json, prefix: str) -> list[Figure]:
 
 
 def _course(axes: Axes, rows: Rows, scale: float, label: str) -> None:
-    lines_of(axes, [[row[0], row[1], scale * float(row[2] or 0)] for row in rows], 1, 2)
+    series(axes, [[row[0], row[1], scale * float(row[2] or 0)] for row in rows], 1, 2)
     for line in axes.get_lines():
         line.set_markevery(max(1, len(line.get_xdata()) // 8))  # type: ignore[arg-type]
     axes.set(xlabel="step", ylabel=label)

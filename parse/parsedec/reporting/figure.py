@@ -29,7 +29,7 @@ from parsedec.experiment.record import write_text
 INK, FAINT = "#1c2126", "#d6d9dc"  # as drawn; the page replaces them by its own, which follow light and dark
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a8f94", "#b8a800")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
-HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
+HATCHES = ("", "//", "\\\\", "xx", "--")
 HEAT = "cividis"  # the same order for every eye, also in grey
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -200,7 +200,12 @@ def series(axes: Axes, rows: Rows, x: int, y: int, *, low: int | None = None, hi
     """A line with its own marker per name in column 0; with intervals, if there are columns of them."""
     for i, name in enumerate(dict.fromkeys(names(rows))):
         own = [row for row in rows if str(row[0]) == name]
-        style = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)], "markersize": 5, "label": name}
+        style = {
+            "marker": MARKERS[i % len(MARKERS)],
+            "color": COLOURS[i % len(COLOURS)],
+            "markersize": 5,
+            "label": name,
+        }
         here, there = numbers(own, x), numbers(own, y)
         if low is None or high is None:
             axes.plot(here, there, **style)
@@ -215,7 +220,9 @@ def heat(axes: Axes, grid: np.ndarray, labels: np.ndarray, scale: str) -> None:
     for (row, column), share in np.ndenumerate(grid):
         if np.isfinite(share):
             colour = "white" if share < 0.55 else "black"
-            axes.text(column + 0.5, row + 0.5, str(labels[row, column]), ha="center", va="center", fontsize=8, color=colour)
+            axes.text(
+                column + 0.5, row + 0.5, str(labels[row, column]), ha="center", va="center", fontsize=8, color=colour
+            )
     axes.invert_yaxis()
     axes.grid(visible=False)
     figure = axes.get_figure()

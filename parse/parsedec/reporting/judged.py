@@ -14,6 +14,7 @@ from parsedec.reporting.figure import (
     COLOURS,
     FAINT,
     INK,
+    MARKERS,
     Cell,
     Figure,
     Rows,
@@ -24,10 +25,10 @@ from parsedec.reporting.figure import (
     names,
     numbers,
     series,
-    whiskers,
 )
 
 Json = Mapping[str, Any]
+WIDE = 8  # costs further apart than this many times are drawn on a logarithmic scale
 
 
 def calibration_pictures(found: Json, prefix: str) -> list[Figure]:
@@ -38,7 +39,11 @@ def calibration_pictures(found: Json, prefix: str) -> list[Figure]:
     if any(one["separation"]["curve"] for one in judged.values()):
         figures.append(roc(judged, prefix))
     if "sweep" in found:
-        figures += [sweep(found, prefix), positions(found["by_position"], prefix), mistakes(found["by_position"], prefix)]
+        figures += [
+            sweep(found, prefix),
+            positions(found["by_position"], prefix),
+            mistakes(found["by_position"], prefix),
+        ]
     return figures
 
 
@@ -102,8 +107,8 @@ def sweep(found: Json, prefix: str) -> Figure:
     return Figure(
         name=f"{prefix}-sweep",
         title="What every threshold would keep, and get wrong",
-        guide="Every marker is a threshold, strict ones on the left: the solid line is the share of mistakes found, the "
-        "dashed one what it may be at worst, and a promise is kept where the dashed line is below the level one.",
+        guide="Every marker is a threshold, strict ones on the left: the solid line is the share of mistakes found, "
+        "the dashed one what it may be at worst, and a promise is kept where the dashed line is below the level one.",
         heads=(*keys, "goal"),
         rows=[[*(row[key] for key in keys), goal] for row in found["sweep"]["check"]],
         draw=_sweep,
@@ -169,7 +174,11 @@ def mistakes(found: Json, prefix: str) -> Figure:
 
 def _mistakes(axes: Axes, rows: Rows) -> None:
     moved = [  # side by side, not on top of each other
-        [row[0], float(row[1] or 0) + (-0.08 if row[0] == rows[0][0] else 0.08), *(100 * float(x or 0) for x in row[4:7])]
+        [
+            row[0],
+            float(row[1] or 0) + (-0.08 if row[0] == rows[0][0] else 0.08),
+            *(100 * float(x or 0) for x in row[4:7]),
+        ]
         for row in rows
     ]
     series(axes, moved, 1, 2, low=3, high=4)
@@ -222,11 +231,14 @@ def _quality(axes: Axes, rows: Rows) -> None:
     for i, name in enumerate(names(rows)):
         x, y = numbers(rows, 5)[i], numbers(rows, 2)[i]
         low, high = numbers(rows, 3)[i], numbers(rows, 4)[i]
-        style = {"color": COLOURS[i % len(COLOURS)], "fmt": "osD^vPX<>*ph"[i % 12], "label": name}
+        style = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)], "label": name}
         axes.errorbar([x], [y], yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], capsize=3, **style)
     axes.axhline(0.5, color=FAINT, linewidth=1.5)
     axes.set(xlabel="cost of judging one draft, in decode steps", ylabel="area under the ROC curve")
-    axes.set_xlim(left=0)
+    if (cost := numbers(rows, 5)).max() > WIDE * cost.min():
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
     beside(axes)
 
 
@@ -255,8 +267,8 @@ def evaluation_pictures(found: Json, prefix: str) -> list[Figure]:
             Figure(
                 name=f"{prefix}-localisation",
                 title="Is the first mistake found?",
-                guide="Of the drafts with a mistake: how often the judge stopped right before the first wrong line, and "
-                "how often there or earlier, so that no mistake was kept.",
+                guide="Of the drafts with a mistake: how often the judge stopped right before the first wrong line, "
+                "and how often there or earlier, so that no mistake was kept.",
                 heads=("line", "threshold", "count", "n", "share", "share_low", "share_high"),
                 rows=located,
                 draw=_localisation,
@@ -272,8 +284,8 @@ def evaluation_pictures(found: Json, prefix: str) -> list[Figure]:
             Figure(
                 name=f"{prefix}-accuracy",
                 title="Right answers on unseen problems",
-                guide="The share of problems answered rightly; the bar is the range that chance in the choice of problems "
-                "leaves.",
+                guide="The share of problems answered rightly; the bar is the range that chance in the choice of "
+                "problems leaves.",
                 heads=("model", "n", "accuracy", "accuracy_low", "accuracy_high"),
                 rows=accuracies,
                 draw=_accuracies,

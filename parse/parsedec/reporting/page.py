@@ -44,7 +44,7 @@ def write_report(found: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path, 
     found  paths of records and what was read there
     Raises ParsedecError for a record that no command of ours writes.
     """
-    made = sections(sources([(path, dict(record)) for path, record in found]), folder.resolve())
+    made = sections(sources([(path, dict(record)) for path, record in found], folder))
     files = folder / FILES
     files.mkdir(parents=True, exist_ok=True)
     pictures = {one.anchor: [drawn(figure, files) for figure in one.figures] for one in made}
@@ -52,7 +52,7 @@ def write_report(found: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path, 
 
 
 def heading(made: Sequence[Section]) -> str:
-    return made[0].title if len(made) == 1 else f"{len(made)} parts"
+    return made[0].title if len(made) == 1 else f"Report of {len(made)} parts"
 
 
 def render(made: Sequence[Section], pictures: Mapping[str, Any], title: str) -> str:

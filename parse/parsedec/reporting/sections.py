@@ -64,39 +64,38 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A record and where it lies."""
+    """A record, where it lies, and its trace as seen from the report."""
 
     path: Path
     record: Json
     anchor: str
-
-    @property
-    def trace(self) -> Path:
-        return self.path.with_name("trace.html")
+    trace: str
 
 
-def sources(found: Sequence[tuple[Path, Json]]) -> list[Source]:
-    """With anchors made of the names of their folders."""
+def sources(found: Sequence[tuple[Path, Json]], folder: Path) -> list[Source]:
+    """With anchors made of the names of their folders; the report will lie in `folder`."""
     made: list[Source] = []
     for path, record in found:
-        anchor = re.sub(r"[^a-z0-9]+", "-", path.resolve().parent.name.lower()).strip("-") or "record"
-        anchor = f"record-{anchor}" if not anchor[0].isalpha() else anchor
+        name = re.sub(r"[^a-z0-9]+", "-", path.resolve().parent.name.lower()).strip("-")
+        name = name if name[:1].isalpha() else f"record-{name}".rstrip("-")
         taken = {source.anchor for source in made}
-        unique = next(name for i in range(1, len(found) + 2) if (name := f"{anchor}-{i}" if i > 1 else anchor) not in taken)
-        made.append(Source(path=path, record=record, anchor=unique))
+        choices = (f"{name}-{i}" if i > 1 else name for i in range(1, len(found) + 1))
+        anchor = next(choice for choice in choices if choice not in taken)
+        trace = os.path.relpath(path.resolve().with_name("trace.html"), folder.resolve())
+        made.append(Source(path=path, record=record, anchor=anchor, trace=Path(trace).as_posix()))
     return made
 
 
-def sections(found: Sequence[Source], folder: Path) -> list[Section]:
-    """Of every record; in front of them those of records that can be laid side by side. `folder`: links start there."""
-    return [*side_by_side(found), *(section(source, folder) for source in found)]
+def sections(found: Sequence[Source]) -> list[Section]:
+    """Of every record; in front of them those of records that can be laid side by side."""
+    return [*side_by_side(found), *(section(source) for source in found)]
 
 
-def section(source: Source, folder: Path) -> Section:
+def section(source: Source) -> Section:
     record = source.record
     for key, make in MAKERS:
         if key(record):
-            made = make(source, folder)
+            made = make(source)
             provenance = record.get("provenance") or {}
             return replace(made, status=record.get("status", "finished"), command=provenance.get("command"))
     raise ParsedecError(
@@ -105,7 +104,7 @@ def section(source: Source, folder: Path) -> Section:
     )
 
 
-def _arms(source: Source, folder: Path) -> Section:
+def _arms(source: Source) -> Section:
     record, points = source.record, speed.points(source.record)
     compared = bool(record.get("comparison"))
     tables = [arms_table(record)] if record["arms"] and points else []
@@ -123,7 +122,7 @@ def _arms(source: Source, folder: Path) -> Section:
         said=in_short(record, points),
         tables=tables,
         figures=figures,
-        links=trace_links(source, folder) if points else [],
+        links=trace_links(source) if points else [],
         words=frozenset(words),
     )
 
@@ -137,7 +136,7 @@ def arms_table(record: Json) -> TextTable:
 
 
 def in_short(record: Json, points: Sequence[speed.Point]) -> list[str]:
-    """What a hurried reader should know: the fastest arm with a judge, and the fastest without, against the baseline."""
+    """What a hurried reader should know: the fastest arm with a judge, and without, against the baseline."""
     if not points:
         return ["No request was answered."]
     rated = [point for point in points if point.gain]
@@ -164,21 +163,22 @@ def _against(point: speed.Point, what: str, baseline: str) -> str:
     return text + "."
 
 
-def trace_links(source: Source, folder: Path) -> list[Link]:
+def trace_links(source: Source) -> list[Link]:
     """To requests that tell most: some arm was wrong, or kept nothing; else the first ones."""
     arms = source.record["arms"]
     keyed = [(arm["name"], by_id(arm["requests"])) for arm in arms]
     wrong, others = [], []
-    href = os.path.relpath(source.trace, folder)
     for number, key in enumerate(dict.fromkeys(key for _, requests in keyed for key in requests), 1):
         bad = [name for name, requests in keyed if key in requests and requests[key].get("correct") is False]
-        link = Link(href=f"{href}#request-{number}", text=key[0], why=f"wrong: {', '.join(bad)}" if bad else "all right")
+        link = Link(
+            href=f"{source.trace}#request-{number}", text=key[0], why=f"wrong: {', '.join(bad)}" if bad else "all right"
+        )
         (wrong if bad and len(bad) < len(keyed) else others).append(link)
     chosen = [*wrong, *others][:LINKS]
-    return [Link(href=href, text="all requests", why="every answer, piece by piece"), *chosen]
+    return [Link(href=source.trace, text="all requests", why="every answer, piece by piece"), *chosen]
 
 
-def _calibration(source: Source, folder: Path) -> Section:
+def _calibration(source: Source) -> Section:
     from parsedec.calibration.report import rows, sentence, verdict
 
     record = source.record
@@ -199,7 +199,7 @@ def _calibration(source: Source, folder: Path) -> Section:
     )  # fmt: skip
 
 
-def _judges(source: Source, folder: Path) -> Section:
+def _judges(source: Source) -> Section:
     record = source.record
     return Section(
         anchor=source.anchor,
@@ -212,7 +212,7 @@ def _judges(source: Source, folder: Path) -> Section:
     )  # fmt: skip
 
 
-def _training(source: Source, folder: Path) -> Section:
+def _training(source: Source) -> Section:
     record, found = source.record, source.record["evaluation"] or {}
     figures = judged.evaluation_pictures(found, source.anchor) + costs.training_pictures(record, source.anchor)
     cells = [[key.replace("_", " "), _plain(value)] for key, value in found.items() if not _is_table(value)]
@@ -243,7 +243,7 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _overhead(source: Source, folder: Path) -> Section:
+def _overhead(source: Source) -> Section:
     record = source.record
     return Section(
         anchor=source.anchor,
@@ -257,7 +257,7 @@ def _overhead(source: Source, folder: Path) -> Section:
     )  # fmt: skip
 
 
-def _floors(source: Source, folder: Path) -> Section:
+def _floors(source: Source) -> Section:
     record = source.record
     return Section(
         anchor=source.anchor,
@@ -270,7 +270,7 @@ def _floors(source: Source, folder: Path) -> Section:
     )  # fmt: skip
 
 
-MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source, Path], Section]], ...] = (
+MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source], Section]], ...] = (
     (lambda record: "arms" in record, _arms),
     (lambda record: record.get("kind") == "calibration", _calibration),
     (lambda record: "judges" in (record.get("summary") or {}), _judges),

@@ -92,7 +92,7 @@ def ratio_interval(pairs: Sequence[tuple[str, float, float]], seed: int = 0) -> 
     """(sum of a / sum of b, low, high) of (problem, a, b): 95 %, bootstrap over problems."""
     sums: dict[str, np.ndarray] = {}
     for problem, above, below in pairs:
-        sums[problem] = sums.get(problem, np.zeros(2)) + (above, below)
+        sums[problem] = sums.get(problem, np.zeros(2)) + np.array([above, below])
     rows = np.array(list(sums.values())).reshape(-1, 2)  # [n, 2]
     if not rows[:, 1].sum():
         return (None, None, None)
@@ -134,7 +134,8 @@ def front(found: Sequence[Point], baseline: str | None, prefix: str) -> Figure |
             speed = (1.0, None, None)
         else:
             speed = tuple(point.gain[f"speedup{end}"] for end in ("", "_low", "_high"))
-        rows.append([point.name, point.summary["problems"] if "problems" in point.summary else point.summary["requests"],
+        n = point.summary.get("problems", point.summary["requests"])
+        rows.append([point.name, n,
                      point.summary["accuracy"], *point.summary["accuracy_interval"], *speed])  # fmt: skip
     if not rows:
         return None
@@ -155,16 +156,15 @@ def front(found: Sequence[Point], baseline: str | None, prefix: str) -> Figure |
 
 def on_front(at: Sequence[tuple[float, float]]) -> list[bool]:
     """Which of the (speed, accuracy) pairs no other one beats in one and equals in the other."""
-    return [
-        not any(s >= speed and a >= right and (s, a) != (speed, right) for s, a in at) for speed, right in at
-    ]
+    return [not any(s >= speed and a >= right and (s, a) != (speed, right) for s, a in at) for speed, right in at]
 
 
 def _front(axes: Axes, rows: Rows, label: str) -> None:
     x, y = numbers(rows, 5), 100 * numbers(rows, 2)
     below, above = 100 * numbers(rows, 3), 100 * numbers(rows, 4)
     best = sorted((x[i], y[i]) for i in range(len(rows)) if rows[i][8])
-    axes.plot(*zip(*best, strict=True), color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    # a step: what some arm reaches at this speed or more
+    axes.plot(*zip(*best, strict=True), color=INK, linewidth=1, linestyle=(0, (4, 3)), drawstyle="steps-pre", zorder=1)
     for i, name in enumerate(names(rows)):
         place = (x[i : i + 1], y[i : i + 1])
         style = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)]}
@@ -272,8 +272,8 @@ def waits(found: Sequence[Point], prefix: str, name: str, title: str, key: str, 
     return Figure(
         name=f"{prefix}-{name}",
         title=title,
-        guide=f"Seconds {until}: half of the answers lie in the box, its line is the middle one, the whiskers span from "
-        "the fastest to the slowest 5 %, and the cross is what 99 in 100 stay below.",
+        guide=f"Seconds {until}: half of the answers lie in the box, its line is the middle one, the whiskers span "
+        "from the fastest to the slowest 5 %, and the cross is what 99 in 100 stay below.",
         heads=("arm", "n", *(f"p{q}" for q in QUANTILES)),
         rows=rows,
         draw=_waits,
