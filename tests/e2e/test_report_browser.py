@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import DARK, NEEDS_BROWSER, READABLE, WATCH, browse, is_drawn_on, luminance
 
+from browser import DARK, NEEDS_BROWSER, READABLE, WATCH, browse, is_drawn_on, luminance
 from parsedec.experiment.record import read_record
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -28,9 +28,11 @@ addEventListener("load", () => {
   const words = element => ({color: getComputedStyle(element).fill, size: element.getBoundingClientRect().width});
   const report = {
     failures, resources: performance.getEntriesByType("resource").length,
-    page: getComputedStyle(document.body).backgroundColor, card: getComputedStyle(document.querySelector("figure")).backgroundColor,
+    page: getComputedStyle(document.body).backgroundColor,
+    card: getComputedStyle(document.querySelector("figure")).backgroundColor,
     ink: getComputedStyle(document.body).color, soft: getComputedStyle(document.querySelector("figcaption p")).color,
-    pictures: pictures.map(svg => ({width: svg.getBoundingClientRect().width, height: svg.getBoundingClientRect().height,
+    pictures: pictures.map(svg => ({
+      width: svg.getBoundingClientRect().width, height: svg.getBoundingClientRect().height,
       inside: svg.getBBox().width > 100, words: [...svg.querySelectorAll("text")].slice(0, 3).map(words)})),
     sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     folded: [...document.querySelectorAll("figure details")].filter(one => one.open).length,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import DARK, NEEDS_BROWSER, READABLE, WATCH, browse, channels, is_drawn_on, luminance
 
+from browser import DARK, NEEDS_BROWSER, READABLE, WATCH, browse, channels, is_drawn_on, luminance
 from parsedec.experiment.trace import render_trace
 
 pytestmark = NEEDS_BROWSER

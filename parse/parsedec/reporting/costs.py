@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -54,7 +55,7 @@ def training_pictures(record: Json, prefix: str) -> list[Figure]:
                     guide=guide,
                     heads=("of", "step", suffix),
                     rows=rows,
-                    draw=lambda axes, drawn, scale=scale, label=label: _course(axes, drawn, scale, label),  # type: ignore[misc]
+                    draw=partial(_course, scale=scale, label=label),
                 )
             )
     found = record["evaluation"] or {}

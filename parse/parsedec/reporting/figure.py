@@ -31,7 +31,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 HATCHES = ("", "//", "\\\\", "xx", "--")
 HEAT = "cividis"  # the same order for every eye, also in grey
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # to a type checker the names are literals
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -200,7 +200,7 @@ def series(axes: Axes, rows: Rows, x: int, y: int, *, low: int | None = None, hi
     """A line with its own marker per name in column 0; with intervals, if there are columns of them."""
     for i, name in enumerate(dict.fromkeys(names(rows))):
         own = [row for row in rows if str(row[0]) == name]
-        style = {
+        style: dict[str, Any] = {
             "marker": MARKERS[i % len(MARKERS)],
             "color": COLOURS[i % len(COLOURS)],
             "markersize": 5,

@@ -231,7 +231,7 @@ def _quality(axes: Axes, rows: Rows) -> None:
     for i, name in enumerate(names(rows)):
         x, y = numbers(rows, 5)[i], numbers(rows, 2)[i]
         low, high = numbers(rows, 3)[i], numbers(rows, 4)[i]
-        style = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)], "label": name}
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)], "label": name}
         axes.errorbar([x], [y], yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], capsize=3, **style)
     axes.axhline(0.5, color=FAINT, linewidth=1.5)
     axes.set(xlabel="cost of judging one draft, in decode steps", ylabel="area under the ROC curve")

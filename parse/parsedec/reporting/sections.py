@@ -167,7 +167,8 @@ def trace_links(source: Source) -> list[Link]:
     """To requests that tell most: some arm was wrong, or kept nothing; else the first ones."""
     arms = source.record["arms"]
     keyed = [(arm["name"], by_id(arm["requests"])) for arm in arms]
-    wrong, others = [], []
+    wrong: list[Link] = []
+    others: list[Link] = []
     for number, key in enumerate(dict.fromkeys(key for _, requests in keyed for key in requests), 1):
         bad = [name for name, requests in keyed if key in requests and requests[key].get("correct") is False]
         link = Link(

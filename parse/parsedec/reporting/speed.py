@@ -167,7 +167,7 @@ def _front(axes: Axes, rows: Rows, label: str) -> None:
     axes.plot(*zip(*best, strict=True), color=INK, linewidth=1, linestyle=(0, (4, 3)), drawstyle="steps-pre", zorder=1)
     for i, name in enumerate(names(rows)):
         place = (x[i : i + 1], y[i : i + 1])
-        style = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)]}
         whiskers(axes, *place, (numbers(rows, 6)[i : i + 1], numbers(rows, 7)[i : i + 1]), **style, label=name)
         length = [[max(0.0, y[i] - below[i])], [max(0.0, above[i] - y[i])]]
         axes.errorbar(*place, yerr=length, capsize=3, elinewidth=1, **style, markersize=0.1)
