@@ -20,7 +20,8 @@ from parsedec.experiment.record import read_record
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
-from parsedec.reporting import page, sections, speed
+from parsedec.reporting import judged, page, sections, speed
+from parsedec.reporting.figure import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "experiments" / "records"
@@ -180,6 +181,50 @@ def test_every_record_here_becomes_a_section_with_pictures(path):
         assert len({len(row) for row in figure.rows} | {len(figure.heads)}) == 1
     assert all(len({len(row) for row in one.cells} | {len(one.heads)}) == 1 for one in made.tables)
     assert all("n" in one.heads or "n =" in one.note or "problems" in str(one.note) for one in made.tables)
+
+
+def calibration() -> dict[str, Any]:
+    """What a calibration finds, of six prefixes in two places."""
+    share = {"count": 1, "of": 2, "share": 0.5, "interval": [0.1, 0.9]}
+    kind = {
+        "separation": {"right": 3, "wrong": 3, "auc": 0.75, "interval": [0.4, 1.0], "curve": [[0.0, 0.5], [1.0, 1.0]]},
+        "reliability": {
+            "bins": [{"low": 0.9, "high": 1.0, "count": 4, "score": 0.95, "right": 0.75, "interval": [0.3, 0.95]}],
+            "ece": 0.2,
+            "count": 4,
+        },
+    }
+    none = {"auc": None, "interval": None, "curve": []}
+    row = {"threshold": 0.5, "kept_share": 0.6, "accepted_whole": 3, "accepted_whole_wrong": 1,
+           "errors": 2, "counted": 5, "risk": 0.4, "upper": 0.8}  # fmt: skip
+    return {
+        "goal": {"risk": 0.1},
+        "check": {"kept_share": 0.4},
+        "prefixes": kind,
+        "complete": {**kind, "separation": kind["separation"] | none},
+        "sweep": {"check": [row, row | {"threshold": 0.9, "risk": 0.0}]},
+        "by_position": {
+            "edges": [0.0, 0.5, 1.0],
+            "right": [[0, 2], [0, 1]],
+            "wrong": [[1, 0], [1, 1]],
+            "positions": [
+                {"segment": 0, "false_accepts": share, "false_refusals": share},
+                {"segment": 1, "false_accepts": share | {"share": None, "interval": None}, "false_refusals": share},
+            ],
+        },
+    }
+
+
+def test_pictures_of_a_calibration_hold_its_counts(tmp_path):
+    figures = {figure.name: figure for figure in judged.calibration_pictures(calibration(), "c")}
+    assert set(figures) == {"c-reliability", "c-roc", "c-sweep", "c-heat", "c-mistakes"}
+    assert [list(row[3:]) for row in figures["c-heat"].rows] == [[0, 1, 1.0], [2, 0, 0.0], [0, 1, 1.0], [1, 1, 0.5]]
+    assert [row[:4] for row in figures["c-mistakes"].rows] == [
+        ["wrong, but passed", 1, 1, 2], ["right, but refused", 1, 1, 2], ["right, but refused", 2, 1, 2]]  # fmt: skip
+    assert [(row[0], row[2], row[8]) for row in figures["c-sweep"].rows] == [(0.5, 0.4, 0.1), (0.9, 0.0, 0.1)]
+    assert {row[0] for row in figures["c-roc"].rows} == {"prefixes, area 0.750"}
+    shown = drawn(figures["c-heat"], tmp_path).svg
+    assert re.findall(r">(\d)</text>", shown)[:4] == ["1", "2", "1", "2"]  # a number in every cell that holds something
 
 
 def test_no_arm_is_on_the_front_that_another_beats():

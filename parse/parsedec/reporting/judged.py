@@ -102,15 +102,16 @@ def _roc(axes: Axes, rows: Rows) -> None:
 
 def sweep(found: Json, prefix: str) -> Figure:
     """One threshold for prefixes and complete drafts, on the problems that chose nothing."""
-    goal = found["goal"]["risk"]
+    goal, in_force = found["goal"]["risk"], found["check"]["kept_share"]
     keys = ("threshold", "kept_share", "risk", "upper", "errors", "counted", "accepted_whole", "accepted_whole_wrong")
     return Figure(
         name=f"{prefix}-sweep",
         title="What every threshold would keep, and get wrong",
         guide="Every marker is a threshold, strict ones on the left: the solid line is the share of mistakes found, "
-        "the dashed one what it may be at worst, and a promise is kept where the dashed line is below the level one.",
-        heads=(*keys, "goal"),
-        rows=[[*(row[key] for key in keys), goal] for row in found["sweep"]["check"]],
+        "the dashed one what it may be at worst; the promise is kept where the dashed line is below the level one, and "
+        "the dotted line is what the thresholds in force keep.",
+        heads=(*keys, "goal", "kept_share_in_force"),
+        rows=[[*(row[key] for key in keys), goal, in_force] for row in found["sweep"]["check"]],
         draw=_sweep,
     )
 
@@ -120,6 +121,7 @@ def _sweep(axes: Axes, rows: Rows) -> None:
     axes.plot(kept, 100 * numbers(rows, 2), marker="o", markersize=4, label="mistakes found")
     axes.plot(kept, 100 * numbers(rows, 3), linestyle="--", marker="^", markersize=4, label="at worst")
     axes.axhline(100 * numbers(rows, 8)[0], color=INK, linewidth=1, label="the goal")
+    axes.axvline(100 * numbers(rows, 9)[0], color=INK, linestyle=":", label="thresholds in force")
     axes.set(xlabel="drafted tokens kept, %", ylabel="mistakes, %")
     beside(axes)
 
