@@ -9,32 +9,18 @@ import html
 import itertools
 import json
 import re
-import shutil
-import subprocess
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browser import DARK, NEEDS_BROWSER, READABLE, WATCH, browse, channels, is_drawn_on, luminance
 from parsedec.experiment.trace import render_trace
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell", "headless_shell")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser on PATH; looked for {', '.join(NAMES)}")
+pytestmark = NEEDS_BROWSER
 
 KINDS = (".draft", ".refused", ".target")
 CANVAS = ""  # the answer's own element
-READABLE = 4.5  # WCAG 2 AA: contrast of text of this size with what is behind it
-DARK = "--blink-settings=preferredColorScheme=0"
-
-WATCH = """<script>
-const failures = [];
-console.error = (...said) => failures.push(said.join(" "));
-addEventListener("error", event => failures.push(event.message || `cannot load ${event.target.src}`), true);
-addEventListener("securitypolicyviolation", event => failures.push(`blocked ${event.blockedURI}`));
-</script>"""
-
 REPORT = """<script>
 const look = element => {
   const style = getComputedStyle(element);
@@ -119,33 +105,6 @@ def request(key: str, correct: bool, refused: bool) -> dict[str, Any]:
     }
 
 
-def browse(page: Path, *arguments: str) -> str:
-    """Run the browser on a page, with every host name unreachable; its standard output."""
-    assert BROWSER is not None
-    done = subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={page.parent / 'profile'}",
-            *arguments,
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trace")
@@ -185,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report_of(folder: Path, *arguments: str) -> dict[str, Any]:
-    dom = browse(folder / "watched.html", "--dump-dom", *arguments)
+    dom = browse(folder / "watched.html", "--dump-dom", *arguments).stdout
     found = re.search(r'<pre id="report">(.*?)</pre>', dom, re.S)
     assert found, "the page's scripts did not run to their end"
     loaded: dict[str, Any] = json.loads(html.unescape(found[1]))
@@ -195,17 +154,6 @@ def report_of(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["light", "dark"])
 def report(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
     return report_of(folder, *([DARK] if request.param == "dark" else [])) | {"mode": request.param}
-
-
-def channels(color: str) -> list[float]:
-    return [float(x) for x in re.findall(r"[\d.]+", color)]
-
-
-def luminance(color: str) -> float:
-    """Relative luminance as WCAG 2 defines it."""
-    parts = [c / 255 for c in channels(color)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_mode_is_followed(report):
@@ -244,15 +192,9 @@ def test_filters_and_links_work(report):
 
 @pytest.mark.parametrize("width", [1280, 500])  # 500: the narrowest window of a headless browser
 def test_screenshot_is_not_blank(folder, width):
-    """A blank page leaves few byte values after PNG's row filters; a page with text leaves most of them."""
     shot = folder / f"{width}.png"
     browse(folder / "plain.html", f"--screenshot={shot}", f"--window-size={width},1600")
-    png, at, packed = shot.read_bytes(), 8, b""
-    while at < len(png):  # chunks: length, name, data, checksum
-        size, name = int.from_bytes(png[at : at + 4]), png[at + 4 : at + 8]
-        packed += png[at + 8 : at + 8 + size] if name == b"IDAT" else b""
-        at += 12 + size
-    assert len(set(zlib.decompress(packed))) > 128
+    assert is_drawn_on(shot)
 
 
 def test_a_narrow_window_does_not_scroll_sideways(folder):

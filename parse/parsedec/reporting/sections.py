@@ -1,0 +1,345 @@
+"""A record becomes a section of a report: what it says in words, its tables, its pictures, its links.
+
+A record of any command has a section; what a record does not hold, because an older version made it or because the
+run was another one, is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from parsedec.errors import ParsedecError
+from parsedec.experiment import floors, judging, overhead, table
+from parsedec.experiment.trace import by_id
+from parsedec.reporting import costs, judged, speed
+from parsedec.reporting.figure import Figure
+
+Json = dict[str, Any]
+LINKS = 12  # requests that a section points to
+LABEL = 70  # characters of a sweep's label
+NOT_SETTINGS = ("title", "resume", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """Cells as text; the first column holds names."""
+
+    title: str
+    heads: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    href: str
+    text: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One record, or several side by side.
+
+    anchor  its place in the page;  kind  the command that made it, in words;  words  of the glossary it needs
+    """
+
+    anchor: str
+    kind: str
+    title: str
+    status: str = "finished"
+    command: str | None = None
+    said: Sequence[str] = ()
+    tables: Sequence[TextTable] = ()
+    figures: Sequence[Figure] = ()
+    links: Sequence[Link] = ()
+    words: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A record, where it lies, and its trace as seen from the report."""
+
+    path: Path
+    record: Json
+    anchor: str
+    trace: str
+
+
+def sources(found: Sequence[tuple[Path, Json]], folder: Path) -> list[Source]:
+    """With anchors made of the names of their folders; the report will lie in `folder`."""
+    made: list[Source] = []
+    for path, record in found:
+        name = re.sub(r"[^a-z0-9]+", "-", path.resolve().parent.name.lower()).strip("-")
+        name = name if name[:1].isalpha() else f"record-{name}".rstrip("-")
+        taken = {source.anchor for source in made}
+        choices = (f"{name}-{i}" if i > 1 else name for i in range(1, len(found) + 1))
+        anchor = next(choice for choice in choices if choice not in taken)
+        trace = os.path.relpath(path.resolve().with_name("trace.html"), folder.resolve())
+        made.append(Source(path=path, record=record, anchor=anchor, trace=Path(trace).as_posix()))
+    return made
+
+
+def sections(found: Sequence[Source]) -> list[Section]:
+    """Of every record; in front of them those of records that can be laid side by side."""
+    return [*side_by_side(found), *(section(source) for source in found)]
+
+
+def section(source: Source) -> Section:
+    record = source.record
+    for key, make in MAKERS:
+        if key(record):
+            made = make(source)
+            provenance = record.get("provenance") or {}
+            return replace(made, status=record.get("status", "finished"), command=provenance.get("command"))
+    raise ParsedecError(
+        f"{source.path} holds none of what a report is made of (arms, calibration, judges, a training, overhead, "
+        f"floors); it has {sorted(record)}."
+    )
+
+
+def _arms(source: Source) -> Section:
+    record, points = source.record, speed.points(source.record)
+    compared = bool(record.get("comparison"))
+    tables = [arms_table(record)] if record["arms"] and points else []
+    if tables:
+        tables += [TextTable(title=title, heads=heads, cells=cells, note=note)
+                   for title, heads, cells, note in table.sections(record)]  # fmt: skip
+    figures = speed.pictures(points, record.get("baseline"), source.anchor) if points else []
+    words = {"target", "kept", "judge", "tok/s", "interval", "n"} | ({"arm", "baseline"} if compared else {"arm"})
+    if any(point.summary.get("tau") for point in points):
+        words.add("tau")
+    return Section(
+        anchor=source.anchor,
+        kind="Comparison" if compared else "Run",
+        title=record["title"],
+        said=in_short(record, points),
+        tables=tables,
+        figures=figures,
+        links=trace_links(source) if points else [],
+        words=frozenset(words),
+    )
+
+
+def arms_table(record: Json) -> TextTable:
+    """The arms with n, every share and ratio with its interval."""
+    heads = ["arm", "n", *(name for name, _ in table.columns(record))]
+    counts = {arm["name"]: str(arm["summary"]["requests"]) for arm in record["arms"]}
+    cells = [[row[0], counts[row[0]], *row[1:]] for row in table.rows(record)]
+    return TextTable(title="All arms", heads=heads, cells=cells, note=table.caption(record))
+
+
+def in_short(record: Json, points: Sequence[speed.Point]) -> list[str]:
+    """What a hurried reader should know: the fastest arm with a judge, and without, against the baseline."""
+    if not points:
+        return ["No request was answered."]
+    rated = [point for point in points if point.gain]
+    if not rated:
+        one = points[0].summary
+        right = "" if one["accuracy"] is None else f", {one['accuracy']:.1%} of them right"
+        pace = "" if one["tokens_per_s"] is None else f", {one['tokens_per_s']:.1f} tokens per second"
+        return [f"{one['requests'] - one['errors']} of {one['requests']} questions answered{right}{pace}."]
+    said = []
+    for what, judges in (("With the judge", True), ("Without a judge", False)):
+        own = [p for p in rated if bool(p.summary.get("judge_passes")) == judges and not p.name.startswith("draft")]
+        if own:
+            said.append(_against(max(own, key=lambda p: float((p.gain or {})["time_ratio"])), what, record["baseline"]))
+    return said
+
+
+def _against(point: speed.Point, what: str, baseline: str) -> str:
+    gain: Mapping[str, Any] = point.gain or {}
+    quick = f"{gain['time_ratio']:.2f} times [{gain['time_ratio_low']:.2f}, {gain['time_ratio_high']:.2f}] as fast"
+    text = f"{what}, {point.name} was fastest: it answered the same {gain['requests']} questions {quick} as {baseline}"
+    if point.summary["accuracy"] is not None:
+        change, low, high = (100 * gain[f"accuracy_change{end}"] for end in ("", "_low", "_high"))
+        text += f", and its share of right answers differed by {change:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return text + "."
+
+
+def trace_links(source: Source) -> list[Link]:
+    """To requests that tell most: some arm was wrong, or kept nothing; else the first ones."""
+    arms = source.record["arms"]
+    keyed = [(arm["name"], by_id(arm["requests"])) for arm in arms]
+    wrong: list[Link] = []
+    others: list[Link] = []
+    for number, key in enumerate(dict.fromkeys(key for _, requests in keyed for key in requests), 1):
+        bad = [name for name, requests in keyed if key in requests and requests[key].get("correct") is False]
+        link = Link(
+            href=f"{source.trace}#request-{number}", text=key[0], why=f"wrong: {', '.join(bad)}" if bad else "all right"
+        )
+        (wrong if bad and len(bad) < len(keyed) else others).append(link)
+    chosen = [*wrong, *others][:LINKS]
+    return [Link(href=source.trace, text="all requests", why="every answer, piece by piece"), *chosen]
+
+
+def _calibration(source: Source) -> Section:
+    from parsedec.calibration.report import rows, sentence, verdict
+
+    record = source.record
+    found = record.get("calibration")
+    if found is None:
+        return Section(anchor=source.anchor, kind="Calibration", title=record["title"],
+                       said=[f"Not finished: {len(record['samples'])} drafts are judged."])  # fmt: skip
+    said = [f"The promise asked for: {sentence(record)}.", *verdict(found).replace("**", "").split("\n\n")]
+    return Section(
+        anchor=source.anchor,
+        kind="Calibration",
+        title=record["title"],
+        said=said,
+        tables=[TextTable(title="On problems that chose nothing", heads=["figure", "value"], cells=rows(found),
+                          note=f"n = {found['counts']['check']}. Tier: {table.tier(record)}. {table.origin(record)}")],
+        figures=judged.calibration_pictures(found, source.anchor),
+        words=frozenset({"target", "kept", "judge", "threshold", "interval", "n", "auc"}),
+    )  # fmt: skip
+
+
+def _judges(source: Source) -> Section:
+    record = source.record
+    return Section(
+        anchor=source.anchor,
+        kind="Judges",
+        title=record["title"],
+        tables=[TextTable(title="All judges", heads=judging.HEADS, cells=judging.cells(record),
+                          note=judging.note(record))],
+        figures=judged.judge_pictures(record["summary"], source.anchor),
+        words=frozenset({"target", "kept", "judge", "threshold", "interval", "n", "auc"}),
+    )  # fmt: skip
+
+
+def _training(source: Source) -> Section:
+    record, found = source.record, source.record["evaluation"] or {}
+    figures = judged.evaluation_pictures(found, source.anchor) + costs.training_pictures(record, source.anchor)
+    cells = [[key.replace("_", " "), _plain(value)] for key, value in found.items() if not _is_table(value)]
+    n = f"n = {found['problems']} unseen problems. " if "problems" in found else ""
+    return Section(
+        anchor=source.anchor,
+        kind="Training",
+        title=record["title"],
+        tables=[TextTable(title="On unseen problems", heads=["figure", "value"], cells=cells,
+                          note=f"{n}{table.origin(record)}")] * bool(cells),
+        figures=figures,
+        words=frozenset({"target", "interval", "n", *(("judge", "kept", "threshold") if "probes" in found else ()),
+                         *(("tau",) if "tau" in found else ())}),
+    )  # fmt: skip
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _plain(value: Any) -> str:
+    """A value of an evaluation as text."""
+    if isinstance(value, dict) and "share" in value:
+        low, high = value["interval"]
+        return f"{value['share']:.1%} [{low:.1%}, {high:.1%}]"
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _overhead(source: Source) -> Section:
+    record = source.record
+    return Section(
+        anchor=source.anchor,
+        kind="Overhead",
+        title=record["title"],
+        said=[overhead.sentence(record)],
+        tables=[TextTable(title="Per step", heads=overhead.HEADS, cells=overhead.rows_of(record),
+                          note=overhead.caption(record))],
+        figures=costs.overhead_picture(record, source.anchor),
+        words=frozenset({"target", "interval", "n"}),
+    )  # fmt: skip
+
+
+def _floors(source: Source) -> Section:
+    record = source.record
+    return Section(
+        anchor=source.anchor,
+        kind="Floors",
+        title=record["title"],
+        tables=[TextTable(title="All passes", heads=floors.HEADS, cells=floors.cells(record),
+                          note=floors.caption(record))],
+        figures=costs.floors_picture(record, source.anchor),
+        words=frozenset({"target"}),
+    )  # fmt: skip
+
+
+MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source], Section]], ...] = (
+    (lambda record: "arms" in record, _arms),
+    (lambda record: record.get("kind") == "calibration", _calibration),
+    (lambda record: "judges" in (record.get("summary") or {}), _judges),
+    (lambda record: "history" in record and "evaluation" in record, _training),
+    (lambda record: "inners" in record, _overhead),
+    (lambda record: "devices" in record and "rows" in record, _floors),
+)
+
+
+def side_by_side(found: Sequence[Source]) -> list[Section]:
+    """A section per group of runs, one arm each, of the same pair, task and machine: the folder of a sweep."""
+    groups: dict[str, list[Source]] = {}
+    for source in found:
+        record = source.record
+        if len(record.get("arms", ())) == 1 and speed.points(record):
+            config = record["config"]
+            draft = ((config.get("draft") or {}).get("model") or {}).get("source")
+            alike = [config["target"]["source"], draft, config.get("task"), record["provenance"]["device"]]
+            groups.setdefault(json.dumps(alike, sort_keys=True), []).append(source)
+    return [_sweep(group, i) for i, group in enumerate(groups.values(), 1) if len(group) > 1]
+
+
+def _sweep(group: Sequence[Source], number: int) -> Section:
+    labels = differences([source.record["config"] for source in group])
+    points = [
+        replace(speed.points(source.record)[0], name=label or source.anchor)
+        for source, label in zip(group, labels, strict=True)
+    ]
+    points = [replace(p, name=f"{p.name} ({i})") if [q.name for q in points].count(p.name) > 1 else p
+              for i, p in enumerate(points, 1)]  # fmt: skip
+    merged = {
+        "title": group[0].record["title"],
+        "config": group[0].record["config"],
+        "provenance": group[0].record["provenance"],
+        "arms": [{**point.arm, "name": point.name} for point in points],
+    }
+    anchor = f"sweep-{number}"
+    return Section(
+        anchor=anchor,
+        kind="Sweep",
+        title=f"{len(group)} runs side by side: {group[0].record['title']}",
+        said=["Each run was a process of its own, so differences of speed hold what else the machine did at the time; "
+              "compare.py takes turns and pairs them."],
+        tables=[arms_table(merged)],
+        figures=speed.pictures(points, None, anchor),
+        words=frozenset({"target", "kept", "judge", "tok/s", "interval", "n"}),
+    )  # fmt: skip
+
+
+def differences(configs: Sequence[Json]) -> list[str]:
+    """For every configuration, the settings in which it differs from the others, as `key=value` words."""
+    flat = [dict(_flat(config)) for config in configs]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key.split(".")[0] not in NOT_SETTINGS]
+    varied = [key for key in keys if len({json.dumps(one.get(key)) for one in flat}) > 1]
+    # the outer level holds copies of what is also set at the top
+    varied = [key for key in varied if not (key.startswith("outer.") and key.removeprefix("outer.") in varied)]
+    classes = {key.removesuffix("._target_") for key in varied if key.endswith("._target_")}
+    varied = [key for key in varied if key.endswith("._target_") or key.rpartition(".")[0] not in classes]
+    return [", ".join(f"{key.removesuffix('._target_')}={_setting(one.get(key))}" for key in varied)[:LABEL]
+            for one in flat]  # fmt: skip
+
+
+def _flat(config: Json, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _setting(value: Any) -> str:
+    return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("parsedec") else str(value)
