@@ -232,9 +232,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if wrong["type"] == "json_invalid":
         said = f"the body is no JSON: {wrong.get('ctx', {}).get('error', wrong['msg'])}."
         return await _refused(request, Refusal(400, said, code="invalid_json"))
-    field = ".".join(where)
-    said = f"'{field or 'body'}' is not what it should be: {wrong['msg'].lower()}."
-    return await _refused(request, Refusal(400, said, code="invalid_value", param=field or None))
+    said = f"'{'.'.join(where) or 'body'}' is not what it should be: {wrong['msg'].lower()}."
+    return await _refused(request, Refusal(400, said, code="invalid_value", param=where[0] if where else None))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -47,7 +47,6 @@ WHY = {
     "logprobs": "an answer has two authors, and the parts the draft model wrote were never sampled from the target",
     "echo": "only what was written is returned",
 }
-Number = StrictInt | StrictFloat
 
 
 def _unicode(text: str) -> str:
@@ -95,8 +94,8 @@ class Asked(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: StrictInt | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0)] | None = None  # an addition to OpenAI's, as in other servers
     n: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: Text | list[Text] | None = None

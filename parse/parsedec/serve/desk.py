@@ -249,7 +249,7 @@ class Desk:
         for job in late:
             job.tell(closing())
             self.drop(job)
-        while self.alive and self._jobs and time.perf_counter() < until + 5:
+        while self._jobs and time.perf_counter() < until + 5:
             await asyncio.sleep(0.02)
         return len(late)
 
