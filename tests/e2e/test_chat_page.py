@@ -84,9 +84,10 @@ class Scripted:
         assert self.go.wait(60)
         yield Delta(text=WROTE[:5], tokens=(1, 2), author=Author.TARGET)
         times = PhaseTimes(prefill_s=0, draft_s=0, judge_s=0, decode_s=0, wall_s=1.5, first_token_s=0)
+        counters = Counters(target_calls=4, draft_tokens=20, kept_draft_tokens=9)
         result = Result(
             text=DRAFTED + WROTE, tokens=tuple(range(12)), prompt_tokens=3, stop=StopReason.END_TOKEN, spans=(),
-            rounds=(), counters=Counters(target_calls=4, draft_tokens=20, kept_draft_tokens=9), times=times)  # fmt: skip
+            rounds=(), counters=counters, times=times)  # fmt: skip
         yield Delta(text=WROTE[5:], tokens=(3,), author=Author.TARGET, result=result)
 
 

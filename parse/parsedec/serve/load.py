@@ -1,8 +1,9 @@
 """Load on a server: many streaming clients for a while, each answer compared with the one its prompt alone gets.
 
-First every prompt is asked once with nothing else going on; greedy decoding then has one answer for it. A client under
-load asks for one prompt after another. Its answer is the prompt's `own`, `anothers` (mixed up), `other` (neither: shared
-passes round differently, so near ties can flip), or `lost`. Some clients leave in mid-stream; nothing may wait for them.
+First every prompt is asked once with nothing else going on; greedy decoding then has one answer for it. Under load a
+client asks for one prompt after another. Its answer is the prompt's `own`, `anothers` (mixed up), `other` (neither:
+shared passes round differently, so near ties can flip), or `lost`. Some clients leave in mid-stream; nothing may wait
+for them.
 """
 
 from __future__ import annotations
