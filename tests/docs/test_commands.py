@@ -19,7 +19,8 @@ DOCUMENTS = (
 SMALL = {"run.py": ["task.n=2", "warmup=0", "max_new_tokens=24"], "compare.py": ["task.n=1", "warmup=0"],
          "overhead.py": ["task.n=1", "repeats=1"],
          "replay.py": ["task.n=1", "warmup=0", "max_new_tokens=12", "task.words=8", "plot=false"],
-         "floors.py": ["repeats=1", "plot=false"]}  # fmt: skip
+         "floors.py": ["repeats=1", "plot=false"],
+         "load.py": ["clients=2", "seconds=1", "task.n=2", "serve.queue=8", "overflow=4"]}  # fmt: skip
 PLACEHOLDER = re.compile(r"DIR|HUB_ID|FILE|=\?\?\?|…")
 
 

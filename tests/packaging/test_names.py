@@ -37,6 +37,7 @@ def test_models_template_and_types_travel_with_it(wheel):
     for name in ("parsedec/py.typed", "parsedec/experiment/trace.html.j2",
                  "parsedec/reporting/report.html.j2", "parsedec/zoo/target/model.safetensors",
                  "parsedec/conf/config.yaml", "parsedec/conf/inner/pard.yaml",
+                 "parsedec/conf/serve.yaml", "parsedec/serve/page.html",
                  "parsedec/zoo/target/judge.json", "parsedec/zoo/draft/tokenizer.json"):  # fmt: skip
         assert wheel.get(name) is not None, f"{name} is not in the wheel"
     assert sum(size for name, size in wheel.items() if "/zoo/" in name) < 40e6

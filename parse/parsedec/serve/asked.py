@@ -1,0 +1,226 @@
+"""What a client asks for: the bodies of `/v1/chat/completions` and `/v1/completions`, and the answers to be written.
+
+A field that would change the answer and is not supported is refused by name; so is a field nobody knows. Fields that
+change nothing (`user`, `metadata` …) are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+
+from parsedec.errors import ConfigError
+from parsedec.serve.desk import Task
+from parsedec.serve.refusals import Refusal
+from parsedec.types import Limits, Message, Sampling
+
+MOST_STOPS = 16
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # not supported; these values, and null, ask for nothing
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+TAKEN = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "user"}
+WHY = {
+    "logprobs": "an answer has two authors, and the parts the draft model wrote were never sampled from the target",
+    "echo": "only what was written is returned",
+}
+
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a surrogate pair, which is no Unicode text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class Part(BaseModel):
+    """A part of a message's content; only text can be read here."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Turn(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Text
+    content: Text | list[Part]
+
+    def message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class Asked(BaseModel):
+    """What both kinds of request share; None is the server's own setting."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: StrictInt | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=0)] | None = None  # an addition to OpenAI's, as in other servers
+    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    stop: Text | list[Text] | None = None
+    seed: StrictInt | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def prompts(self) -> list[tuple[Any, bool]]:
+        """The prompts, each with whether it is text to be read as it is."""
+        raise NotImplementedError
+
+    def check_fields(self) -> None:
+        """Raise Refusal for what would change the answer and is not supported, and for names nobody knows."""
+        for name, value in (self.model_extra or {}).items():
+            if name in TAKEN:
+                continue
+            if name not in NEUTRAL:
+                raise Refusal(400, f"'{name}' is no field of this request.", code="unknown_parameter", param=name)
+            if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+                why = f": {WHY[name]}" if name in WHY else ""
+                raise Refusal(
+                    400,
+                    f"'{name}' is not supported by this server{why}. Leave it out.",
+                    code="unsupported_parameter",
+                    param=name,
+                )
+
+
+class ChatAsked(Asked):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    max_completion_tokens: StrictInt | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def prompts(self) -> list[tuple[Any, bool]]:
+        return [([turn.message() for turn in self.messages], False)]
+
+
+class TextAsked(Asked):
+    """The body of /v1/completions: text that the model goes on with, or its token ids; one prompt or several."""
+
+    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
+
+    def prompts(self) -> list[tuple[Any, bool]]:
+        if isinstance(self.prompt, str):
+            return [(self.prompt, True)]
+        if not self.prompt or self.prompt == [[]]:
+            raise Refusal(400, "'prompt' is empty; expected text or token ids.", code="invalid_value", param="prompt")
+        if isinstance(self.prompt[0], int):
+            return [(self.prompt, False)]
+        return [(prompt, isinstance(prompt, str)) for prompt in self.prompt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What holds where a client says nothing, and how much it may ask for."""
+
+    limits: Limits
+    sampling: Sampling
+    max_tokens: int
+    max_choices: int
+
+
+def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
+    """The answers a request asks for, in the order of their `index`. Raises Refusal."""
+    asked.check_fields()
+    most = asked.most_tokens
+    if most is not None and not 1 <= most <= defaults.max_tokens:
+        raise Refusal(
+            400,
+            f"{most} tokens are asked for; expected 1 to {defaults.max_tokens}.",
+            code="invalid_value",
+            param="max_tokens" if asked.max_tokens == most else "max_completion_tokens",
+        )
+    prompts, n = asked.prompts(), asked.n or 1
+    if n * len(prompts) > defaults.max_choices:
+        raise Refusal(
+            400,
+            f"the request asks for {n * len(prompts)} answers; expected at most {defaults.max_choices}.",
+            code="invalid_value",
+            param="n",
+        )
+    task = Task(
+        prompt="",
+        max_new_tokens=most or defaults.limits.max_new_tokens,
+        stop=_stops(asked.stop, defaults.limits.stop),
+        sampling=_sampling(asked, defaults.sampling),
+        seed=asked.seed,
+    )
+    return [
+        replace(task, prompt=prompt, text=text, choice=i * n + j)
+        for i, (prompt, text) in enumerate(prompts)
+        for j in range(n)
+    ]
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and not only as 0 equals False."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _stops(asked: str | list[str] | None, own: Sequence[str]) -> tuple[str, ...]:
+    stops = tuple(own) if asked is None else (asked,) if isinstance(asked, str) else tuple(asked)
+    if len(stops) > MOST_STOPS or not all(stops):
+        raise Refusal(
+            400,
+            f"'stop' has {len(stops)} strings or an empty one; expected up to {MOST_STOPS}, none of them empty.",
+            code="invalid_value",
+            param="stop",
+        )
+    return stops
+
+
+def _sampling(asked: Asked, own: Sampling) -> Sampling:
+    try:
+        return Sampling(
+            temperature=own.temperature if asked.temperature is None else float(asked.temperature),
+            top_p=own.top_p if asked.top_p is None else float(asked.top_p),
+            top_k=own.top_k if asked.top_k is None else asked.top_k,
+        )
+    except ConfigError as error:
+        raise Refusal(400, str(error), code="invalid_value", param="temperature") from error

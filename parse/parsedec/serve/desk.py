@@ -1,0 +1,371 @@
+"""Where answers wait and are written: a bounded queue, fair between clients, and the threads that run the engine.
+
+The engine is never called by two threads at a time, unless its models compute elsewhere:
+
+    batch    one thread, in which answers share the models' passes (`batch.Company`); they join and leave between passes
+    threads  one thread an answer, each with a gate history of its own: for models on servers, which batch by themselves
+
+An answer that nobody waits for any more is dropped between two passes or pieces, and its caches with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from parsedec.batch import Company, for_batches
+from parsedec.engine import Parse, Prompt
+from parsedec.errors import ParsedecError
+from parsedec.gate import GateHistory
+from parsedec.model import LanguageModel
+from parsedec.serve.refusals import Refusal, closing
+from parsedec.types import Delta, Result, Sampling
+
+log = logging.getLogger(__name__)
+SEED_STRIDE = 1_000_003  # between the seeds of requests, so that choices of neighbouring seeds differ
+LONGEST_WAIT = 60  # seconds; nobody is told to wait longer
+
+
+class Engine(Protocol):
+    """What the desk runs: `Parse`, or anything with its `stream`."""
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = ...,
+        stop: Sequence[str] = ...,
+        sampling: Sampling | None = ...,
+        generator: torch.Generator | None = ...,
+    ) -> Iterator[Delta]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One answer to be written, as `Parse.stream` takes it. `text`: the prompt is not a message but text as it is."""
+
+    prompt: Prompt
+    text: bool = False
+    max_new_tokens: int
+    stop: Sequence[str] = ()
+    sampling: Sampling
+    seed: int | None = None
+    choice: int = 0
+
+    def generator(self) -> torch.Generator:
+        """The source of randomness of this choice; without a seed it is another one each time."""
+        seed = secrets.randbits(62) if self.seed is None else self.seed * SEED_STRIDE + self.choice
+        return torch.Generator().manual_seed(seed % 2**63)
+
+
+Event = Delta | Exception  # an exception is the last one of its job
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A task on its way. Its events go into the queue of its ticket, which is read in the event loop."""
+
+    task: Task
+    client: str
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[tuple[int, Event]]
+    came: float = field(default_factory=time.perf_counter)
+    began: float | None = None
+    first: float | None = None  # when its first text stood
+    outcome: Result | Exception | None = None
+    dropped: bool = False  # nobody reads its events any more
+    over: bool = False
+
+    def tell(self, event: Event) -> None:
+        """Hand an event over; to be called by the thread that writes the answer."""
+        if isinstance(event, Exception):
+            self.outcome = self.outcome or event
+        else:
+            self.first = self.first or time.perf_counter()
+            self.outcome = event.result or self.outcome
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (self.task.choice, event))
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The answers to one request, on their way."""
+
+    desk: Desk
+    jobs: tuple[Job, ...]
+    events: asyncio.Queue[tuple[int, Event]]
+
+    async def next(self) -> tuple[int, Event]:
+        """The next event and the choice it belongs to."""
+        return await self.events.get()
+
+    def drop(self) -> None:
+        """Nobody waits for what is not finished yet."""
+        for job in self.jobs:
+            self.desk.drop(job)
+
+
+class FairQueue:
+    """Jobs by client: the client that was served longest ago is next, so many requests of one delay only its own."""
+
+    def __init__(self) -> None:
+        self._by_client: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def put(self, job: Job) -> None:
+        self._by_client.setdefault(job.client, deque()).append(job)
+        self._count += 1
+
+    def take(self) -> Job:
+        client, jobs = self._by_client.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._by_client[client] = jobs  # behind the others
+        self._count -= 1
+        return job
+
+    def remove(self, job: Job) -> bool:
+        """Take this job out; False if it does not wait."""
+        jobs = self._by_client.get(job.client, deque())
+        if job not in jobs:
+            return False
+        jobs.remove(job)
+        if not jobs:
+            del self._by_client[job.client]
+        self._count -= 1
+        return True
+
+
+class Desk:
+    """Takes tasks in, runs them `at_once` at a time, and keeps at most `queue` waiting.
+
+    run      "batch", "threads" or "auto": see above
+    on_end   called with every job that is over, in the thread that wrote it
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        at_once: int,
+        queue: int,
+        run: str = "auto",
+        on_end: Callable[[Job], None] = lambda _: None,
+    ) -> None:
+        self.engine, self.at_once, self.queue, self.on_end = engine, at_once, queue, on_end
+        self.running = 0
+        self.closed = False
+        self.mean_s = 1.0  # of an answer, lately
+        self._waiting = FairQueue()
+        self._jobs: set[Job] = set()
+        self._changed = threading.Condition()
+        shared = run == "batch" or (run == "auto" and computes_here(engine))
+        batched = shared and at_once > 1
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(body,), name=f"parsedec-desk-{i}", daemon=True)
+            for i, body in enumerate(
+                [partial(self._together, _twin(engine, True))]
+                if batched
+                else [partial(self._one_by_one, _twin(engine, False)) for _ in range(1 if shared else at_once)]
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
+
+    def submit(self, tasks: Sequence[Task], client: str) -> Ticket:
+        """Take all of these in, or none. Raises Refusal: 503 once the desk closes, 429 where there is no room."""
+        loop = asyncio.get_running_loop()
+        with self._changed:
+            if self.closed or not self.alive:
+                raise closing()
+            room = self.at_once + self.queue - len(self._jobs)
+            if len(tasks) > self.at_once + self.queue:
+                raise Refusal(
+                    400,
+                    f"the request asks for {len(tasks)} answers; this server holds {self.at_once + self.queue} at a "
+                    "time. Ask for fewer.",
+                    code="too_many_choices",
+                    param="n",
+                )
+            if len(tasks) > room:
+                wait = math.ceil(self.mean_s * (len(self._jobs) + len(tasks) - self.queue) / self.at_once)
+                raise Refusal(
+                    429,
+                    f"{self.running} answers are being written and {self.waiting} wait; there is room for {room} more. "
+                    "Try again later.",
+                    code="rate_limit_exceeded",
+                    retry=min(max(1, wait), LONGEST_WAIT),
+                )
+            events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+            jobs = tuple(Job(task, client, loop, events) for task in tasks)
+            for job in jobs:
+                self._waiting.put(job)
+            self._jobs.update(jobs)
+            self._changed.notify_all()
+        return Ticket(self, jobs, events)
+
+    def drop(self, job: Job) -> None:
+        """Nobody reads this job's events any more: it leaves the queue, or is ended where it is."""
+        job.dropped = True
+        with self._changed:
+            waited = self._waiting.remove(job)
+        if waited:
+            self._end(job)
+
+    async def drain(self, seconds: float) -> int:
+        """Take nothing new in and let what is there finish; returns how many had to be ended after `seconds`."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+        until = time.perf_counter() + seconds
+        while self._jobs and time.perf_counter() < until:
+            await asyncio.sleep(0.02)
+        with self._changed:
+            late = list(self._jobs)
+        for job in late:
+            job.tell(closing())
+            self.drop(job)
+        while self._jobs and time.perf_counter() < until + 5:
+            await asyncio.sleep(0.02)
+        return len(late)
+
+    # what follows runs in the desk's own threads
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except BaseException:
+            log.exception("a thread of the server ended; no further requests are taken")
+            with self._changed:
+                self.closed = True
+                left = list(self._jobs)
+            for job in left:
+                job.tell(RuntimeError("the server's thread ended"))
+                self._end(job)
+            raise
+
+    def _next(self, block: bool) -> Job | None:
+        """The next job to be run; None: there is none now, or, if it was waited for, never again."""
+        with self._changed:
+            while not self._waiting:
+                if not block or self.closed:
+                    return None
+                self._changed.wait()
+            job = self._waiting.take()
+            self.running += 1
+        job.began = time.perf_counter()
+        return job
+
+    def _end(self, job: Job) -> None:
+        with self._changed:
+            if job.over:
+                return
+            job.over = True
+            self._jobs.discard(job)
+            if job.began is not None:
+                self.running -= 1
+                if not job.dropped:
+                    self.mean_s += 0.2 * (time.perf_counter() - job.began - self.mean_s)
+        self.on_end(job)
+
+    def _one_by_one(self, engine: Engine) -> None:
+        while (job := self._next(block=True)) is not None:
+            self._answer(engine, job)
+            self._end(job)
+
+    def _together(self, engine: Engine) -> None:
+        company: Company[None] = Company()
+        seated: set[Job] = set()
+        while True:
+            while len(seated) < self.at_once and (job := self._next(block=not seated)) is not None:
+                seated.add(job)
+                company.join(job, partial(self._answer, engine, job))
+            if not seated:
+                return  # closed, and nothing waits
+            for job in [job for job in seated if job.dropped]:
+                company.leave(job)
+                seated.remove(job)
+                self._end(job)
+            try:
+                for key, _ in company.advance():
+                    ended = next(job for job in seated if job is key)
+                    seated.remove(ended)
+                    self._end(ended)
+            except Exception as error:  # a pass failed, e.g. for want of memory: those that waited cannot go on
+                log.exception("a pass failed; the %d answers in progress are given up", len(seated))
+                company.close()
+                for job in seated:
+                    job.tell(error)
+                    self._end(job)
+                company, seated = Company(), set()
+
+    def _answer(self, engine: Engine, job: Job) -> None:
+        """Write one answer; whatever goes wrong is its last event."""
+        try:
+            with contextlib.closing(_stream(engine, job.task)) as deltas:  # what it holds is freed, however it ends
+                for delta in deltas:
+                    if job.dropped:
+                        return
+                    job.tell(delta)
+        except ParsedecError as error:
+            job.tell(error)
+        except Exception as error:
+            log.exception("a request failed")
+            job.tell(error)
+
+
+def computes_here(engine: Engine) -> bool:
+    """Whether the engine's models compute in this process, so that only one thread may run them."""
+    models = [getattr(engine, name, None) for name in ("target", "draft")]
+    return any(type(model) is LanguageModel for model in models)
+
+
+def _stream(engine: Engine, task: Task) -> Generator[Delta]:
+    prompt: Any = task.prompt
+    if task.text:
+        target: LanguageModel | None = getattr(engine, "target", None)
+        if target is None:
+            raise Refusal(
+                400, "this engine takes no bare text; use /v1/chat/completions.", code="unsupported", param="prompt"
+            )
+        prompt = target.tokenizer.encode(prompt)
+    yield from engine.stream(
+        prompt,
+        max_new_tokens=task.max_new_tokens,
+        stop=task.stop,
+        sampling=task.sampling,
+        generator=None if task.sampling.greedy else task.generator(),
+    )
+
+
+def _twin(engine: Engine, batched: bool) -> Engine:
+    """The engine with a gate history that only one thread writes; in a batch, without threads of its own."""
+    if not isinstance(engine, Parse):
+        return engine
+    twin = copy.copy(for_batches(engine) if batched else engine)
+    twin.history = GateHistory()
+    return twin

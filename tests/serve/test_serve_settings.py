@@ -1,0 +1,83 @@
+"""`parsedec serve` from its words to the server's settings; what is wrong is said before a model is loaded."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from parsedec import __main__ as command
+from parsedec.errors import ConfigError
+from parsedec.serve.settings import ServeSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def composed(*overrides, config="serve"):
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return compose(config, [*overrides])
+
+
+def test_the_yaml_lists_every_setting_with_its_default():
+    listed = OmegaConf.load(ROOT / "conf" / "serve.yaml").serve
+    assert set(listed) - {"_target_"} == {field.name for field in dataclasses.fields(ServeSettings)}
+    assert instantiate(composed().serve) == ServeSettings()
+
+
+def test_load_is_a_server_and_its_clients():
+    cfg = composed(config="load")
+    assert cfg.serve.queue + cfg.serve.at_once >= cfg.clients  # so that none of them is refused
+
+
+@pytest.mark.parametrize(
+    "wrong", ["at_once=0", "queue=-1", "port=70000", "run=both", "api_key=secret", "max_request_bytes=1", "drain_s=-1"]
+)
+def test_values_that_cannot_be_are_refused(wrong):
+    name, _, value = wrong.partition("=")
+    with pytest.raises(Exception, match=rf"serve\.{name}") as error:
+        instantiate(composed(f"serve.{wrong}").serve)
+    assert isinstance(error.value.__cause__, ConfigError)
+    assert name != "api_key" or value not in str(error.value.__cause__)
+
+
+def test_keys_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PARSEDEC_API_KEY", " one,two ,")
+    assert ServeSettings(api_key="env").keys == ("one", "two")
+    assert ServeSettings().keys == ()
+    monkeypatch.setenv("PARSEDEC_API_KEY", "")
+    with pytest.raises(ConfigError, match="PARSEDEC_API_KEY"):
+        _ = ServeSettings(api_key="env").keys
+
+
+def test_the_first_word_names_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["parsedec"])
+    command.main()
+    assert "parsedec serve" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["parsedec", "serv"])
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    assert left.value.code == 2
+    assert "'serv'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["parsedec", "serve"])
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    assert left.value.code == 2
+    assert "parsedec[server]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("override", "said"), [("serve.prot=1", "serve.port"), ("serve.api_key=env", "API_KEY")])
+def test_a_mistake_ends_the_command_with_two(override, said, tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "PARSEDEC_API_KEY"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "parse"), str(ROOT / "adapters")])
+    done = subprocess.run([sys.executable, "-m", "parsedec", "serve", override], cwd=tmp_path, env=env, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []  # a server writes nothing
