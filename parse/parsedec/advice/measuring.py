@@ -154,10 +154,10 @@ class Prober:
         mine, drafted = (self.task.score(problem, text) for text in (own.text, draft.text))
         if drafted.correct is None:  # the target's own answer is all there is to compare with
             agrees = self.equivalence.compare(own.text, draft.text).score >= 0.5
-            return True, agrees, lambda cuts: None
+            return True, agrees, _unlabelled
         if drafted.correct or drafted.first_wrong_line is not None:
             return bool(mine.correct), bool(drafted.correct), lambda cuts: right_prefixes(draft, cuts, drafted)
-        return bool(mine.correct), False, lambda cuts: None
+        return bool(mine.correct), False, _unlabelled
 
     def _decode(
         self, problem: Problem, ids: list[int], draft: Draft, judged: Mapping[str, Pass], own: Result, index: int
@@ -188,3 +188,7 @@ def _decoding(prefix: int, result: Result) -> Decoding:
     return Decoding(
         prefix=prefix, tokens=result.new_tokens, seconds=result.times.decode_s, calls=result.counters.inner_steps
     )
+
+
+def _unlabelled(_: Sequence[int]) -> None:
+    """The labels of prefixes where only final answers are known."""

@@ -93,15 +93,15 @@ def fit_pace(trials: Sequence[Trial], inner: str) -> Pace:
     if not useful:
         raise ValueError(f"inner={inner} was not run on any problem with an answer of two tokens")
     m, cost = np.array(useful).T
-    start, pace = np.linalg.lstsq(np.stack([np.ones_like(m), m], 1), cost, rcond=None)[0] if len(set(m)) > 1 else (0, 0)
-    if start < 0 or pace <= 0:  # noise: a line through the origin
+    start, pace = np.linalg.lstsq(np.stack([np.ones_like(m), m], 1), cost, rcond=None)[0]
+    if start < 0 or pace <= 0 or len(set(m)) == 1:  # noise, or a single length: a line through the origin
         start, pace = 0.0, float(cost.sum() / m.sum())
     calls = sum(run.calls for run, _ in runs)
     return Pace(start=float(start), pace=float(pace), tau=float(m.sum() / calls) if calls else 1.0)
 
 
 def remaining_factor(trials: Sequence[Trial], limit: int) -> float:
-    """What the target still writes behind a prefix, over what its own answer is longer than that; 1 if nothing tells."""
+    """What the target still writes behind a prefix, over what its own answer is longer; 1 if nothing tells."""
     pairs = [
         (run.tokens, _left(trial.tokens, run.prefix, limit))
         for trial in trials
@@ -212,7 +212,7 @@ class Predictor:
         own = np.array([trial.own_correct for trial in self.trials])
         correct = np.array([sample.correct for sample in samples])
         if not self.prefixes:
-            return whole & ~correct & own
+            return np.asarray(whole & ~correct & own)
         wrong = prefix_losses(samples, decide(self.rule, samples, [pair]), "requests").wrong[0]
         return np.asarray(wrong & own)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -42,14 +43,13 @@ def configuration(record: Json, overrides: Sequence[str]) -> str:
     overrides  those of the advisor's own command, models and task among them; what only it knows is left out
     """
     known = compose("config")
-    user = [one for one in overrides if _root(one) in known and _root(one) not in NOT_OURS or "@" in _key(one)]
+    user = [one for one in overrides if _root(one) in known and _root(one) not in NOT_OURS]
     wanted = [*user, *record["verdict"]["overrides"]]
     base = [one for one in user if _key(one) == "experiment"]
     members = dict(_pair(one) for one in wanted if _is_member(one) and _key(one) != "experiment")
     groups = [f"{key}={value}" for key, value in members.items()]
     rest = [one for one in wanted if not _is_member(one)]
-    different = _differences(compose("config", overrides=[*base, *groups, *rest]),
-                             compose("config", overrides=[*base, *groups]))  # fmt: skip
+    different = _differences(_settings([*base, *groups, *rest]), _settings([*base, *groups]))
     defaults = [_pair(one)[1] for one in base] + [{f"override /{key}": value} for key, value in members.items()]
     body = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **different}))
     verdict = record["verdict"]
@@ -59,29 +59,24 @@ def configuration(record: Json, overrides: Sequence[str]) -> str:
     )
 
 
-def _differences(full: Any, base: Any) -> dict[str, Any]:
+def _differences(full: Json, base: Json) -> Json:
     """What of `full` is another value in `base`, or is not there."""
-    found = {}
-    for key in full:
-        if key in NOT_OURS or key == "hydra":
-            continue
-        values = [OmegaConf.to_container(OmegaConf.create({"x": node}), resolve=False)["x"]  # type: ignore[index,call-overload]
-                  if isinstance(node, DictConfig) else node for node in (_raw(full, key), _raw(base, key))]  # fmt: skip
-        if values[0] == values[1]:
-            continue
-        if isinstance(_raw(full, key), DictConfig) and isinstance(_raw(base, key), DictConfig):
-            found[str(key)] = _differences(full[key], base[key])
-        else:
-            found[str(key)] = values[0]
+    found: Json = {}
+    for key, value in full.items():
+        other = base.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _differences(value, other):
+                found[key] = inner
+        elif value != other:
+            found[key] = value
     return found
 
 
-def _raw(node: DictConfig, key: Any) -> Any:
-    """A value as it is written, an interpolation included."""
-    if key not in node:
-        return None
-    held = node._get_node(key)
-    return held if isinstance(held, DictConfig) else OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index,call-overload]
+def _settings(overrides: Sequence[str]) -> Json:
+    """A run's configuration as it is written, interpolations included."""
+    data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=False)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items() if key not in NOT_OURS}
 
 
 def _pair(override: str) -> tuple[str, str]:
@@ -94,7 +89,7 @@ def _key(override: str) -> str:
 
 
 def _root(override: str) -> str:
-    return _key(override).lstrip("+~").partition(".")[0]
+    return re.split("[.@]", _key(override).lstrip("+~"))[0]
 
 
 def _is_member(override: str) -> bool:
@@ -173,7 +168,7 @@ def note(record: Json) -> str:
     shown = "prefixes" if record["verdict"]["prefixes"] else "complete drafts; wrong prefixes cannot be told here"
     return (
         f"Tier: {tier(record)}. n = {record['costs']['problems']}, seed {config['seed']}, at most "
-        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems). An arm is "
+        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems). An arm: "
         "segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which something "
         f"wrong is kept ({shown}). Milliseconds a request. Rehearsed: predicted, and corrected by running it on "
         f"{config['short']} of the problems; the others are predictions. {origin(record)}"

@@ -83,8 +83,8 @@ def conclude(
             "gain. Take a smaller one, or speed it up (draft.inner=…).")))  # fmt: skip
     elif ideal < demands.gain:
         findings.append(Finding("short_answers", (
-            f"Answers are too short: {predictor.own.mean():.0f} tokens on average, and even with every draft kept whole "
-            f"one judge pass and the draft model's reading of the prompt leave {ideal:.2f}x.")))  # fmt: skip
+            f"Answers are too short: {predictor.own.mean():.0f} tokens on average, and even with every draft kept "
+            f"whole one judge pass and the draft model's reading of the prompt leave {ideal:.2f}x.")))  # fmt: skip
     elif parse.speedup < demands.gain and kept < max(even, 0.05):
         findings.append(Finding("refusing_judge", (
             f"The judge refuses too much: {100 * kept:.0f} % of the draft tokens stand, and drafting and judging cost "

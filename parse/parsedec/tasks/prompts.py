@@ -12,7 +12,8 @@ from parsedec.tasks.jsonl import JsonlTask, read_prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(JsonlTask):
-    """An answer is right if it ends in the reference's number, or is the same text; without a reference nobody knows."""
+    """An answer is right if its last number is the reference's, or if it is the same text; without a reference it is
+    not scored."""
 
     references: ClassVar[bool] = False
     name: str = "prompts"
