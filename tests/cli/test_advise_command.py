@@ -18,7 +18,7 @@ from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.prompts import Prompts
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-SMALL = ["runtime=cpu", "max_new_tokens=160", "n=3", "short=1", "segmenters=[lines]", "thresholds=[null,0.5]",
+SMALL = ["runtime=cpu", "max_new_tokens=48", "n=3", "short=1", "segmenters=[lines]", "thresholds=[null,0.5]",
          "loops=[]", "inners=[draft_model]", "task.seed=3"]  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
     for one in (engine, same):
         assert isinstance(one.outer, PrefixVerification if record["verdict"]["helps"] else TargetOnly)
     assert same.outer == engine.outer
-    assert (written.task.seed, written.max_new_tokens) == (3, 160)
+    assert (written.task.seed, written.max_new_tokens) == (3, 48)
 
 
 def loaded(config):

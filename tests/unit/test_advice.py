@@ -201,7 +201,8 @@ def test_final_answers_alone_count_whole_drafts_that_replace_a_right_answer():
 
 
 def test_of_arms_about_as_fast_the_safer_one_is_best():
-    predictor = Predictor([Engine().trial(i) for i in range(N)], FirstFailure(), LIMIT)
+    engine = Engine()
+    predictor = Predictor([engine.trial(i) for i in range(N)], FirstFailure(), LIMIT)
     arms = predictor.parse("lines", [(0.1, 0.1), (0.5, 0.5), (0.9, 0.9)], ["none"])
     assert best_parse(arms, DEMANDS).arm.thresholds == (0.9, 0.9)
     assert best_parse(arms, Demands(gain=1.05, spoilt=1.0)).arm.thresholds == (0.1, 0.1)

@@ -46,8 +46,7 @@ class Notes:
         before = earlier or {}
         trials = (Trial.of_data(data) for data in before.get("trials", ()))
         self.trials = {trial.id: trial for trial in trials if not trial.error}  # the others are tried again
-        self.rehearsal: Requests = before.get("rehearsal", {})
-        self.check: Requests = before.get("check", {})
+        self.rehearsal, self.check = (_answered(before.get(key, {})) for key in ("rehearsal", "check"))
         self.results: dict[str, Any] = {}
         self.record: dict[str, Any] = {}  # as it was saved last
 
@@ -154,6 +153,11 @@ class Advisor:
         self.demands = Demands(cfg.gain, cfg.spoilt)
         self.predictor = Predictor(list(notes.trials.values()), prober.outer.boundary, cfg.max_new_tokens, cfg.seed)
         inners = [name for name in prober.inners if name in self.predictor.paces]
+        if not inners:
+            raise ConfigError(
+                f"none of the first {cfg.short} problems could be run, so the inner levels' paces are not known; the "
+                "log says why. Raise short, or leave those problems out."
+            )
         self.alone = [self.predictor.alone(name) for name in inners]
         pairs = self._pairs()
         self.arms = [arm for name in prober.segmenters for arm in self.predictor.parse(name, pairs, inners)]
@@ -267,6 +271,11 @@ class Advisor:
         settings = Settings(limits=limits, sampling=sampling, seed=self.cfg.seed, warmup=1)
         with progress(len(arms) * len(problems) - sum(map(len, done.values()))) as step:
             run_arms(runs, self.task, problems, settings, _both(step, self.notes))
+
+
+def _answered(requests: Requests) -> Requests:
+    """Those of an interrupted run that have an answer; the others are tried again."""
+    return {name: [one for one in runs if not one["error"]] for name, runs in requests.items()}
 
 
 def _both(step: Callable[[str], None], notes: Notes) -> Callable[[str], None]:

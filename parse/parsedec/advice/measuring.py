@@ -7,6 +7,7 @@ cuts; everything a threshold, a boundary rule or an inner level changes is decid
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ Labels = Callable[[Sequence[int]], tuple[bool, ...] | None]  # cuts -> whether t
 
 def chosen(group: str, entry: str) -> list[str]:
     """The overrides of a member of a group and its settings, written as on a command line: 'pard inner.length=4'."""
-    name, *own = entry.split()
+    name, *own = shlex.split(entry)
     return [f"{group}={name}", *own]
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from parsedec.experiment.build import conf_folder
 from parsedec.experiment.record import write_text
+from parsedec.experiment.summary import wilson
 from parsedec.experiment.table import grid, origin, printed, tier
 
 Json = dict[str, Any]
@@ -105,14 +106,21 @@ def arm_rows(record: Json) -> list[list[str]]:
     demand = record["config"]["spoilt"]
     shown = [arm for arm in parse if arm["spoilt"] <= demand][:SHOWN] or parse[:SHOWN]
     marked = [{**arm, "label": f"{arm['label']} (rehearsed)"} for arm in record["rehearsed"]]
-    return [_arm_row(arm) for arm in (*marked, *shown, *alone)]
+    return [_arm_row(arm, record["costs"]["problems"]) for arm in (*marked, *shown, *alone)]
 
 
-def _arm_row(arm: Json) -> list[str]:
+def _arm_row(arm: Json, n: int) -> list[str]:
     low, high = arm["interval"]
     parts = [f"{1000 * arm['parts'][name]:.1f}" for name in ("draft", "judge", "decode")]
-    shares = ["-" if arm[key] is None else f"{100 * arm[key]:.0f} %" for key in ("kept_share", "spoilt")]
-    return [arm["label"], f"{arm['speedup']:.2f} [{low:.2f}, {high:.2f}]", *shares, *parts]
+    kept = "-" if arm["kept_share"] is None else f"{100 * arm['kept_share']:.0f} %"
+    return [arm["label"], f"{arm['speedup']:.2f} [{low:.2f}, {high:.2f}]", kept, _spoilt(arm["spoilt"], n), *parts]
+
+
+def _spoilt(share: float | None, n: int) -> str:
+    if share is None:
+        return "-"
+    low, high = wilson(share * n, n)
+    return f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def cost_rows(record: Json) -> list[list[str]]:
@@ -168,10 +176,11 @@ def note(record: Json) -> str:
     shown = "prefixes" if record["verdict"]["prefixes"] else "complete drafts; wrong prefixes cannot be told here"
     return (
         f"Tier: {tier(record)}. n = {record['costs']['problems']}, seed {config['seed']}, at most "
-        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems). An arm: "
-        "segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which something "
-        f"wrong is kept ({shown}). Milliseconds a request. Rehearsed: predicted, and corrected by running it on "
-        f"{config['short']} of the problems; the others are predictions. {origin(record)}"
+        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems; Wilson). "
+        "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
+        f"something wrong is kept ({shown}). Milliseconds a request. Rehearsed: predicted, and corrected by running it "
+        f"on {config['short']} of the problems; the others are predictions. A threshold with a promise is for "
+        f"experiments/calibrate.py to find. {origin(record)}"
     )
 
 

@@ -77,7 +77,7 @@ def conclude(
     ideal, ceiling = predictor.ideal(segmenter), predictor.ceiling()
     plain = predictor.alone("none")
     kept, even = parse.kept_share or 0.0, predictor.break_even(segmenter, parse.arm.inner)
-    if ceiling < 1.1 * demands.gain:
+    if ceiling < 1.1 * demands.gain and predictor.own.mean() >= 2:  # shorter answers have no pace
         findings.append(Finding("slow_draft", (
             f"The draft model is too slow: {ceiling:.2f} times the target's pace, which is the most that drafting can "
             "gain. Take a smaller one, or speed it up (draft.inner=…).")))  # fmt: skip
