@@ -133,7 +133,7 @@ class Parse:
         """`spelt`: each piece has its text; decoding it takes longer than all else the engine does in a step."""
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self.target_ids(prompt)
-        return self._answer(ids, self._drafter(prompt, ids, sampler, limits), sampler, limits, spelt)
+        return self._answer(ids, self.open_drafter(prompt, ids, sampler, limits), sampler, limits, spelt)
 
     def generate_batch(
         self,
@@ -231,7 +231,8 @@ class Parse:
             ),
         )
 
-    def _drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
+    def open_drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
+        """The draft model on one request; None where the outer level uses none. `ids`: the prompt in target tokens."""
         if not self.outer.needs_draft or self.draft is None or self.draft_inner is None:
             return None
         shared = self.target.same_vocabulary(self.draft)

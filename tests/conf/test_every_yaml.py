@@ -279,7 +279,7 @@ def test_yaml_lists_every_setting_of_its_class(member):
 
 
 @pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])
-@pytest.mark.parametrize("config", ["config", "compare", "calibrate", "serve"])
+@pytest.mark.parametrize("config", ["config", "compare", "calibrate", "serve", "advise"])
 def test_unknown_setting_of_a_run_is_refused(config, setting):
     with pytest.raises(ConfigCompositionException, match=setting.split("=")[0]):
         composed(setting, config=config)

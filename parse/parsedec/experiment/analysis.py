@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from parsedec.engine import Parse
@@ -27,6 +29,7 @@ from parsedec.remote.model import RemoteModel
 from parsedec.types import Sampling
 
 Json = dict[str, Any]
+T = TypeVar("T", float, NDArray[np.float64])
 ENTROPY_REQUESTS = 32  # answers whose every token's entropy is taken
 
 
@@ -136,6 +139,12 @@ def token_seconds(summary: Json) -> float | None:
     return summary["decode_s"] / decoded if decoded > 0 else None
 
 
+def expected_seconds(prefill_s: T, draft_s: T, judge_s: T, written: T, token_s: T) -> T:
+    """The cost model. `written`: what the target writes, in tokens of a pace of `token_s` seconds each; arrays hold a
+    request an element."""
+    return prefill_s + draft_s + judge_s + written * token_s
+
+
 def predict(record: Json, arm: Json) -> Json | None:
     """What the cost model says of an arm that drafts and judges, from the costs of the arms that only decode.
 
@@ -156,7 +165,8 @@ def predict(record: Json, arm: Json) -> Json | None:
     inner = next((other for other in record["arms"] if _is_inner_of(other, arm)), None)
     inner_s = token_seconds(inner["summary"]) if inner else summary["decode_s"] / max(1, written)
     prefill = base["summary"]["prefill_s"] + (alone["summary"]["prefill_s"] if alone else 0.0)
-    seconds = prefill + summary["draft_tokens"] * draft_s + summary["judge_s"] + written * (inner_s or 0.0)
+    drafting = summary["draft_tokens"] * draft_s
+    seconds = expected_seconds(prefill, drafting, summary["judge_s"], float(written), inner_s or 0.0)
     return {
         "speedup": base["summary"]["wall_s"] / seconds,
         "ceiling": target_s / draft_s,

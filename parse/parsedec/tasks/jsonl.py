@@ -110,9 +110,9 @@ class JsonlTask(ABC):
 
 
 def read_prompts(path: str | Path) -> list[Problem]:
-    """The `prompt` of every line of a JSONL file, as problems nobody scores; other keys are ignored.
+    """The `prompt` of every line of a JSONL file, and its `reference` where there is one; other keys are ignored.
 
-    Raises TaskDataError for a file that is missing or has a line without one.
+    Raises TaskDataError for a file that is missing or has a line without a prompt.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -128,7 +128,8 @@ def read_prompts(path: str | Path) -> list[Problem]:
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise TaskDataError(f'{path}, line {number} has no "prompt" with text in it: {_shorten(line)}.')
-        problems.append(Problem(id=f"{file.name}/{number}", prompt=prompt, reference=""))
+        reference = "" if row.get("reference") is None else str(row["reference"])
+        problems.append(Problem(id=f"{file.name}/{number}", prompt=prompt, reference=reference))
     return problems
 
 

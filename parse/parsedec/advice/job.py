@@ -1,0 +1,311 @@
+"""The run behind `experiments/advise.py`: measure, predict, rehearse the few best, conclude, check.
+
+What is measured is saved as it comes; `resume=true` goes on. Loops are rehearsed, not predicted: what a second draft
+would be depends on what the target has written before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from parsedec.advice.measuring import Composed, Prober, chosen
+from parsedec.advice.prediction import ArmChoice, Expected, Predictor, Rehearsal, corrected
+from parsedec.advice.trial import Trial
+from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, headline, separations
+from parsedec.boundary import DEFAULT_THRESHOLD
+from parsedec.calibration.decisions import Pair
+from parsedec.errors import ConfigError
+from parsedec.experiment.build import build_engine, build_sampling, plain
+from parsedec.experiment.cli import progress
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
+from parsedec.experiment.runner import Arm, Settings, run_arms
+from parsedec.experiment.summary import compare, summarise
+from parsedec.tasks.base import Problem, Task, require_extra, require_int
+from parsedec.types import Limits
+
+log = logging.getLogger(__name__)
+SAVE_EVERY_S = 5.0
+Requests = dict[str, list[dict[str, Any]]]  # by arm
+
+
+class Notes:
+    """The record of a run that grows: what was measured, rehearsed and checked so far."""
+
+    def __init__(self, head: dict[str, Any], path: Path, earlier: dict[str, Any] | None) -> None:
+        self.head = head
+        self.path = path
+        self._saved = time.monotonic()
+        before = earlier or {}
+        trials = (Trial.of_data(data) for data in before.get("trials", ()))
+        self.trials = {trial.id: trial for trial in trials if not trial.error}  # the others are tried again
+        self.rehearsal, self.check = (_answered(before.get(key, {})) for key in ("rehearsal", "check"))
+        self.results: dict[str, Any] = {}
+        self.record: dict[str, Any] = {}  # as it was saved last
+
+    def tick(self) -> None:
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self.save("running")
+
+    def save(self, status: str) -> None:
+        self.record = self.head | {
+            "status": status,
+            "trials": [trial.as_data() for trial in self.trials.values()],
+            "rehearsal": self.rehearsal,
+            "check": self.check,
+            **self.results,
+        }
+        write_record(self.record, self.path)
+        self._saved = time.monotonic()
+
+
+def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, Any]:
+    """Advise (or finish advising) in `folder`; returns the record, which is on disk every few seconds.
+
+    composed  the configuration of the command with further overrides
+    Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
+    """
+    config = plain(cfg)
+    earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    require_extra("sklearn", "advice")
+    task: Task = instantiate(cfg.task)
+    problems, held_out = divided(cfg, task.problems())
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "advice",
+        "title": cfg.title or f"Advice: {cfg.target.source} with {cfg.draft.model.source if cfg.draft.model else None}",
+        "config": config,
+        "provenance": provenance(),
+        "resumed_from": earlier["provenance"] if earlier else None,
+    }
+    prober = Prober(cfg, composed, task)
+    notes = Notes(head, folder / "record.json", earlier)
+    with saved(notes):
+        measure_all(prober, problems, cfg.short, notes)
+        advisor = Advisor(cfg, prober, task, notes, composed)
+        verdict = advisor.advise(problems[: cfg.short])
+        notes.results = advisor.results(verdict)
+        if held_out:
+            notes.results["checked"] = advisor.check(verdict, held_out)
+    return notes.record
+
+
+@contextmanager
+def saved(notes: Notes) -> Iterator[None]:
+    """Whatever ends the run, what was measured is on disk."""
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        log.warning("interrupted; resume=true output=%s goes on", notes.path.parent)
+        raise
+    finally:
+        notes.save(status)
+
+
+def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """The problems that are measured, and those behind them for the check."""
+    require_int("n", cfg.n, 1)
+    require_int("short", cfg.short, 1, cfg.n)
+    require_int("check.n", cfg.check.n, 0)
+    if cfg.n + cfg.check.n > len(problems):
+        raise ConfigError(
+            f"n={cfg.n} and check.n={cfg.check.n} ask for more than the {len(problems)} problems of the task; lower "
+            "one of them, or raise task.n."
+        )
+    return list(problems[: cfg.n]), list(problems[cfg.n : cfg.n + cfg.check.n])
+
+
+def measure_all(prober: Prober, problems: Sequence[Problem], short: int, notes: Notes) -> None:
+    """Measure what is not measured yet. The first measurement is made twice, and its first time does not count."""
+    left = [(i, problem) for i, problem in enumerate(problems) if problem.id not in notes.trials]
+    if left:
+        prober.measure(left[0][1], left[0][0], inners=True)
+    with progress(len(left)) as step:
+        for i, problem in left:
+            notes.trials[problem.id] = prober.measure(problem, i, inners=i < short)
+            step("measured")
+            notes.tick()
+    notes.trials = {problem.id: notes.trials[problem.id] for problem in problems}
+    if all(trial.error for trial in notes.trials.values()):
+        first = next(iter(notes.trials.values()))
+        raise ConfigError(f"no prompt could be measured; the first one: {first.error}")
+
+
+class Advisor:
+    """From measurements to a verdict, and to its check."""
+
+    def __init__(self, cfg: DictConfig, prober: Prober, task: Task, notes: Notes, composed: Composed) -> None:
+        self.cfg = cfg
+        self.prober = prober
+        self.task = task
+        self.notes = notes
+        self.composed = composed
+        self.demands = Demands(cfg.gain, cfg.spoilt)
+        self.predictor = Predictor(list(notes.trials.values()), prober.outer.boundary, cfg.max_new_tokens, cfg.seed)
+        inners = [name for name in prober.inners if name in self.predictor.paces]
+        if not inners:
+            raise ConfigError(
+                f"none of the first {cfg.short} problems could be run, so the inner levels' paces are not known; the "
+                "log says why. Raise short, or leave those problems out."
+            )
+        self.alone = [self.predictor.alone(name) for name in inners]
+        pairs = self._pairs()
+        self.arms = [arm for name in prober.segmenters for arm in self.predictor.parse(name, pairs, inners)]
+        self.looped: list[Expected] = []
+        self.separates = separations(self.predictor, list(prober.segmenters), cfg.seed)
+
+    def advise(self, problems: Sequence[Problem]) -> Verdict:
+        """The verdict, after the best arm and its loops were rehearsed on some of the measured problems."""
+        first = best_parse(self.arms, self.demands)
+        alone = max(self.alone, key=lambda one: one.speedup)
+        arms = {"target": ArmChoice(inner="none"), "once": first.arm}
+        for loop in self.cfg.loops:
+            arms[loop] = ArmChoice(
+                inner=first.arm.inner, segmenter=first.arm.segmenter, thresholds=first.arm.thresholds, loop=loop
+            )
+        self._run(arms, problems, self.notes.rehearsal)
+        done = self.notes.rehearsal
+        seconds = {name: {r["id"]: r["result"]["times"]["wall_s"] for r in runs if r["result"]}
+                   for name, runs in done.items()}  # fmt: skip
+        for name, arm in list(arms.items())[1:]:
+            both: Rehearsal = {i: (seconds["target"][i], s) for i, s in seconds[name].items() if i in seconds["target"]}
+            self.looped.append(corrected(first, self.predictor, both, arm))
+        # a loop has to be faster than once by more than noise to be worth a second draft
+        best = max(self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
+        assert first.arm.segmenter is not None
+        return conclude(self.predictor, best, alone, self.separates[first.arm.segmenter], self.demands)
+
+    def check(self, verdict: Verdict, problems: Sequence[Problem]) -> dict[str, Any]:
+        """What was predicted beside what is measured on problems that were not seen."""
+        expected = {"parse": verdict.parse}
+        if not verdict.helps and verdict.recommended.arm.inner != "none":
+            expected["advised"] = verdict.recommended
+        arms = {"target": ArmChoice(inner="none"), **{name: one.arm for name, one in expected.items()}}
+        self._run(arms, problems, self.notes.check)
+        done, rows = self.notes.check, []
+        for name, one in expected.items():
+            measured = compare(done["target"], done[name])
+            if measured is None:
+                raise ConfigError(f"no problem of the check could be answered by both the target and {one.arm.label}.")
+            rows.append({
+                "arm": one.arm.label, "advised": one is verdict.recommended, "predicted": one.speedup,
+                "predicted_interval": list(one.interval), "measured": measured["time_ratio"],
+                "measured_interval": [measured["time_ratio_low"], measured["time_ratio_high"]],
+                "error": one.speedup / measured["time_ratio"] - 1, "tokens_speedup": measured["speedup"],
+                "accuracy_change": measured["accuracy_change"], "kept_share": summarise(done[name])["kept_share"],
+            })  # fmt: skip
+        return {"problems": len(problems), "accuracy": summarise(done["target"])["accuracy"], "rows": rows}
+
+    def results(self, verdict: Verdict) -> dict[str, Any]:
+        """What the record says."""
+        predictor = self.predictor
+        slim = [_slim(one) for one in (*self.alone, *self.arms)]
+        return {
+            "verdict": {
+                "helps": verdict.helps,
+                "text": headline(verdict),
+                "findings": to_json(list(verdict.findings)),
+                "recommended": _slim(verdict.recommended),
+                "parse": _slim(verdict.parse),
+                "alone": _slim(verdict.alone),
+                "overrides": overrides_of(verdict.recommended.arm),
+                "agreement": any(trial.agreement for trial in predictor.trials),
+                "prefixes": predictor.prefixes,
+            },
+            "costs": {
+                "problems": len(predictor.trials),
+                "left_out": sum(trial.error is not None for trial in self.notes.trials.values()),
+                "target_token_s": float(predictor.token_s.mean()),
+                "draft_token_s": float(predictor.token_s.mean() / predictor.ceiling()),
+                "answer_tokens": float(predictor.own.mean()),
+                "draft_tokens": float(predictor.drafted.mean()),
+                "ceiling": predictor.ceiling(),
+                "remaining_factor": predictor.factor,
+                "accuracy": _mean([t.own_correct for t in predictor.trials]),
+                "draft_accuracy": _mean([t.draft_correct for t in predictor.trials]),
+                "inners": {name: to_json(pace) for name, pace in predictor.paces.items()},
+                "left_out_inners": self.prober.left_out,
+                "judges": {name: self._judge_costs(name) for name in self.prober.segmenters},
+            },
+            "arms": slim,
+            "rehearsed": [_slim(one) for one in self.looped],
+        }
+
+    def _judge_costs(self, segmenter: str) -> dict[str, Any]:
+        seen = [trial.judged[segmenter] for trial in self.predictor.trials]
+        seconds, rows = sum(one.seconds for one in seen), sum(one.rows for one in seen)
+        separates = {key: value for key, value in self.separates[segmenter].items() if key != "curve"}
+        return {
+            "pass_s": seconds / len(seen),
+            "rows": rows / len(seen),
+            "row_s": seconds / max(1, rows),
+            "cuts": sum(len(one.cuts) for one in seen) / len(seen),
+            "ideal": self.predictor.ideal(segmenter),
+            **separates,
+        }
+
+    def _pairs(self) -> list[Pair]:
+        rule = self.prober.outer.boundary
+        full = DEFAULT_THRESHOLD if rule.full_threshold is None else rule.full_threshold
+        own: Pair = (rule.floor, full)
+        return list(dict.fromkeys(own if t is None else (float(t), float(t)) for t in self.cfg.thresholds))
+
+    def _run(self, arms: dict[str, ArmChoice], problems: Sequence[Problem], done: Requests) -> None:
+        """Arms alternating over problems; what an interrupted run has answered is not asked again."""
+        runs = [
+            Arm(name, build_engine(self.composed(overrides_of(arm))), requests=done.setdefault(name, []))
+            for name, arm in arms.items()
+        ]
+        limits = Limits(max_new_tokens=self.cfg.max_new_tokens, stop=self.cfg.stop)
+        sampling = build_sampling(self.cfg)
+        settings = Settings(limits=limits, sampling=sampling, seed=self.cfg.seed, warmup=1)
+        with progress(len(arms) * len(problems) - sum(map(len, done.values()))) as step:
+            run_arms(runs, self.task, problems, settings, _both(step, self.notes))
+
+
+def _answered(requests: Requests) -> Requests:
+    """Those of an interrupted run that have an answer; the others are tried again."""
+    return {name: [one for one in runs if not one["error"]] for name, runs in requests.items()}
+
+
+def _both(step: Callable[[str], None], notes: Notes) -> Callable[[str], None]:
+    def after_each(name: str) -> None:
+        step(name)
+        notes.tick()
+
+    return after_each
+
+
+def overrides_of(arm: ArmChoice) -> list[str]:
+    """The command-line overrides that choose an arm."""
+    if arm.segmenter is None or arm.thresholds is None:
+        return ["outer=none", *chosen("inner", arm.inner)]
+    threshold, full = arm.thresholds
+    return [
+        *chosen("inner", arm.inner),
+        *chosen("segmenter", arm.segmenter),
+        f"boundary.threshold={threshold!r}",
+        f"boundary.full_threshold={full!r}",
+        *chosen("loop", arm.loop),
+    ]
+
+
+def _slim(one: Expected) -> dict[str, Any]:
+    """An expectation without its seconds by problem, which the trials give."""
+    data: dict[str, Any] = to_json(one)
+    del data["seconds"]
+    return data | {"label": one.arm.label}
+
+
+def _mean(marks: Sequence[bool]) -> float:
+    return sum(marks) / len(marks)

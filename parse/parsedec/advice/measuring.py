@@ -1,0 +1,195 @@
+"""Measuring a pair of models on a user's own problems: every cost once, alternating within a problem.
+
+A judge pass is made for every segmenter that cuts a draft differently, since a judge may look at what lies between two
+cuts; everything a threshold, a boundary rule or an inner level changes is decided later, from what was measured here.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from parsedec.advice.trial import Decoding, Pass, Trial
+from parsedec.answer import Answer
+from parsedec.calibration.samples import right_prefixes
+from parsedec.engine import Parse
+from parsedec.errors import ConfigError, IncompatibleStack, ParsedecError
+from parsedec.experiment.build import build_engine, build_sampling
+from parsedec.judge import judging_session
+from parsedec.meter import Meter
+from parsedec.outer import PrefixVerification
+from parsedec.peers.equivalence import Equivalence
+from parsedec.sampling import Sampler
+from parsedec.segmenters import Segmenter
+from parsedec.tasks.base import Problem, Task
+from parsedec.text import Draft
+from parsedec.types import Limits, Result
+
+log = logging.getLogger(__name__)
+
+Composed = Callable[[Sequence[str]], DictConfig]  # the user's configuration with further overrides
+Labels = Callable[[Sequence[int]], tuple[bool, ...] | None]  # cuts -> whether the prefixes up to them are right
+
+
+def chosen(group: str, entry: str) -> list[str]:
+    """The overrides of a member of a group and its settings, written as on a command line: 'pard inner.length=4'."""
+    name, *own = shlex.split(entry)
+    return [f"{group}={name}", *own]
+
+
+class Prober:
+    """Runs what has to be measured. Raises ConfigError or IncompatibleStack for a pair that cannot run at all.
+
+    inners     entry -> the target with that inner level alone
+    left_out   entry -> why it does not fit
+    """
+
+    def __init__(self, cfg: DictConfig, composed: Composed, task: Task) -> None:
+        outer = instantiate(cfg.outer)
+        if not isinstance(outer, PrefixVerification) or cfg.draft.model is None:
+            raise ConfigError(
+                f"outer is {type(outer).__name__}, draft is {'none' if cfg.draft.model is None else 'set'}; advice is "
+                "about outer=parse with a draft model."
+            )
+        self.task = task
+        self.limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
+        self.sampling = build_sampling(cfg)
+        self.seed = int(cfg.seed)
+        self.stack = build_engine(composed(chosen("inner", "none")))
+        bound = self.stack.outer
+        assert isinstance(bound, PrefixVerification)
+        self.outer = bound
+        self.equivalence: Equivalence = instantiate(cfg.equivalence).bind(self.stack.target)
+        self.segmenters: dict[str, Segmenter] = {
+            entry: instantiate(composed(chosen("segmenter", entry)).segmenter) for entry in cfg.segmenters
+        }
+        self.inners: dict[str, Parse] = {}
+        self.left_out: dict[str, str] = {}
+        for entry in dict.fromkeys(["none", *cfg.inners]):
+            try:
+                self.inners[entry] = build_engine(composed([*chosen("inner", entry), "outer=none"]))
+            except IncompatibleStack as error:
+                self.left_out[entry] = str(error)
+                log.info("inner=%s is left out: %s", entry, error)
+
+    def measure(self, problem: Problem, index: int, *, inners: bool) -> Trial:
+        """One problem; `inners`: every inner level runs on it, too. What cannot be run says why."""
+        try:
+            return self._measure(problem, index, inners)
+        except ParsedecError as error:
+            log.warning("%s is left out: %s", problem.id, error)
+            return Trial(id=problem.id, error=str(error))
+
+    @torch.inference_mode()
+    def _measure(self, problem: Problem, index: int, inners: bool) -> Trial:
+        own = self._alone("none", problem.asked, self.limits.max_new_tokens, index)
+        ids = self.stack.target_ids(problem.asked)
+        draft, draft_s = self._draft(problem, ids, index)
+        own_correct, draft_correct, labels = self._labels(problem, own, draft)
+        judged = self._judge(ids, draft, labels)
+        times = own.times
+        return Trial(
+            id=problem.id,
+            tokens=own.new_tokens,
+            prefill_s=times.prefill_s,
+            decode_s=times.decode_s,
+            wall_s=times.wall_s,
+            own_correct=own_correct,
+            draft_tokens=len(draft.tokens),
+            ended=draft.ended,
+            draft_s=draft_s,
+            draft_correct=draft_correct,
+            agreement=self.task.score(problem, draft.text).correct is None,
+            judged=judged,
+            decoded=self._decode(problem, ids, draft, judged, own, index) if inners else {},
+        )
+
+    def _alone(self, inner: str, prompt: Any, most: int, index: int) -> Result:
+        """An answer of the target with an inner level alone."""
+        return self.inners[inner].generate(
+            prompt, max_new_tokens=most, stop=self.limits.stop, sampling=self.sampling, generator=self._generator(index)
+        )
+
+    def _draft(self, problem: Problem, ids: list[int], index: int) -> tuple[Draft, float]:
+        """What the draft model writes, as the outer level would ask for it, and the seconds it takes."""
+        target, meter = self.stack.target, Meter(self.stack.target.device)
+        room = target.context_limit - len(ids) - self.outer.judge.suffix_rows
+        limit = min(self.limits.max_new_tokens, room, self.outer.max_draft_tokens or room)
+        with meter.span("draft"):
+            sampler = Sampler(self.sampling, self._generator(index))
+            drafter = self.stack.open_drafter(problem.asked, ids, sampler, self.limits)
+            assert drafter is not None
+            draft = drafter.write(Answer(target, self.limits), max(1, limit))
+        return draft, meter.seconds("draft")
+
+    def _judge(self, ids: list[int], draft: Draft, labels: Labels) -> dict[str, Pass]:
+        """The judge's passes by segmenter; segmenters that cut alike share one."""
+        made: dict[tuple[int, ...], Pass] = {}
+        judged = {}
+        for entry, segmenter in self.segmenters.items():
+            cuts = tuple(segmenter.cuts(draft))
+            if cuts not in made:
+                made[cuts] = self._pass(ids, draft, cuts, labels(cuts))
+            judged[entry] = made[cuts]
+        return judged
+
+    def _pass(self, ids: list[int], draft: Draft, cuts: tuple[int, ...], right: tuple[bool, ...] | None) -> Pass:
+        if not cuts:
+            return Pass(cuts=(), scores=(), rows=0, seconds=0.0, right=right)
+        session = judging_session(self.stack.target, self.outer.judge)
+        session.feed(ids)
+        meter = Meter(self.stack.target.device)
+        with meter.span("judge"):
+            scores = self.outer.judge.score(session, draft, cuts, cuts)
+            session.keep_draft(cuts[0])
+        return Pass(cuts=cuts, scores=scores.values, rows=scores.rows, seconds=meter.seconds("judge"), right=right)
+
+    def _labels(self, problem: Problem, own: Result, draft: Draft) -> tuple[bool, bool, Labels]:
+        """Whether the target's own answer is right, whether the draft is, and how prefixes of it are labelled."""
+        mine, drafted = (self.task.score(problem, text) for text in (own.text, draft.text))
+        if drafted.correct is None:  # the target's own answer is all there is to compare with
+            agrees = self.equivalence.compare(own.text, draft.text).score >= 0.5
+            return True, agrees, _unlabelled
+        if drafted.correct or drafted.first_wrong_line is not None:
+            return bool(mine.correct), bool(drafted.correct), lambda cuts: right_prefixes(draft, cuts, drafted)
+        return bool(mine.correct), False, _unlabelled
+
+    def _decode(
+        self, problem: Problem, ids: list[int], draft: Draft, judged: Mapping[str, Pass], own: Result, index: int
+    ) -> dict[str, tuple[Decoding, ...]]:
+        """Every inner level on the whole answer, and going on from a kept prefix, in rotating order."""
+        seen = next(iter(judged.values()))
+        kept = self.outer.boundary.keep(seen.scores) if seen.scores else 0
+        if kept in (0, len(seen.cuts)):  # nothing is left to write, or all of it: take one half way
+            kept = len(seen.cuts) // 2
+        prefix = seen.cuts[kept - 1] if kept else 0
+        names = list(self.inners)
+        turn = index % len(names)
+        decoded = {"none": [_decoding(0, own)]}
+        for name in names[turn:] + names[:turn]:
+            runs = decoded.setdefault(name, [])
+            most = self.limits.max_new_tokens
+            if name != "none":
+                runs.append(_decoding(0, self._alone(name, problem.asked, most, index)))
+            if 0 < prefix < most:
+                runs.append(_decoding(prefix, self._alone(name, [*ids, *draft.tokens[:prefix]], most - prefix, index)))
+        return {name: tuple(decoded[name]) for name in names}
+
+    def _generator(self, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+
+
+def _decoding(prefix: int, result: Result) -> Decoding:
+    return Decoding(
+        prefix=prefix, tokens=result.new_tokens, seconds=result.times.decode_s, calls=result.counters.inner_steps
+    )
+
+
+def _unlabelled(_: Sequence[int]) -> None:
+    """The labels of prefixes where only final answers are known."""

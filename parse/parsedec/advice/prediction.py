@@ -1,0 +1,249 @@
+"""What arms would do, from what was measured: thresholds are decided again by the engine's own boundary rule.
+
+    seconds = prefill and all else the target does alone + draft + judge pass + what the target still writes
+
+with the cost model of `experiment.analysis`. What is left to write behind a kept prefix of c tokens is taken to be what
+the target's own answer is longer than that, T - c, times a factor measured on a few real continuations. What an inner
+level takes for it is a start and a pace, both in the target's own seconds per token on the same problem, so that a
+machine that is busier for a while does not count.
+
+Shapes in this file:  n problems, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parsedec.advice.trial import Trial
+from parsedec.boundary import BoundaryRule
+from parsedec.calibration.decisions import Pair, decide, kept_tokens, prefix_losses
+from parsedec.calibration.samples import Sample
+from parsedec.experiment.analysis import expected_seconds
+from parsedec.experiment.summary import resampled
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What an inner level takes for m more tokens behind the first, which is free: start + pace * m, in tokens of the
+    target alone. tau: tokens per verified tree."""
+
+    start: float
+    pace: float
+    tau: float
+
+    def tokens(self, written: Floats) -> Floats:
+        """Of answers of `written` tokens [n]: their cost in tokens of the target alone."""
+        return np.where(written > 1, self.start + self.pace * (written - 1), 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmChoice:
+    """One way to set up the stack. No segmenter: the inner level alone."""
+
+    inner: str
+    segmenter: str | None = None
+    thresholds: Pair | None = None
+    loop: str = "once"
+
+    @property
+    def drafts(self) -> bool:
+        return self.segmenter is not None
+
+    @property
+    def label(self) -> str:
+        if self.segmenter is None or self.thresholds is None:
+            return f"{self.inner} alone" if self.inner != "none" else "target alone"
+        return f"{self.segmenter}, {self.thresholds[0]:.3g}, {self.inner}, {self.loop}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is to be expected of an arm.
+
+    speedup      the target's seconds over the arm's, with a 95 % interval (bootstrap over problems)
+    seconds      of the arm by problem [n], target: of the target alone
+    kept_share   of the drafts' tokens, their end tokens included
+    spoilt       share of requests in which something wrong is kept; None without drafts
+    parts        mean seconds by phase
+    """
+
+    arm: ArmChoice
+    speedup: float
+    interval: tuple[float, float]
+    seconds: tuple[float, ...]
+    kept_share: float | None = None
+    spoilt: float | None = None
+    parts: Mapping[str, float]
+
+
+def fit_pace(trials: Sequence[Trial], inner: str) -> Pace:
+    """Least squares over the runs of an inner level, each against the target's own pace on its problem. Where no answer
+    has two tokens there is no pace, and nothing it would be needed for."""
+    runs = [(run, trial.token_s) for trial in trials for run in trial.decoded.get(inner, ())]
+    useful = [(run.tokens - 1.0, run.seconds / token_s) for run, token_s in runs if run.tokens > 1 and token_s > 0]
+    if not useful:
+        return Pace(start=0.0, pace=1.0, tau=1.0)
+    m, cost = np.array(useful).T
+    start, pace = np.linalg.lstsq(np.stack([np.ones_like(m), m], 1), cost, rcond=None)[0]
+    if start < 0 or pace <= 0 or len(set(m)) == 1:  # noise, or a single length: a line through the origin
+        start, pace = 0.0, float(cost.sum() / m.sum())
+    calls = sum(run.calls for run, _ in runs)
+    return Pace(start=float(start), pace=float(pace), tau=float(m.sum() / calls) if calls else 1.0)
+
+
+def remaining_factor(trials: Sequence[Trial], limit: int) -> float:
+    """What the target still writes behind a prefix, over what its own answer is longer; 1 if nothing tells."""
+    pairs = [
+        (run.tokens, _left(trial.tokens, run.prefix, limit))
+        for trial in trials
+        for run in trial.decoded.get("none", ())
+        if run.prefix
+    ]
+    return sum(real for real, _ in pairs) / sum(left for _, left in pairs) if pairs else 1.0
+
+
+def _left(own: float, prefix: float, limit: int) -> float:
+    return float(min(max(1, own - prefix), max(0, limit - prefix)))
+
+
+class Predictor:
+    """Expectations of arms over the problems measured.
+
+    rule   the boundary rule, whose thresholds are replaced by those of an arm
+    limit  most tokens of an answer
+    """
+
+    def __init__(self, trials: Sequence[Trial], rule: BoundaryRule, limit: int, seed: int = 0) -> None:
+        self.trials = [trial for trial in trials if trial.error is None and trial.tokens]
+        if not self.trials:
+            raise ValueError("nothing was measured")
+        self.rule = rule
+        self.limit = limit
+        self.factor = remaining_factor(self.trials, limit)
+        inners = {name for trial in self.trials for name in trial.decoded}
+        self.paces = {name: fit_pace(self.trials, name) for name in sorted(inners)}
+        self.draws = resampled(len(self.trials), seed)  # [R, n]
+        self.token_s = np.array([trial.token_s for trial in self.trials])
+        self.own = np.array([trial.tokens for trial in self.trials], dtype=float)
+        self.prefill = np.array([trial.wall_s - trial.decode_s for trial in self.trials])
+        self.target = np.array([trial.wall_s for trial in self.trials])
+        self.draft = np.array([trial.draft_s for trial in self.trials])
+        self.drafted = np.array([trial.draft_tokens for trial in self.trials], dtype=float)
+        self.ended = np.array([trial.ended for trial in self.trials])
+
+    @property
+    def prefixes(self) -> bool:
+        """Whether it is known which prefixes are right."""
+        return all(seen.right is not None for trial in self.trials for seen in trial.judged.values())
+
+    def samples(self, segmenter: str) -> list[Sample]:
+        return [trial.sample(segmenter, prefixes=self.prefixes) for trial in self.trials]
+
+    def alone(self, inner: str) -> Expected:
+        """The target with an inner level and no outer one."""
+        nothing = np.zeros_like(self.target)
+        written = self.paces[inner].tokens(self.own)
+        seconds = self.target if inner == "none" else expected_seconds(
+            self.prefill, nothing, nothing, written, self.token_s)  # fmt: skip
+        return self._expected(ArmChoice(inner=inner), seconds, nothing, nothing)
+
+    def parse(self, segmenter: str, pairs: Sequence[Pair], inners: Sequence[str]) -> list[Expected]:
+        """PARSE with one segmenter, for every pair of thresholds and inner level."""
+        samples = self.samples(segmenter)
+        judge = np.array([trial.judged[segmenter].seconds for trial in self.trials])
+        decisions = decide(self.rule, samples, pairs)
+        kept = kept_tokens(samples, decisions)
+        found = []
+        for p, pair in enumerate(pairs):
+            closed = decisions.whole[p] & self.ended
+            written = self.written(kept[p], closed)
+            spoilt = self._spoilt(samples, decisions.whole[p], kept[p], segmenter, pair)
+            share = float((kept[p] + closed).sum() / max(1.0, (self.drafted + self.ended).sum()))
+            for inner in inners:
+                seconds = expected_seconds(
+                    self.prefill, self.draft, judge, self.paces[inner].tokens(written), self.token_s
+                )
+                arm = ArmChoice(inner=inner, segmenter=segmenter, thresholds=pair)
+                one = self._expected(arm, seconds, self.draft, judge)
+                found.append(replace(one, kept_share=share, spoilt=float(spoilt.mean())))
+        return found
+
+    def written(self, kept: NDArray[Any], closed: NDArray[np.bool_]) -> Floats:
+        """Tokens the target writes behind kept prefixes [n]; none where a draft that has ended is the answer."""
+        left = np.clip(self.own - kept, 1.0, None) * self.factor
+        return np.where(closed, 0.0, np.clip(np.maximum(left, 1.0), 0.0, self.limit - kept))
+
+    def ideal(self, segmenter: str) -> float:
+        """The speed-up if every draft stood: what is paid is the draft and the judge's pass."""
+        judge = np.array([trial.judged[segmenter].seconds for trial in self.trials])
+        return float(self.target.sum() / (self.prefill + self.draft + judge).sum())
+
+    def ceiling(self) -> float:
+        """The target's seconds per token over the draft model's."""
+        return float(self.token_s.mean() / (self.draft.sum() / max(1.0, (self.drafted + self.ended).sum())))
+
+    def break_even(self, segmenter: str, inner: str) -> float:
+        """The share of a draft that has to stand for drafting and judging to cost nothing."""
+        judge = np.array([trial.judged[segmenter].seconds for trial in self.trials])
+        worth = (self.drafted * self.paces[inner].pace * self.token_s).sum()
+        return float((self.draft + judge).sum() / worth) if worth else np.inf
+
+    def interval(self, seconds: Sequence[float], others: Sequence[Floats] = ()) -> tuple[float, float]:
+        """95 % of the resampled ratios of sums, times independent ratios [R] of other problems."""
+        ratios = self.target[self.draws].sum(1) / np.asarray(seconds)[self.draws].sum(1)
+        for other in others:
+            ratios = ratios * other
+        low, high = np.percentile(ratios, [2.5, 97.5])
+        return float(low), float(high)
+
+    def _spoilt(
+        self, samples: Sequence[Sample], whole: NDArray[np.bool_], kept: NDArray[Any], segmenter: str, pair: Pair
+    ) -> NDArray[np.bool_]:
+        """Whether something wrong is kept [n]; with final answers alone, whether a wrong draft replaces a right one."""
+        own = np.array([trial.own_correct for trial in self.trials])
+        correct = np.array([sample.correct for sample in samples])
+        if not self.prefixes:
+            return np.asarray(whole & ~correct & own)
+        wrong = prefix_losses(samples, decide(self.rule, samples, [pair]), "requests").wrong[0]
+        return np.asarray(wrong & own)
+
+    def _expected(self, arm: ArmChoice, seconds: Floats, draft: Floats, judge: Floats) -> Expected:
+        parts = {"prefill": self.prefill, "draft": draft, "judge": judge}
+        parts["decode"] = seconds - self.prefill - draft - judge
+        return Expected(
+            arm=arm,
+            speedup=float(self.target.sum() / seconds.sum()),
+            interval=self.interval(tuple(seconds)),
+            seconds=tuple(float(s) for s in seconds),
+            parts={name: float(part.mean()) for name, part in parts.items()},
+        )
+
+
+def corrected(expected: Expected, predictor: Predictor, runs: Rehearsal, arm: ArmChoice) -> Expected:
+    """`expected`, an arm without a loop, times what rehearsing `arm` on some of the same problems showed against it."""
+    places = {trial.id: i for i, trial in enumerate(predictor.trials)}
+    rows = np.array([
+        (target, seconds, predictor.target[places[name]], expected.seconds[places[name]])
+        for name, (target, seconds) in runs.items() if name in places
+    ])  # fmt: skip
+    if not len(rows):
+        return replace(expected, arm=arm)
+
+    def ratio(sums: Floats) -> Floats:
+        return np.asarray((sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3]))
+
+    draws = resampled(len(rows), 1, len(predictor.draws))
+    factor = float(ratio(rows.sum(0)))
+    interval = predictor.interval(expected.seconds, [ratio(rows[draws].sum(1))])
+    seconds = tuple(s / factor for s in expected.seconds)
+    return replace(expected, arm=arm, speedup=expected.speedup * factor, interval=interval, seconds=seconds)
+
+
+Rehearsal = Mapping[str, tuple[float, float]]  # problem -> seconds of the target alone, seconds of the arm

@@ -1,0 +1,216 @@
+"""What a run of the advisor leaves for people: a table for the terminal, advice.md, and a configuration to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import OmegaConf
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from parsedec.experiment.build import conf_folder
+from parsedec.experiment.record import write_text
+from parsedec.experiment.summary import wilson
+from parsedec.experiment.table import grid, origin, printed, tier
+
+Json = dict[str, Any]
+SHOWN = 8  # arms of PARSE in the table
+CLOSE = 0.15  # an error of a prediction that is called close
+NAME = "advised"
+NOT_OURS = ("output", "resume", "title", "calibration")  # settings of a run that advice says nothing about
+HEADS = ("arm", "speed-up", "kept", "spoilt", "draft ms", "judge ms", "decode ms")
+CHECK_HEADS = ("arm", "predicted", "measured", "error", "in tok/s", "accuracy change", "kept")
+
+
+def write_reports(record: Json, folder: Path, overrides: Sequence[str]) -> list[Path]:
+    """advice.md and the configuration; returns their paths."""
+    advised = folder / "experiment" / f"{NAME}.yaml"
+    written = write_text(configuration(record, overrides), advised)
+    return [write_text(markdown(record, command(folder)), folder / "advice.md"), written]
+
+
+def command(folder: Path) -> str:
+    """What runs the advised configuration."""
+    return f"python experiments/run.py --config-dir {folder} experiment={NAME}"
+
+
+def configuration(record: Json, overrides: Sequence[str]) -> str:
+    """The advised arm as a file of the group `experiment`: members of groups, and the settings that differ from theirs.
+
+    overrides  those of the advisor's own command, models and task among them; what only it knows is left out
+    """
+    known = compose("config")
+    user = [one for one in overrides if _root(one) in known and _root(one) not in NOT_OURS]
+    wanted = [*user, *record["verdict"]["overrides"]]
+    base = [one for one in user if _key(one) == "experiment"]
+    members = dict(_pair(one) for one in wanted if _is_member(one) and _key(one) != "experiment")
+    groups = [f"{key}={value}" for key, value in members.items()]
+    rest = [one for one in wanted if not _is_member(one)]
+    different = _differences(_settings([*base, *groups, *rest]), _settings([*base, *groups]))
+    defaults = [_pair(one)[1] for one in base] + [{f"override /{key}": value} for key, value in members.items()]
+    body = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **different}))
+    verdict = record["verdict"]
+    return (
+        f"# @package _global_\n# {verdict['text']}\n# Advised for PARSE (arXiv 2605.04263) by experiments/advise.py, "
+        f"on {record['costs']['problems']} problems.\n{body}"
+    )
+
+
+def _differences(full: Json, base: Json) -> Json:
+    """What of `full` is another value in `base`, or is not there."""
+    found: Json = {}
+    for key, value in full.items():
+        other = base.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _differences(value, other):
+                found[key] = inner
+        elif value != other:
+            found[key] = value
+    return found
+
+
+def _settings(overrides: Sequence[str]) -> Json:
+    """A run's configuration as it is written, interpolations included."""
+    data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=False)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items() if key not in NOT_OURS}
+
+
+def _pair(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key, value
+
+
+def _key(override: str) -> str:
+    return _pair(override)[0]
+
+
+def _root(override: str) -> str:
+    return re.split("[.@]", _key(override).lstrip("+~"))[0]
+
+
+def _is_member(override: str) -> bool:
+    """Whether an override chooses a member of a group."""
+    key = _key(override).partition("@")[0]
+    return "." not in key and (conf_folder() / key).is_dir()
+
+
+def arm_rows(record: Json) -> list[list[str]]:
+    """The rehearsed arms, inner levels alone by speed, and the fastest arms of PARSE, best first."""
+    alone = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"] is None), key=lambda a: -a["speedup"])
+    parse = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"]), key=lambda a: -a["speedup"])
+    demand = record["config"]["spoilt"]
+    shown = [arm for arm in parse if arm["spoilt"] <= demand][:SHOWN] or parse[:SHOWN]
+    marked = [{**arm, "label": f"{arm['label']} (rehearsed)"} for arm in record["rehearsed"]]
+    return [_arm_row(arm, record["costs"]["problems"]) for arm in (*marked, *shown, *alone)]
+
+
+def _arm_row(arm: Json, n: int) -> list[str]:
+    low, high = arm["interval"]
+    parts = [f"{1000 * arm['parts'][name]:.1f}" for name in ("draft", "judge", "decode")]
+    kept = "-" if arm["kept_share"] is None else f"{100 * arm['kept_share']:.0f} %"
+    return [arm["label"], f"{arm['speedup']:.2f} [{low:.2f}, {high:.2f}]", kept, _spoilt(arm["spoilt"], n), *parts]
+
+
+def _spoilt(share: float | None, n: int) -> str:
+    if share is None:
+        return "-"
+    low, high = wilson(share * n, n)
+    return f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def cost_rows(record: Json) -> list[list[str]]:
+    """What things cost, and how well the judge does."""
+    costs = record["costs"]
+    rows = [
+        ["target, ms a token", f"{1000 * costs['target_token_s']:.2f}"],
+        ["draft model, ms a token", f"{1000 * costs['draft_token_s']:.2f}"],
+        ["ceiling: the target's pace over the draft model's", f"{costs['ceiling']:.2f}"],
+        ["tokens of an answer / of a draft", f"{costs['answer_tokens']:.0f} / {costs['draft_tokens']:.0f}"],
+        [_meaning(record), f"{100 * costs['accuracy']:.0f} % / {100 * costs['draft_accuracy']:.0f} %"],
+    ]
+    for name, judge in costs["judges"].items():
+        area = "not known" if judge["auc"] is None else _area(judge)
+        rows.append([
+            f"judge, {name}", f"{judge['cuts']:.1f} cuts, {judge['rows']:.0f} rows, {1000 * judge['pass_s']:.1f} ms a "
+            f"pass ({1e6 * judge['row_s']:.0f} µs a row), AUC {area}"])  # fmt: skip
+    for name, pace in costs["inners"].items():
+        rows.append([f"inner={name}", f"{pace['pace']:.2f} of the target's time a token, {pace['start']:.1f} tokens' "
+                     f"worth to start, tau {pace['tau']:.2f}"])  # fmt: skip
+    rows += [[f"inner={name}", f"left out: {reason}"] for name, reason in costs["left_out_inners"].items()]
+    return rows
+
+
+def _area(judge: Json) -> str:
+    low, high = judge["interval"]
+    return f"{judge['auc']:.2f} [{low:.2f}, {high:.2f}] ({judge['right']} right, {judge['wrong']} wrong)"
+
+
+def _meaning(record: Json) -> str:
+    if record["verdict"]["agreement"]:
+        return "right, target / drafts (no references: agreement with the target's own answer)"
+    return "right, target / drafts" + ("" if record["verdict"]["prefixes"] else " (final answers)")
+
+
+def check_rows(record: Json) -> list[list[str]]:
+    """Predicted beside measured, a list of cells an arm."""
+    rows = []
+    for row in record.get("checked", {}).get("rows", []):
+        said, seen = ([row[key], *row[f"{key}_interval"]] for key in ("predicted", "measured"))
+        close = "" if abs(row["error"]) <= CLOSE else f" (more than {100 * CLOSE:.0f} %)"
+        kept = "-" if row["kept_share"] is None else f"{100 * row['kept_share']:.0f} %"
+        rows.append([
+            row["arm"], *(f"{x:.2f} [{low:.2f}, {high:.2f}]" for x, low, high in (said, seen)),
+            f"{100 * row['error']:+.0f} %{close}", f"{row['tokens_speedup']:.2f}",
+            f"{100 * row['accuracy_change']:+.1f} points", kept])  # fmt: skip
+    return rows
+
+
+def note(record: Json) -> str:
+    """How to read the table of arms."""
+    config = record["config"]
+    shown = "prefixes" if record["verdict"]["prefixes"] else "complete drafts; wrong prefixes cannot be told here"
+    return (
+        f"Tier: {tier(record)}. n = {record['costs']['problems']}, seed {config['seed']}, at most "
+        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems; Wilson). "
+        "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
+        f"something wrong is kept ({shown}). Milliseconds a request. Rehearsed: predicted, and corrected by running it "
+        f"on {config['short']} of the problems; the others are predictions. A threshold with a promise is for "
+        f"experiments/calibrate.py to find. {origin(record)}"
+    )
+
+
+def terminal(record: Json) -> RenderableType:
+    """What is printed."""
+    verdict = record["verdict"]
+    said = [verdict["text"], *(f"- {finding['text']}" for finding in verdict["findings"])]
+    tables: list[RenderableType] = [
+        printed("Costs", ["", "measured"], cost_rows(record), ""),
+        printed("What to expect", HEADS, arm_rows(record), note(record)),
+    ]
+    if rows := check_rows(record):
+        n = record["checked"]["problems"]
+        tables.append(printed(f"Predicted and measured, {n} further problems", CHECK_HEADS, rows, ""))
+    return Group(*tables, Text("\n".join(said), style="bold"))
+
+
+def markdown(record: Json, run: str) -> str:
+    """advice.md."""
+    verdict = record["verdict"]
+    text = (
+        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n**{verdict['text']}**\n\n"
+    )
+    if verdict["findings"]:
+        text += "What limits it:\n\n" + "".join(f"* {finding['text']}\n" for finding in verdict["findings"]) + "\n"
+    text += f"To run what is advised ({verdict['recommended']['label']}):\n\n    {run}\n\n"
+    text += "which is the same as the models and the task of the command above with\n\n"
+    text += f"    {' '.join(verdict['overrides'])}\n\n"
+    if rows := check_rows(record):
+        text += f"## Predicted and measured, {record['checked']['problems']} further problems\n\n"
+        text += grid(CHECK_HEADS, rows) + "\n\n"
+    text += f"## What to expect\n\n{grid(HEADS, arm_rows(record))}\n\n{note(record)}\n\n"
+    return text + f"## Costs\n\n{grid(('', 'measured'), cost_rows(record))}\n"

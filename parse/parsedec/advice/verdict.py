@@ -1,0 +1,124 @@
+"""From expectations to advice: the best arm, whether PARSE helps at all, and what limits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parsedec.advice.prediction import Expected, Predictor
+from parsedec.calibration.figures import judged, separation
+
+NEAR = 0.02  # arms this close in speed are told apart by what they spoil
+FEWEST = 3  # right and wrong samples below which nothing is said of how well a judge separates
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """gain: least speed-up over the target and over the inner level alone; spoilt: most requests spoilt, as a share."""
+
+    gain: float
+    spoilt: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What limits PARSE here. kind: slow_draft, short_answers, refusing_judge, blind_judge, spoiling, inner_alone."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """helps      whether PARSE is worth setting up
+    recommended  the arm to run: PARSE, an inner level alone, or the target alone
+    parse        the best arm of PARSE, whether or not it helps
+    alone        the best inner level alone, "none" among them
+    """
+
+    helps: bool
+    recommended: Expected
+    parse: Expected
+    alone: Expected
+    findings: tuple[Finding, ...]
+
+
+def best_parse(arms: Sequence[Expected], demands: Demands) -> Expected:
+    """The fastest arm that does not spoil too much; of arms about as fast the one that spoils least, then the one with
+    the highest threshold. Where all spoil too much, the one that spoils least."""
+    fit = [arm for arm in arms if (arm.spoilt or 0.0) <= demands.spoilt]
+    if not fit:
+        least = min(arm.spoilt or 0.0 for arm in arms)
+        fit = [arm for arm in arms if (arm.spoilt or 0.0) == least]
+    fastest = max(arm.speedup for arm in fit)
+    near = [arm for arm in fit if arm.speedup >= fastest * (1 - NEAR)]
+    return max(near, key=lambda one: (-(one.spoilt or 0.0), (one.arm.thresholds or (0.0, 0.0))[0], one.speedup))
+
+
+def separations(predictor: Predictor, segmenters: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """By segmenter how well the scores tell right from wrong (`calibration.figures.separation`)."""
+    return {name: separation(judged(predictor.samples(name)), seed) for name in segmenters}
+
+
+def blind(separates: dict[str, Any]) -> bool:
+    """Whether the scores tell right from wrong no better than chance; not where there is too little to say so."""
+    known = separates["auc"] is not None and min(separates["right"], separates["wrong"]) >= FEWEST
+    return bool(known and separates["interval"][0] <= 0.5)
+
+
+def conclude(
+    predictor: Predictor, parse: Expected, alone: Expected, separates: dict[str, Any], demands: Demands
+) -> Verdict:
+    """The advice. `separates`: of the segmenter of the best arm."""
+    segmenter = parse.arm.segmenter
+    assert segmenter is not None
+    findings = []
+    ideal, ceiling = predictor.ideal(segmenter), predictor.ceiling()
+    plain = predictor.alone("none")
+    kept, even = parse.kept_share or 0.0, predictor.break_even(segmenter, parse.arm.inner)
+    if ceiling < 1.1 * demands.gain and predictor.own.mean() >= 2:  # shorter answers have no pace
+        findings.append(Finding("slow_draft", (
+            f"The draft model is too slow: {ceiling:.2f} times the target's pace, which is the most that drafting can "
+            "gain. Take a smaller one, or speed it up (draft.inner=…).")))  # fmt: skip
+    elif ideal < demands.gain:
+        findings.append(Finding("short_answers", (
+            f"Answers are too short: {predictor.own.mean():.0f} tokens on average, and even with every draft kept "
+            f"whole one judge pass and the draft model's reading of the prompt leave {ideal:.2f}x.")))  # fmt: skip
+    elif parse.speedup < demands.gain and kept < max(even, 0.05):
+        findings.append(Finding("refusing_judge", (
+            f"The judge refuses too much: {100 * kept:.0f} % of the draft tokens stand, and drafting and judging cost "
+            f"as much as {100 * even:.0f} % of them are worth. If the drafts are right, ask another way "
+            "(judge.question=…) or train a judge (judge=probe).")))  # fmt: skip
+    if blind(separates):
+        low, high = separates["interval"]
+        findings.append(Finding("blind_judge", (
+            f"The judge does not separate: the area under its ROC curve is {separates['auc']:.2f} [{low:.2f}, "
+            f"{high:.2f}], 0.5 being chance. A threshold then decides how much is kept, not what.")))  # fmt: skip
+    if (parse.spoilt or 0.0) > demands.spoilt:
+        findings.append(Finding("spoiling", (
+            f"Every setting tried spoils more than {100 * demands.spoilt:.0f} % of the requests; the best of them "
+            f"{100 * (parse.spoilt or 0.0):.0f} %.")))  # fmt: skip
+    if parse.speedup < alone.speedup * demands.gain and alone.arm.inner != "none" and alone.speedup >= demands.gain:
+        findings.append(Finding("inner_alone", (
+            f"inner={alone.arm.inner} alone is {alone.speedup:.2f} times as fast as the target, PARSE with the best "
+            f"inner level {parse.speedup:.2f} times - and the former changes no token.")))  # fmt: skip
+    beaten = {"blind_judge", "spoiling", "inner_alone"} & {finding.kind for finding in findings}
+    helps = parse.speedup >= demands.gain and not beaten
+    other = alone if alone.speedup >= demands.gain else plain
+    return Verdict(
+        helps=helps, recommended=parse if helps else other, parse=parse, alone=alone, findings=tuple(findings)
+    )
+
+
+def headline(verdict: Verdict) -> str:
+    """The advice in a sentence or two."""
+    one = verdict.recommended
+    low, high = one.interval
+    said = f"{one.speedup:.2f} [{low:.2f}, {high:.2f}] times the target's speed is to be expected."
+    if verdict.helps:
+        unsure = " The interval reaches below 1: take more prompts (n=…)." if low < 1 else ""
+        return f"PARSE helps this pair: {said}{unsure}"
+    if one.arm.inner != "none":
+        return f"PARSE will not help this pair; inner={one.arm.inner} alone does: {said}"
+    return "PARSE will not help this pair, and neither does any inner level tried: run the target alone."

@@ -1,0 +1,143 @@
+"""experiments/advise.py on the zoo pair: measured, advised, checked, resumed; what it writes runs what it advised."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+pytest.importorskip("sklearn")
+
+from parsedec.advice.job import run_advice
+from parsedec.advice.measuring import Prober
+from parsedec.advice.report import check_rows, command, markdown, write_reports
+from parsedec.errors import ConfigError, OutputExistsError
+from parsedec.experiment.build import build_engine
+from parsedec.outer import PrefixVerification, TargetOnly
+from parsedec.tasks.jsonl import TaskDataError
+from parsedec.tasks.prompts import Prompts
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SMALL = ["runtime=cpu", "max_new_tokens=48", "n=3", "short=1", "segmenters=[lines]", "thresholds=[null,0.5]",
+         "loops=[]", "inners=[draft_model]", "task.seed=3"]  # fmt: skip
+
+
+def advised(folder, *overrides):
+    overrides = [*SMALL, *overrides, f"output={folder}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        record = run_advice(
+            compose("advise", overrides=overrides), folder, lambda own: compose("advise", overrides=[*overrides, *own])
+        )
+        paths = write_reports(record, folder, overrides)
+    return json.loads(json.dumps(record)), paths
+
+
+def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
+    folder = tmp_path / "out"
+    record, (page, config) = advised(folder, "check.n=1", "loops=['rounds loop.rounds=2']", "gain=0.1")
+    assert record["status"] == "finished"
+    assert json.loads((folder / "record.json").read_text()) == record
+    assert [len(runs) for runs in record["rehearsal"].values()] == [1, 1, 1]
+    assert {trial["tokens"] > 20 for trial in record["trials"]} == {True}
+    row = next(row for row in record["checked"]["rows"] if row["arm"] == record["verdict"]["parse"]["label"])
+    seconds = {name: runs[0]["result"]["times"]["wall_s"] for name, runs in record["check"].items()}
+    assert row["measured"] == pytest.approx(seconds["target"] / seconds["parse"])
+    assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+    assert check_rows(record)[0][0] in page.read_text() == markdown(record, command(folder))
+    with initialize_config_dir(
+        str(CONF),
+        version_base="1.3",
+    ):
+        direct = compose("config", overrides=["runtime=cpu", *record["verdict"]["overrides"]])
+    engine = build_engine(direct)
+    written = loaded(config)
+    same = build_engine(written)
+    for one in (engine, same):
+        assert isinstance(one.outer, PrefixVerification if record["verdict"]["helps"] else TargetOnly)
+    assert same.outer == engine.outer
+    assert (written.task.seed, written.max_new_tokens) == (3, 48)
+
+
+def loaded(config):
+    """The configuration of `run.py --config-dir … experiment=advised`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[f"hydra.searchpath=[{config.parents[1]}]", f"experiment={config.stem}"])
+
+
+def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    measure, calls = Prober.measure, []
+
+    def twice(self, problem, index, *, inners):
+        calls.append(problem.id)
+        if len(calls) == 4:  # the first one is measured twice
+            raise KeyboardInterrupt
+        return measure(self, problem, index, inners=inners)
+
+    folder = tmp_path / "out"
+    monkeypatch.setattr(Prober, "measure", twice)
+    with pytest.raises(KeyboardInterrupt):
+        advised(folder)
+    first = json.loads((folder / "record.json").read_text())
+    assert (first["status"], len(first["trials"])) == ("interrupted", 2)
+    with pytest.raises(OutputExistsError):
+        advised(folder)
+    monkeypatch.setattr(Prober, "measure", measure)
+    record, _ = advised(folder, "resume=true")
+    assert record["status"] == "finished"
+    assert record["trials"][:2] == first["trials"]
+    assert len(record["trials"]) == 3
+
+
+def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):
+    record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2")
+    verdict = record["verdict"]
+    assert not verdict["helps"]
+    assert "slow_draft" in {finding["kind"] for finding in verdict["findings"]}
+    assert verdict["overrides"] == ["outer=none", "inner=none"]
+
+
+def test_a_judge_that_refuses_all_does_not_help(tmp_path):
+    refusing = ["judge=scripted", "judge.kept=0", "judge.whole=0", "judge.spread=0"]
+    record, _ = advised(tmp_path / "out", *refusing, "inners=[]", "n=2")
+    verdict = record["verdict"]
+    assert not verdict["helps"]
+    assert verdict["parse"]["kept_share"] == 0
+    assert "refusing_judge" in {finding["kind"] for finding in verdict["findings"]}
+
+
+def test_inner_levels_that_do_not_fit_are_left_out_with_the_reason(tmp_path, tmp_path_factory):
+    prompts = tmp_path / "mine.jsonl"
+    asked = "Tom has 12 coins. Ana gives Tom 30 coins. How many coins does Tom have now?"
+    prompts.write_text("\n".join(json.dumps({"prompt": asked, **more}) for more in ({}, {"reference": 42})))
+    overrides = [o for o in SMALL if not o.startswith(("task", "n=", "inners"))]
+    overrides += ["task=prompts", f"task.path={prompts}", "n=2", "target.source=zoo:draft", "inners=[medusa,ngram]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("advise", overrides=[*overrides, "output=unused"])
+        record = run_advice(cfg, tmp_path / "out", lambda own: compose("advise", overrides=[*overrides, *own]))
+    assert set(record["costs"]["left_out_inners"]) == {"medusa"}
+    assert [trial["agreement"] for trial in record["trials"]] == [True, False]
+    assert record["trials"][0]["own_correct"]
+    assert record["trials"][0]["draft_correct"]  # the same model writes both
+
+
+def test_prompts_of_ones_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "How many?", "reference": 3}\n\n{"prompt": "Why?"}\n')
+    task = Prompts(path=path)
+    known, unknown = task.problems()
+    assert task.score(known, "It is 1 or 3.").correct
+    assert not task.score(known, "It is 4.").correct
+    assert task.score(unknown, "Because.").correct is None
+    path.write_text('{"question": "How many?"}\n')
+    with pytest.raises(TaskDataError, match='no "prompt"'):
+        Prompts(path=path).problems()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [("n=300", "more than the 200 problems"), ("short=5", "short=5"), ("outer=none", "outer is TargetOnly"),
+     ("draft=none", "draft is none")],
+)  # fmt: skip
+def test_what_cannot_be_advised_on_is_refused(tmp_path, wrong, match):
+    with pytest.raises(ConfigError, match=match):
+        advised(tmp_path / "out", wrong)

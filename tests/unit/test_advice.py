@@ -1,0 +1,217 @@
+"""The advisor's predictions against a synthetic engine whose costs are known exactly, and what it says of bad pairs."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from parsedec.advice.prediction import ArmChoice, Predictor, corrected, fit_pace, remaining_factor
+from parsedec.advice.trial import Decoding, Pass, Trial
+from parsedec.advice.verdict import Demands, best_parse, blind, conclude, headline, separations
+from parsedec.boundary import FirstFailure
+
+DEMANDS = Demands(gain=1.05, spoilt=0.05)
+LIMIT = 1000
+N = 40
+
+
+class Engine:
+    """Exact costs. The target takes `target` s a token and `prefill` s a prompt, the draft model `draft` s a token and
+    a prompt of its own, the judge `judge` s a pass; inner levels take a start and a pace, in target tokens."""
+
+    def __init__(self, *, target=0.01, draft=0.002, judge=0.03, prefill=0.02, length=100, inner=(2.0, 0.5),
+                 scores=None, wrong=0.3, seed=0):  # fmt: skip
+        self.draw = random.Random(seed)
+        self.target, self.draft, self.judge, self.prefill, self.length = target, draft, judge, prefill, length
+        self.inners = {"none": (0.0, 1.0), "fast": inner}
+        self.scores = scores or (lambda right: 0.95 if right else 0.2)
+        self.wrong = wrong
+
+    def decoding(self, inner, tokens):
+        start, pace = self.inners[inner]
+        return self.target * (start + pace * (tokens - 1)) if tokens > 1 else 0.0
+
+    def trial(self, i):
+        tokens = self.draw.randint(self.length * 4 // 5, self.length)
+        cuts = tuple(sorted({*range(10, tokens - 1, 10), tokens - 1}))
+        bad = self.draw.randrange(len(cuts)) if self.draw.random() < self.wrong else len(cuts)
+        right = tuple(k < bad for k in range(len(cuts)))
+        seen = Pass(cuts=cuts, scores=tuple(self.scores(r) for r in right), rows=100, seconds=self.judge, right=right)
+        prefix = cuts[len(cuts) // 2] if len(cuts) > 1 else 0
+        runs = {
+            name: tuple(Decoding(prefix=p, tokens=tokens - p, seconds=self.decoding(name, tokens - p), calls=tokens)
+                        for p in {0, prefix})
+            for name in self.inners
+        }  # fmt: skip
+        return Trial(
+            id=str(i), tokens=tokens, prefill_s=self.prefill, decode_s=self.decoding("none", tokens),
+            wall_s=self.prefill + self.decoding("none", tokens), own_correct=True, draft_tokens=tokens - 1, ended=True,
+            draft_s=self.draft * (tokens + 4), draft_correct=all(right), judged={"lines": seen}, decoded=runs,
+        )  # fmt: skip
+
+    def seconds(self, trial, threshold, inner):
+        """What PARSE takes, step by step."""
+        spent = self.prefill + trial.draft_s + self.judge
+        kept = 0
+        for cut, score in zip(trial.judged["lines"].cuts, trial.judged["lines"].scores, strict=True):
+            if score < threshold:
+                return spent + self.decoding(inner, trial.tokens - kept), kept
+            kept = cut
+        return spent, kept + 1
+
+
+def advice(engine, n=N, **changed):
+    trials = [engine.trial(i) for i in range(n)]
+    predictor = Predictor(trials, FirstFailure(threshold=0.9), LIMIT)
+    arms = predictor.parse("lines", [(t, t) for t in (0.5, 0.9)], ["none", "fast"])
+    alone = max((predictor.alone(name) for name in ("none", "fast")), key=lambda one: one.speedup)
+    separates = separations(predictor, ["lines"], 0)["lines"] | changed
+    best = best_parse(arms, DEMANDS)
+    return conclude(predictor, best, alone, separates, DEMANDS), predictor
+
+
+def kinds(verdict):
+    return {finding.kind for finding in verdict.findings}
+
+
+@pytest.mark.parametrize("inner", ["none", "fast"])
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.99])
+def test_prediction_is_what_the_synthetic_engine_takes(threshold, inner):
+    engine = Engine()
+    trials = [engine.trial(i) for i in range(N)]
+    (found,) = Predictor(trials, FirstFailure(), LIMIT).parse("lines", [(threshold, threshold)], [inner])
+    real = [engine.seconds(trial, threshold, inner) for trial in trials]
+    assert found.seconds == pytest.approx([seconds for seconds, _ in real], rel=1e-6)
+    assert found.speedup == pytest.approx(sum(t.wall_s for t in trials) / sum(seconds for seconds, _ in real))
+    assert found.kept_share == pytest.approx(sum(k for _, k in real) / sum(t.draft_tokens + 1 for t in trials))
+    assert sum(found.parts.values()) == pytest.approx(np.mean(found.seconds))
+    assert found.interval[0] <= found.speedup <= found.interval[1]
+    wrong = sum(not t.draft_correct for t in trials) / N
+    assert found.spoilt == pytest.approx(wrong if threshold == 0.1 else 0.0)
+
+
+def test_inner_levels_alone_and_their_paces():
+    engine = Engine(inner=(3.0, 0.4))
+    trials = [engine.trial(i) for i in range(N)]
+    predictor = Predictor(trials, FirstFailure(), LIMIT)
+    pace = fit_pace(trials, "fast")
+    assert (pace.start, pace.pace) == pytest.approx((3.0, 0.4))
+    taken = sum(engine.prefill + engine.decoding("fast", t.tokens) for t in trials)
+    assert predictor.alone("fast").speedup == pytest.approx(sum(t.wall_s for t in trials) / taken)
+    assert predictor.alone("none").speedup == 1.0
+    assert remaining_factor(trials, LIMIT) == pytest.approx(1.0)
+
+
+def test_a_limit_bounds_what_is_left_to_write():
+    predictor = Predictor([Engine(length=50).trial(0)], FirstFailure(), limit=50)
+    predictor.factor = 3.0  # as if the target wrote on for long behind a draft
+    assert predictor.written(np.array([10]), np.array([False])).tolist() == [40.0]
+    assert predictor.written(np.array([50]), np.array([False])).tolist() == [0.0]
+    assert predictor.written(np.array([10]), np.array([True])).tolist() == [0.0]
+
+
+def test_a_rehearsal_corrects_by_the_ratio_it_shows():
+    engine = Engine()
+    trials = [engine.trial(i) for i in range(N)]
+    predictor = Predictor(trials, FirstFailure(), LIMIT)
+    (once,) = predictor.parse("lines", [(0.5, 0.5)], ["none"])
+    # the machine is half as fast now, which is no news; the arm takes a quarter more, which is
+    runs = {t.id: (2 * t.wall_s, 2.5 * s) for t, s in zip(trials[:9], once.seconds[:9], strict=True)}
+    looped = corrected(once, predictor, runs, ArmChoice(inner="none", segmenter="lines", loop="rounds"))
+    assert looped.speedup == pytest.approx(once.speedup / 1.25)
+    assert looped.arm.loop == "rounds"
+    assert looped.interval[0] == pytest.approx(once.interval[0] / 1.25)
+
+
+def test_a_good_pair_is_told_so():
+    verdict, predictor = advice(Engine())
+    assert verdict.helps
+    assert verdict.recommended is verdict.parse
+    assert not verdict.findings
+    assert verdict.parse.speedup > 2
+    assert headline(verdict).startswith("PARSE helps")
+    assert predictor.ceiling() == pytest.approx(5, rel=0.1)
+
+
+def test_a_draft_as_slow_as_the_target_does_not_help():
+    verdict, _ = advice(Engine(draft=0.01, wrong=0.1))
+    assert not verdict.helps
+    assert "slow_draft" in kinds(verdict)
+    assert verdict.recommended.arm.inner == "fast"
+    assert "will not help" in headline(verdict)
+
+
+def test_a_judge_that_refuses_all_does_not_help():
+    verdict, _ = advice(Engine(scores=lambda right: 0.0, inner=(0.0, 1.0)))
+    assert not verdict.helps
+    assert "refusing_judge" in kinds(verdict)
+    assert verdict.parse.kept_share == 0
+    assert verdict.recommended.speedup == 1.0
+    assert "run the target alone" in headline(verdict)
+
+
+def test_a_random_judge_does_not_help():
+    draw = random.Random(5)
+    verdict, _ = advice(Engine(scores=lambda right: draw.random() ** 0.05, inner=(0.0, 1.0)))
+    assert not verdict.helps
+    assert "blind_judge" in kinds(verdict)
+    assert verdict.parse.speedup > DEMANDS.gain  # it would be fast: that is not enough
+
+
+def test_short_answers_do_not_pay_for_a_judge_pass():
+    verdict, _ = advice(Engine(length=12, judge=0.08, draft=0.001, prefill=0.001, inner=(0.0, 1.0)))
+    assert not verdict.helps
+    assert kinds(verdict) == {"short_answers"}
+
+
+def test_an_inner_level_alone_may_be_better():
+    verdict, _ = advice(Engine(draft=0.004, inner=(0.0, 0.2)))
+    assert not verdict.helps
+    assert kinds(verdict) == {"inner_alone"}
+    assert verdict.recommended.arm == ArmChoice(inner="fast")
+    assert "inner=fast alone does" in headline(verdict)
+
+
+def test_a_judge_that_lets_errors_through_spoils():
+    verdict, _ = advice(Engine(scores=lambda right: 1.0, wrong=0.5, inner=(0.0, 1.0)))
+    assert {"spoiling", "blind_judge"} <= kinds(verdict)
+    assert not verdict.helps
+
+
+def test_too_few_wrong_drafts_say_nothing_of_the_judge():
+    assert not blind({"auc": 0.5, "interval": [0.1, 0.9], "right": 30, "wrong": 2})
+    assert not blind({"auc": None, "interval": None, "right": 30, "wrong": 0})
+    assert blind({"auc": 0.5, "interval": [0.4, 0.6], "right": 30, "wrong": 20})
+
+
+def test_final_answers_alone_count_whole_drafts_that_replace_a_right_answer():
+    engine = Engine(scores=lambda right: 1.0)
+    trials = [engine.trial(i) for i in range(N)]
+    for trial in trials:
+        judged = {"lines": Pass(**{**as_dict(trial.judged["lines"]), "right": None})}
+        trials[trials.index(trial)] = Trial(**{**as_dict(trial), "judged": judged})
+    predictor = Predictor(trials, FirstFailure(), LIMIT)
+    assert not predictor.prefixes
+    (found,) = predictor.parse("lines", [(0.5, 0.5)], ["none"])
+    assert found.spoilt == pytest.approx(sum(not t.draft_correct for t in trials) / N)
+    assert separations(predictor, ["lines"], 0)["lines"]["wrong"] == sum(not t.draft_correct for t in trials)
+
+
+def test_of_arms_about_as_fast_the_safer_one_is_best():
+    engine = Engine()
+    predictor = Predictor([engine.trial(i) for i in range(N)], FirstFailure(), LIMIT)
+    arms = predictor.parse("lines", [(0.1, 0.1), (0.5, 0.5), (0.9, 0.9)], ["none"])
+    assert best_parse(arms, DEMANDS).arm.thresholds == (0.9, 0.9)
+    assert best_parse(arms, Demands(gain=1.05, spoilt=1.0)).arm.thresholds == (0.1, 0.1)
+
+
+def test_a_trial_survives_its_record():
+    trial = Engine().trial(3)
+    assert Trial.of_data(json.loads(json.dumps(trial.as_data()))) == trial
+
+
+def as_dict(one):
+    return {name: getattr(one, name) for name in one.__dataclass_fields__}
