@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, output_capturing
+from transformers.utils import output_capturing
 
 from parsedec import kv
 from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, ModelLoadError
+from parsedec.judge_card import JudgeCard as JudgeCard
+from parsedec.judge_card import read_judge_card
 
 log = logging.getLogger(__name__)
 
@@ -35,29 +36,6 @@ SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BACKENDS = ("eager", "static", "auto")
 JUDGE_KERNELS = ("auto", "sdpa", "cascade", "flex")
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeCard:
-    """What a checkpoint that was trained to judge says about it; settings left at null are taken from here.
-
-    question                   the user turn of the verification suffix
-    labels                     (right, wrong)
-    threshold, full_threshold  calibrated for prefixes and for complete drafts
-    """
-
-    question: str
-    labels: tuple[str, str]
-    threshold: float
-    full_threshold: float
-
-    def __post_init__(self) -> None:
-        texts = [self.question, *self.labels]
-        scores = [self.threshold, self.full_threshold]
-        if len(self.labels) != 2 or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"question={self.question!r}, labels={self.labels!r} are not a text and two words")
-        if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
-            raise ValueError(f"thresholds {scores} are not numbers from 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +149,14 @@ class LanguageModel:
             ids = value if isinstance(value, (list, tuple)) else [value]
             found += [int(i) for i in ids if i is not None and int(i) not in found]
         return tuple(found)
+
+    def ending_with(self, end_ids: tuple[int, ...]) -> LanguageModel:
+        """The same model for requests that end with these ids; itself, if it does so anyway."""
+        if set(end_ids) == set(self.end_ids):
+            return self
+        other = replace(self)
+        other.__dict__["end_ids"] = end_ids  # where a cached property keeps its value
+        return other
 
     @cached_property
     def windows(self) -> dict[str, int | None]:
@@ -320,7 +306,7 @@ def load(
         context_limit=context_limit,
         chat_template=_read_template(chat_template),
         template_args=template_args,
-        judge_card=_read_judge_card(location),
+        judge_card=read_judge_card(location),
         backend=backend,
         compiled=compiled,
         judge_kernel=judge_kernel,
@@ -374,22 +360,6 @@ def _read_template(chat_template: str | None) -> str | None:
             f"chat_template='{chat_template}' is neither Jinja text nor an existing file. Check the path."
         )
     return path.read_text()
-
-
-def _read_judge_card(location: str) -> JudgeCard | None:
-    """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
-    found = cached_file(
-        location, "judge.json", _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
-    if found is None:
-        return None
-    path = Path(found)
-    try:
-        return JudgeCard(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ModelLoadError(
-            f"{path} is not a judge card: {error}. Expected JSON with question, labels, threshold and full_threshold."
-        ) from error
 
 
 def _first_line(error: Exception) -> str:
