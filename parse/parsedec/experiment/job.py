@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import build_sampling, plain
 from parsedec.experiment.cli import progress
-from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
@@ -29,11 +29,15 @@ def run_job(
 ) -> dict[str, Any]:
     """Run (or finish) a configuration in `folder`; the record is on disk every few seconds, whatever happens.
 
+    A record that is finished, with the same configuration, is returned as it is when resuming: nothing is loaded.
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    if earlier and _complete(earlier):
+        log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
+        return earlier
     settings = _settings(cfg)
     task = instantiate(cfg.task)
     problems = task.problems()
@@ -46,6 +50,7 @@ def run_job(
         "schema_version": SCHEMA_VERSION,
         "title": cfg.title or _title(cfg),
         "config": config,
+        "overrides": overrides_of_job(),
         "provenance": provenance(),
         "resumed_from": earlier["provenance"] if earlier else None,
     }
@@ -88,6 +93,11 @@ def run_job(
         save(status)
         write_trace(record, folder / "trace.html")
     return record
+
+
+def _complete(record: dict[str, Any]) -> bool:
+    """Whether nothing of a run is left to do; requests that failed are tried again."""
+    return record["status"] == "finished" and not any(r["error"] for arm in record["arms"] for r in arm["requests"])
 
 
 def _settings(cfg: DictConfig) -> Settings:
