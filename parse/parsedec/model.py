@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,9 +18,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils import output_capturing
 
-from parsedec import kv
+from parsedec import kv, ranks
 from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, ModelLoadError
 from parsedec.judge_card import JudgeCard as JudgeCard
@@ -117,6 +119,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.hf.dtype
         return dtype
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether several processes hold parts of it (tensor parallelism, `ranks`)."""
+        return (getattr(self.hf, "_tp_size", None) or 1) > 1
 
     @property
     def has_template(self) -> bool:
@@ -217,6 +224,8 @@ class LanguageModel:
 
         Returns logits [B, kept, V] and the hidden states `taps` [B, n, L, H], None where none were asked for.
         """
+        if self.shared:
+            ranks.check_same(self, ids)
         # capturing all layers where only some are read would keep them all alive through a long prefill
         wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
         out = self.hf(
@@ -261,6 +270,7 @@ def load(
     chat_template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     device_map: str | None = None,
+    tp_plan: str | None = None,
     backend: str = "eager",
     compiled: bool = False,
     judge_kernel: str = "auto",
@@ -275,6 +285,8 @@ def load(
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
     template_args  variables for the template; None: {"enable_thinking": False}, for templates that know it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
+    tp_plan        "auto": this process' share of the model, one of those that torchrun started (`ranks`); `device` is
+                   then ignored, and the backend is eager
     backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families) or "auto"
     compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
     judge_kernel   static backend, attention of judge passes: "auto" (by size and device), "sdpa", "cascade", "flex"
@@ -282,22 +294,21 @@ def load(
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
     where, precision = _device(device), _dtype(dtype)
+    spread = _spread(device_map, tp_plan, backend)
     location, gguf = _resolve(str(source))
     arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-        if device_map is not None:
-            arguments["device_map"] = device_map
         if attention != "auto":
             arguments["attn_implementation"] = attention
-        hf = AutoModelForCausalLM.from_pretrained(location, dtype=precision, **arguments)
+        hf = AutoModelForCausalLM.from_pretrained(location, dtype=precision, **arguments, **spread)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
         raise ModelLoadError(
             f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
             "a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. Check the "
             "path, and that the download or copy is complete."
         ) from error
-    if device_map is None:
+    if not spread:
         hf = hf.to(where)
     return LanguageModel.wrap(
         hf,
@@ -307,10 +318,27 @@ def load(
         chat_template=_read_template(chat_template),
         template_args=template_args,
         judge_card=read_judge_card(location),
-        backend=backend,
+        backend="eager" if tp_plan else backend,
         compiled=compiled,
         judge_kernel=judge_kernel,
     )
+
+
+def _spread(device_map: str | None, tp_plan: str | None, backend: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of a model on several devices; nothing for one device."""
+    if tp_plan is None:
+        return {} if device_map is None else {"device_map": device_map}
+    if tp_plan != "auto" or device_map is not None or backend == "static":
+        raise ConfigError(
+            f"tp_plan={tp_plan!r}, device_map={device_map!r}, backend='{backend}'; expected tp_plan=auto, without a "
+            "device_map and with backend=eager or auto. Leave the others at null."
+        )
+    if "WORLD_SIZE" not in os.environ:
+        raise ModelLoadError(
+            "tp_plan=auto divides the model among processes, and this one was started alone. Start it with "
+            "torchrun --nproc-per-node GPUS …, or use device_map=auto to spread the layers within one process."
+        )
+    return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
 
 
 def _resolve(source: str) -> tuple[str, str | None]:

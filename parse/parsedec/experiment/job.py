@@ -18,6 +18,7 @@ from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
+from parsedec.ranks import leading
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Run (or finish) a configuration in `folder`; the record is on disk every few seconds, whatever happens.
 
+    Of several processes that share a target (`ranks`), the first one writes; all go on from what it wrote.
     A record that is finished, with the same configuration, is returned as it is when resuming: nothing is loaded.
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
@@ -62,7 +64,8 @@ def run_job(
         nonlocal record, saved
         # the bootstrap takes longer than a request on small models: not between the requests that are timed
         record = head | {"status": status} | _results(arms, models, None if status == "running" else baseline)
-        write_record(record, folder / "record.json")
+        if leading():
+            write_record(record, folder / "record.json")
         saved = time.monotonic()
 
     status = "failed"
@@ -91,7 +94,8 @@ def run_job(
         raise
     finally:
         save(status)
-        write_trace(record, folder / "trace.html")
+        if leading():
+            write_trace(record, folder / "trace.html")
     return record
 
 
