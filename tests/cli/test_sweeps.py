@@ -22,7 +22,7 @@ from parsedec.experiment.summary import summarise
 from parsedec.experiment.sweep import read_sweep, write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["runtime=cpu", "warmup=0", "max_new_tokens=96"]
+SMALL = ["runtime=cpu", "warmup=0", "max_new_tokens=64"]
 TIMES = ("_s", "speed", "per_s")
 
 
@@ -63,7 +63,7 @@ def answers(folder):
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_records(tmp_path):
-    grid = ["boundary.threshold=0.6,0.9", "inner=none,ngram", "task.n=6", "resume=true"]
+    grid = ["boundary.threshold=0.6,0.9", "inner=none,ngram", "task.n=3", "resume=true"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     swept(whole, *grid)
     process = subprocess.Popen(

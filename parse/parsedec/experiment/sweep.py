@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -24,10 +25,10 @@ from parsedec.experiment.table import columns, grid, origin
 SETTINGS_OF_THE_SWEEP = ("resume", "output")  # they say how it was run, not what
 
 
-class SweepTable(Callback):  # type: ignore[misc]  # Hydra's callback is untyped
+class SweepTable(Callback):
     """Hydra callback: writes the table of a sweep whenever one of its jobs has ended, failed ones included."""
 
-    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             write_sweep(Path(config.hydra.runtime.output_dir).parents[_depth(config) - 1])
 
