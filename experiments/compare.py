@@ -49,11 +49,13 @@ def main(cfg: DictConfig) -> None:
     from parsedec.experiment.cli import announced, stderr
     from parsedec.experiment.record import write_text
     from parsedec.experiment.table import markdown, terminal
+    from parsedec.ranks import leading
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     with announced(folder / "record.json"):
         record = run(cfg, folder, list(HydraConfig.get().overrides.task))
-        write_text(markdown(record), folder / "table.md")
+        if leading():
+            write_text(markdown(record), folder / "table.md")
         stderr.print(terminal(record))
         stderr.print(f"table: {folder / 'table.md'}\ntrace: {folder / 'trace.html'}", soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """PARSE: parallel prefix verification for speculative generation (arXiv 2605.04263), as composable middleware."""
 
 from parsedec.batch import BatchResult
+from parsedec.drop_in import hf_generate
 from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
 from parsedec.experiment.trace import write_trace
@@ -22,6 +23,7 @@ __all__ = [
     "Sampling",
     "StopReason",
     "TargetOnly",
+    "hf_generate",
     "load",
     "write_trace",
 ]

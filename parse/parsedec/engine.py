@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from parsedec import ranks
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.batch import Batch, BatchResult
@@ -73,6 +74,8 @@ class Parse:
             )
         for model in (target, draft) if chosen.needs_draft and draft is not None else (target,):
             check_decoding(model)
+        if target.shared:
+            ranks.check_gate(getattr(chosen, "gate", None))
         self.target = target
         self.draft = draft
         self.acceptance: Acceptance = acceptance or Siblings()
@@ -133,6 +136,9 @@ class Parse:
         """`spelt`: each piece has its text; decoding it takes longer than all else the engine does in a step."""
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self.target_ids(prompt)
+        if self.target.shared:
+            ranks.check_same(self.target, (ids, limits, sampler.settings))
+            ranks.share_generator(self.target, generator)
         return self._answer(ids, self.open_drafter(prompt, ids, sampler, limits), sampler, limits, spelt)
 
     def generate_batch(

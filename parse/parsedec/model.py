@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, output_capturing
+from transformers.distributed import DistributedConfig
+from transformers.utils import output_capturing
 
-from parsedec import kv
+from parsedec import kv, ranks
 from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, ModelLoadError
+from parsedec.judge_card import JudgeCard as JudgeCard
+from parsedec.judge_card import read_judge_card
 
 log = logging.getLogger(__name__)
 
@@ -35,29 +38,6 @@ SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BACKENDS = ("eager", "static", "auto")
 JUDGE_KERNELS = ("auto", "sdpa", "cascade", "flex")
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeCard:
-    """What a checkpoint that was trained to judge says about it; settings left at null are taken from here.
-
-    question                   the user turn of the verification suffix
-    labels                     (right, wrong)
-    threshold, full_threshold  calibrated for prefixes and for complete drafts
-    """
-
-    question: str
-    labels: tuple[str, str]
-    threshold: float
-    full_threshold: float
-
-    def __post_init__(self) -> None:
-        texts = [self.question, *self.labels]
-        scores = [self.threshold, self.full_threshold]
-        if len(self.labels) != 2 or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"question={self.question!r}, labels={self.labels!r} are not a text and two words")
-        if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
-            raise ValueError(f"thresholds {scores} are not numbers from 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +120,11 @@ class LanguageModel:
         dtype: torch.dtype = self.hf.dtype
         return dtype
 
+    @cached_property
+    def shared(self) -> bool:
+        """Whether several processes hold parts of it (tensor parallelism, `ranks`)."""
+        return (getattr(self.hf, "_tp_size", None) or 1) > 1
+
     @property
     def has_template(self) -> bool:
         """Whether messages can be rendered as a prompt."""
@@ -171,6 +156,14 @@ class LanguageModel:
             ids = value if isinstance(value, (list, tuple)) else [value]
             found += [int(i) for i in ids if i is not None and int(i) not in found]
         return tuple(found)
+
+    def ending_with(self, end_ids: tuple[int, ...]) -> LanguageModel:
+        """The same model for requests that end with these ids; itself, if it does so anyway."""
+        if set(end_ids) == set(self.end_ids):
+            return self
+        other = replace(self)
+        other.__dict__["end_ids"] = end_ids  # where a cached property keeps its value
+        return other
 
     @cached_property
     def windows(self) -> dict[str, int | None]:
@@ -231,6 +224,8 @@ class LanguageModel:
 
         Returns logits [B, kept, V] and the hidden states `taps` [B, n, L, H], None where none were asked for.
         """
+        if self.shared:
+            ranks.check_same(self, ids)
         # capturing all layers where only some are read would keep them all alive through a long prefill
         wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
         out = self.hf(
@@ -275,6 +270,7 @@ def load(
     chat_template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     device_map: str | None = None,
+    tp_plan: str | None = None,
     backend: str = "eager",
     compiled: bool = False,
     judge_kernel: str = "auto",
@@ -289,6 +285,8 @@ def load(
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
     template_args  variables for the template; None: {"enable_thinking": False}, for templates that know it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
+    tp_plan        "auto": this process' share of the model, one of those that torchrun started (`ranks`); `device` is
+                   then ignored, and the backend is eager
     backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families) or "auto"
     compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
     judge_kernel   static backend, attention of judge passes: "auto" (by size and device), "sdpa", "cascade", "flex"
@@ -296,35 +294,49 @@ def load(
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
     where, precision = _device(device), _dtype(dtype)
+    spread = _spread(device_map, tp_plan, backend)
     location, gguf = find_checkpoint(str(source))
     arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-        if device_map is not None:
-            arguments["device_map"] = device_map
         if attention != "auto":
             arguments["attn_implementation"] = attention
-        hf = AutoModelForCausalLM.from_pretrained(location, dtype=precision, **arguments)
+        hf = AutoModelForCausalLM.from_pretrained(location, dtype=precision, **arguments, **spread)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
         raise ModelLoadError(
             f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
             "a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. Check the "
             "path, and that the download or copy is complete."
         ) from error
-    if device_map is None:
-        hf = hf.to(where)
     return LanguageModel.wrap(
-        hf,
+        hf if spread else hf.to(where),
         tokenizer,
         name=name or str(source),
         context_limit=context_limit,
         chat_template=read_template(chat_template),
         template_args=template_args,
         judge_card=read_judge_card(location),
-        backend=backend,
+        backend="eager" if tp_plan else backend,
         compiled=compiled,
         judge_kernel=judge_kernel,
     )
+
+
+def _spread(device_map: str | None, tp_plan: str | None, backend: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of a model on several devices; nothing for one device."""
+    if tp_plan is None:
+        return {} if device_map is None else {"device_map": device_map}
+    if tp_plan != "auto" or device_map is not None or backend == "static":
+        raise ConfigError(
+            f"tp_plan={tp_plan!r}, device_map={device_map!r}, backend='{backend}'; expected tp_plan=auto, without a "
+            "device_map and with backend=eager or auto. Leave the others at null."
+        )
+    if "WORLD_SIZE" not in os.environ:
+        raise ModelLoadError(
+            "tp_plan=auto divides the model among processes, and this one was started alone. Start it with "
+            "torchrun --nproc-per-node GPUS …, or use device_map=auto to spread the layers within one process."
+        )
+    return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
 
 
 def find_checkpoint(source: str) -> tuple[str, str | None]:
@@ -374,22 +386,6 @@ def read_template(chat_template: str | None) -> str | None:
             f"chat_template='{chat_template}' is neither Jinja text nor an existing file. Check the path."
         )
     return path.read_text()
-
-
-def read_judge_card(location: str) -> JudgeCard | None:
-    """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
-    found = cached_file(
-        location, "judge.json", _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
-    if found is None:
-        return None
-    path = Path(found)
-    try:
-        return JudgeCard(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ModelLoadError(
-            f"{path} is not a judge card: {error}. Expected JSON with question, labels, threshold and full_threshold."
-        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -15,10 +15,11 @@ from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import build_sampling, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.nodes import draft_node, name_of, target_node
-from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
+from parsedec.ranks import leading
 from parsedec.remote.model import RemoteModel
 from parsedec.tasks.base import Problem
 from parsedec.types import Limits
@@ -32,24 +33,22 @@ def run_job(
 ) -> dict[str, Any]:
     """Run (or finish) a configuration in `folder`; the record is on disk every few seconds, whatever happens.
 
+    Of several processes that share a target (`ranks`), the first one writes; all go on from what it wrote.
+    A record that is finished, with the same configuration, is returned as it is when resuming: nothing is loaded.
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
-    config = plain(cfg)
-    earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume)
+    if earlier and _complete(earlier):
+        log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
+        return earlier
     settings = _settings(cfg)
     task = instantiate(cfg.task)
     problems = task.problems()
     arms = make_arms()
     if earlier:
         _take_over(arms, earlier)
-    head = {
-        "schema_version": SCHEMA_VERSION,
-        "title": cfg.title or _title(cfg),
-        "config": config,
-        "provenance": provenance() | _servers(arms),
-        "resumed_from": earlier["provenance"] if earlier else None,
-    }
+    head = _head(cfg, arms, earlier)
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
     saved = time.monotonic()
@@ -58,7 +57,8 @@ def run_job(
         nonlocal record, saved
         # the bootstrap takes longer than a request on small models: not between the requests that are timed
         record = head | {"status": status} | _results(arms, models, None if status == "running" else baseline)
-        write_record(record, folder / "record.json")
+        if leading():
+            write_record(record, folder / "record.json")
         saved = time.monotonic()
 
     status = "failed"
@@ -76,17 +76,30 @@ def run_job(
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
-        log.warning(
-            "interrupted; %d finished requests are in %s - resume=true output=%s goes on from there",
-            sum(len(arm.requests) for arm in arms),
-            folder / "record.json",
-            folder,
-        )
+        done, where = sum(len(arm.requests) for arm in arms), folder / "record.json"
+        log.warning("interrupted; %d finished requests are in %s - resume=true output=%s goes on", done, where, folder)
         raise
     finally:
         save(status)
-        write_trace(record, folder / "trace.html")
+        if leading():
+            write_trace(record, folder / "trace.html")
     return record
+
+
+def _complete(record: dict[str, Any]) -> bool:
+    """Whether nothing of a run is left to do; requests that failed are tried again."""
+    return record["status"] == "finished" and not any(r["error"] for arm in record["arms"] for r in arm["requests"])
+
+
+def _head(cfg: DictConfig, arms: Sequence[Arm], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": cfg.title or _title(cfg),
+        "config": plain(cfg),
+        "overrides": overrides_of_job(),
+        "provenance": provenance() | _servers(arms),
+        "resumed_from": earlier["provenance"] if earlier else None,
+    }
 
 
 def _take_over(arms: Sequence[Arm], earlier: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from parsedec.errors import OutputExistsError, ParsedecError
 
@@ -112,16 +114,33 @@ def earlier_record(path: Path, config: dict[str, Any], resume: bool) -> dict[str
     return record
 
 
+def overrides_of_job() -> list[str]:
+    """The overrides of this job as typed; in a sweep, with the values that are this job's."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _of_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _command() -> str:
-    """The command as it was typed, the script by its name."""
+    """The command as it was typed, the script by its name; of a sweep's job, the one that runs it alone."""
+    if _of_sweep():
+        return shlex.join([f"{HydraConfig.get().job.name}.py", *overrides_of_job()])
     script = Path(sys.argv[0]).name
     at = next((i for i, word in enumerate(sys.orig_argv) if Path(word).name == script), len(sys.orig_argv))
     return shlex.join([script, *sys.orig_argv[at + 1 :]])
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the folder of the running script, or None outside a checkout."""
+    """Output of git in the folder of the running script, or None outside a checkout.
+
+    A launcher's own script may run a sweep's job: there, in the folder of the configuration that is composed.
+    """
     folder = Path(sys.argv[0]).resolve().parent
+    if _of_sweep():
+        sources = HydraConfig.get().runtime.config_sources
+        folder = next((Path(s.path) for s in sources if s.provider == "main" and s.schema == "file"), folder)
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

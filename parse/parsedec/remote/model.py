@@ -23,7 +23,8 @@ from transformers import (
 
 from parsedec.chat import closing_token
 from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError
-from parsedec.model import LanguageModel, find_checkpoint, read_judge_card, read_template
+from parsedec.judge_card import read_judge_card
+from parsedec.model import LanguageModel, find_checkpoint, read_template
 from parsedec.remote.capabilities import Capabilities, Labels
 from parsedec.remote.client import Connection, Server, server_of
 from parsedec.remote.probing import probe

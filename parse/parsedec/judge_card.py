@@ -1,0 +1,50 @@
+"""What a checkpoint that was trained to judge says about itself: `judge.json`, beside its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from parsedec.errors import ModelLoadError
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeCard:
+    """What a checkpoint that was trained to judge says about it; settings left at null are taken from here.
+
+    question                   the user turn of the verification suffix
+    labels                     (right, wrong)
+    threshold, full_threshold  calibrated for prefixes and for complete drafts
+    """
+
+    question: str
+    labels: tuple[str, str]
+    threshold: float
+    full_threshold: float
+
+    def __post_init__(self) -> None:
+        texts = [self.question, *self.labels]
+        scores = [self.threshold, self.full_threshold]
+        if len(self.labels) != 2 or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"question={self.question!r}, labels={self.labels!r} are not a text and two words")
+        if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
+            raise ValueError(f"thresholds {scores} are not numbers from 0 to 1")
+
+
+def read_judge_card(location: str) -> JudgeCard | None:
+    """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
+    found = cached_file(
+        location, "judge.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
+    if found is None:
+        return None
+    path = Path(found)
+    try:
+        return JudgeCard(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelLoadError(
+            f"{path} is not a judge card: {error}. Expected JSON with question, labels, threshold and full_threshold."
+        ) from error

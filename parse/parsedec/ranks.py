@@ -1,0 +1,68 @@
+"""Tensor parallelism: the processes that share one target, each with its part of every layer, and what they must agree
+on.
+
+Every rank runs the whole engine; only the target's matrix products are divided, and their sums are the same bits on all
+ranks. So the ranks make the same decisions as long as they are given the same request and draw the same numbers. Where
+they did not, their next passes would differ, and they would wait for each other for ever or mix two texts. Hence
+
+    requests and passes        compared: prompt, limits and settings, then the tokens of every pass (`check_same`)
+    random numbers             every rank's generator starts from the first rank's state (`share_generator`)
+    clocks                     differ; nothing that is decided may depend on them (`check_gate`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from parsedec.errors import IncompatibleStack, PromptError
+from parsedec.gate import Adaptive
+
+if TYPE_CHECKING:
+    from parsedec.model import LanguageModel
+
+
+def leading() -> bool:
+    """Whether this process writes what a run leaves behind: the first of several that `torchrun` started, or the only
+    one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_gate(gate: object) -> None:
+    """Raise IncompatibleStack for a gate that decides by this process' clock, for a target that several share."""
+    if isinstance(gate, Adaptive) and gate.cost_per_token is None:
+        raise IncompatibleStack(
+            "the target is shared by several processes (tp_plan), and gate=adaptive measures what a drafted token "
+            "costs: each process would decide by its own clock, and they would part. Set gate.cost_per_token (a run of "
+            "one process shows the value: seconds per drafted token over seconds per decoded one), or use gate=always."
+        )
+
+
+def check_same(model: LanguageModel, what: object) -> None:
+    """Raise PromptError, on every rank, unless all ranks of `model` are at the same request, or the same pass of it.
+
+    what  anything whose `repr` says what it is. One number a rank is exchanged, beside two vectors a layer in a pass
+    """
+    told = hashlib.sha256(repr(what).encode()).digest()[:7]
+    mine = int.from_bytes(told, "big")
+    both = torch.tensor([mine, -mine], device=model.device)  # [2]: the least, and the most with its sign turned
+    dist.all_reduce(both, dist.ReduceOp.MIN)
+    if both.tolist() != [mine, -mine]:
+        raise PromptError(
+            f"{model.name} is shared by {dist.get_world_size()} processes (tp_plan), and they are not at the same "
+            "request. Give every rank the same prompts, limits and sampling settings in the same order, and the same "
+            "draft model on the same kind of device."
+        )
+
+
+def share_generator(model: LanguageModel, generator: torch.Generator | None) -> None:
+    """Set `generator` to the state the first rank's has."""
+    if generator is None:
+        return
+    state = generator.get_state().to(model.device)
+    dist.broadcast(state, src=0)
+    generator.set_state(state.cpu())
