@@ -38,12 +38,14 @@ def main(cfg: DictConfig) -> None:
     from parsedec.errors import ParsedecError
     from parsedec.experiment.cli import announced, stderr
     from parsedec.experiment.table import terminal
+    from parsedec.ranks import leading
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     with announced(folder / "record.json"):
         record = run(cfg, folder)
-        stderr.print(terminal(record))
-        stderr.print(f"trace: {folder / 'trace.html'}", soft_wrap=True)
+        if leading():
+            stderr.print(terminal(record))
+            stderr.print(f"trace: {folder / 'trace.html'}", soft_wrap=True)
     if record["summary"]["errors"] == record["summary"]["requests"]:
         raise ParsedecError("no request could be answered; the record says why, request by request.")
 

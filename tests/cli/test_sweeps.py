@@ -99,7 +99,7 @@ def test_submitit_on_this_machine_runs_the_jobs(tmp_path):
     records = read_sweep(folder)
     assert [job for job, _ in records] == ["0", "1"]
     assert {record["status"] for _, record in records} == {"finished"}
-    assert len((folder / "sweep.md").read_text().splitlines()) == 7
+    assert (folder / "sweep.md").read_text().count("\n| ") == 4  # heads, rule, a row each
     first, second = answers(folder).values()
     assert [r[2]["tokens"] for r in first] == [r[2]["tokens"] for r in second]  # the inner level is lossless
 
