@@ -1,4 +1,4 @@
-"""The run behind `experiments/advise.py`: measure, predict, rehearse the few best, conclude, check.
+"""The run behind `experiments/advise.py`: measure, predict, rehearse the best arm's loops, conclude, check.
 
 What is measured is saved as it comes; `resume=true` goes on. Loops are rehearsed, not predicted: what a second draft
 would be depends on what the target has written before it.
@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from parsedec.advice.measuring import Composed, Prober, chosen
-from parsedec.advice.prediction import ArmChoice, Expected, Predictor, Rehearsal, corrected
+from parsedec.advice.prediction import ArmChoice, Expected, Predictor, Rehearsal, looped
 from parsedec.advice.trial import Trial
 from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, headline, separations
 from parsedec.boundary import DEFAULT_THRESHOLD
@@ -162,6 +162,7 @@ class Advisor:
         pairs = self._pairs()
         self.arms = [arm for name in prober.segmenters for arm in self.predictor.parse(name, pairs, inners)]
         self.looped: list[Expected] = []
+        self.rehearsed: dict[str, Any] | None = None
         self.separates = separations(self.predictor, list(prober.segmenters), cfg.seed)
 
     def advise(self, problems: Sequence[Problem]) -> Verdict:
@@ -177,13 +178,29 @@ class Advisor:
         done = self.notes.rehearsal
         seconds = {name: {r["id"]: r["result"]["times"]["wall_s"] for r in runs if r["result"]}
                    for name, runs in done.items()}  # fmt: skip
-        for name, arm in list(arms.items())[1:]:
-            both: Rehearsal = {i: (seconds["target"][i], s) for i, s in seconds[name].items() if i in seconds["target"]}
-            self.looped.append(corrected(first, self.predictor, both, arm))
+        self.looped = [first]
+        for loop in self.cfg.loops:
+            both: Rehearsal = {i: (seconds["once"][i], s) for i, s in seconds[loop].items() if i in seconds["once"]}
+            self.looped.append(looped(first, self.predictor, both, arms[loop]))
+        self.rehearsed = self._seen_in_rehearsal(first, seconds)
         # a loop has to be faster than once by more than noise to be worth a second draft
         best = max(self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
         assert first.arm.segmenter is not None
         return conclude(self.predictor, best, alone, self.separates[first.arm.segmenter], self.demands)
+
+    def _seen_in_rehearsal(self, first: Expected, seconds: dict[str, dict[str, float]]) -> dict[str, Any] | None:
+        """The best arm as it ran beside the target, and as it was expected to on the same problems. A few problems say
+        less than all that were measured, so nothing is corrected by it."""
+        places = {trial.id: i for i, trial in enumerate(self.predictor.trials)}
+        both = [i for i in seconds["once"] if i in seconds["target"] and i in places]
+        if not both:
+            return None
+        expected = [(self.predictor.target[places[i]], first.seconds[places[i]]) for i in both]
+        return {
+            "problems": len(both),
+            "measured": sum(seconds["target"][i] for i in both) / sum(seconds["once"][i] for i in both),
+            "predicted": float(sum(target for target, _ in expected) / sum(arm for _, arm in expected)),
+        }
 
     def check(self, verdict: Verdict, problems: Sequence[Problem]) -> dict[str, Any]:
         """What was predicted beside what is measured on problems that were not seen."""
@@ -238,7 +255,8 @@ class Advisor:
                 "judges": {name: self._judge_costs(name) for name in self.prober.segmenters},
             },
             "arms": slim,
-            "rehearsed": [_slim(one) for one in self.looped],
+            "looped": [_slim(one) for one in self.looped],
+            "rehearsed": self.rehearsed,
         }
 
     def _judge_costs(self, segmenter: str) -> dict[str, Any]:

@@ -226,24 +226,18 @@ class Predictor:
         )
 
 
-def corrected(expected: Expected, predictor: Predictor, runs: Rehearsal, arm: ArmChoice) -> Expected:
-    """`expected`, an arm without a loop, times what rehearsing `arm` on some of the same problems showed against it."""
-    places = {trial.id: i for i, trial in enumerate(predictor.trials)}
-    rows = np.array([
-        (target, seconds, predictor.target[places[name]], expected.seconds[places[name]])
-        for name, (target, seconds) in runs.items() if name in places
-    ])  # fmt: skip
+def looped(once: Expected, predictor: Predictor, runs: Rehearsal, arm: ArmChoice) -> Expected:
+    """What is to be expected of `arm`, which is that of `once` with another loop: what it took against `once` in a
+    rehearsal, times what is expected of that."""
+    rows = np.array(list(runs.values()))
     if not len(rows):
-        return replace(expected, arm=arm)
-
-    def ratio(sums: Floats) -> Floats:
-        return np.asarray((sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3]))
-
+        return replace(once, arm=arm)
     draws = resampled(len(rows), 1, len(predictor.draws))
-    factor = float(ratio(rows.sum(0)))
-    interval = predictor.interval(expected.seconds, [ratio(rows[draws].sum(1))])
-    seconds = tuple(s / factor for s in expected.seconds)
-    return replace(expected, arm=arm, speedup=expected.speedup * factor, interval=interval, seconds=seconds)
+    sums = rows[draws].sum(1)  # [R, 2]
+    factor = float(rows[:, 0].sum() / rows[:, 1].sum())
+    interval = predictor.interval(once.seconds, [sums[:, 0] / sums[:, 1]])
+    seconds = tuple(s / factor for s in once.seconds)
+    return replace(once, arm=arm, speedup=once.speedup * factor, interval=interval, seconds=seconds)
 
 
-Rehearsal = Mapping[str, tuple[float, float]]  # problem -> seconds of the target alone, seconds of the arm
+Rehearsal = Mapping[str, tuple[float, float]]  # problem -> seconds of the arm without a loop, and of that with one

@@ -100,12 +100,15 @@ def _is_member(override: str) -> bool:
 
 
 def arm_rows(record: Json) -> list[list[str]]:
-    """The rehearsed arms, inner levels alone by speed, and the fastest arms of PARSE, best first."""
+    """The best arm and its loops, the fastest arms of PARSE, and the inner levels alone."""
     alone = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"] is None), key=lambda a: -a["speedup"])
     parse = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"]), key=lambda a: -a["speedup"])
     demand = record["config"]["spoilt"]
-    shown = [arm for arm in parse if arm["spoilt"] <= demand][:SHOWN] or parse[:SHOWN]
-    marked = [{**arm, "label": f"{arm['label']} (rehearsed)"} for arm in record["rehearsed"]]
+    first = record["looped"][0]["label"]
+    rest = [arm for arm in parse if arm["label"] != first]
+    shown = [arm for arm in rest if arm["spoilt"] <= demand][:SHOWN] or rest[:SHOWN]
+    marked = [{**arm, "label": f"{arm['label']} (best)" if arm["label"] == first else arm["label"]}
+              for arm in record["looped"]]  # fmt: skip
     return [_arm_row(arm, record["costs"]["problems"]) for arm in (*marked, *shown, *alone)]
 
 
@@ -141,6 +144,9 @@ def cost_rows(record: Json) -> list[list[str]]:
     for name, pace in costs["inners"].items():
         rows.append([f"inner={name}", f"{pace['pace']:.2f} of the target's time a token, {pace['start']:.1f} tokens' "
                      f"worth to start, tau {pace['tau']:.2f}"])  # fmt: skip
+    if seen := record["rehearsed"]:
+        rows.append([f"best arm on {seen['problems']} of the problems, predicted / run",
+                     f"{seen['predicted']:.2f} / {seen['measured']:.2f}"])  # fmt: skip
     rows += [[f"inner={name}", f"left out: {reason}"] for name, reason in costs["left_out_inners"].items()]
     return rows
 
@@ -178,8 +184,8 @@ def note(record: Json) -> str:
         f"Tier: {tier(record)}. n = {record['costs']['problems']}, seed {config['seed']}, at most "
         f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems; Wilson). "
         "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
-        f"something wrong is kept ({shown}). Milliseconds a request. Rehearsed: predicted, and corrected by running it "
-        f"on {config['short']} of the problems; the others are predictions. A threshold with a promise is for "
+        f"something wrong is kept ({shown}). Milliseconds a request, of a loop those of its first round. Loops: from "
+        f"how they ran on {config['short']} of the problems beside loop=once. A threshold with a promise is for "
         f"experiments/calibrate.py to find. {origin(record)}"
     )
 
