@@ -45,7 +45,13 @@ def run_job(
         for arm in arms:
             before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
             arm.requests = [request for request in before if not request["error"]]  # the others are tried again
-    head = _head(cfg, config, arms, earlier)
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "title": cfg.title or _title(cfg),
+        "config": config,
+        "provenance": provenance() | _servers(arms),
+        "resumed_from": earlier["provenance"] if earlier else None,
+    }
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
     saved = time.monotonic()
@@ -89,19 +95,6 @@ def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) 
     """Requests that are still to be answered; every turn of a conversation is one."""
     turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
     return sum(turns - len(arm.requests) for arm in arms)
-
-
-def _head(
-    cfg: DictConfig, config: dict[str, Any], arms: Sequence[Arm], earlier: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What a record says before its arms."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "title": cfg.title or _title(cfg),
-        "config": config,
-        "provenance": provenance() | _servers(arms),
-        "resumed_from": earlier["provenance"] if earlier else None,
-    }
 
 
 def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
