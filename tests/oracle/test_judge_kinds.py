@@ -125,8 +125,9 @@ def test_a_pass_without_probes_only_reads(tiny_target):
     session.feed(PROMPT)
     rows = session.judge(DRAFT, CUTS, SUFFIX, probes=[])
     assert (rows.path, rows.rows, len(rows.probe_logits)) == (JudgePath.CAUSAL, len(DRAFT), 0)
-    with pytest.raises(JudgeError, match="causal"):
-        session.judge(DRAFT, CUTS, SUFFIX, path=JudgePath.CAUSAL)
+    for path in (JudgePath.CAUSAL, JudgePath.REMOTE):
+        with pytest.raises(JudgeError, match=f"path={path} with a suffix"):
+            session.judge(DRAFT, CUTS, SUFFIX, path=path)
 
 
 def test_digit_is_the_mean_mark_of_separate_forwards():
