@@ -65,9 +65,9 @@ test-vllm: setup .venv-vllm/.installed  ## the same tests on vLLM's CPU build, 3
 
 bench: setup  ## the figures of the README on the embedded models, about half an hour on two cores
 	$(BIN)/python experiments/overhead.py runtime=cpu
-	$(BIN)/python experiments/compare.py runtime=cpu arms=zoo
-	$(BIN)/python experiments/compare.py runtime=cpu arms=inner
-	$(BIN)/python experiments/compare.py runtime=cpu arms=refused
+	$(BIN)/python experiments/compare.py runtime=cpu task.seed=1 arms=zoo
+	$(BIN)/python experiments/compare.py runtime=cpu task.seed=1 arms=inner
+	$(BIN)/python experiments/compare.py runtime=cpu task.seed=1 task.n=100 arms=refused
 	$(BIN)/python experiments/compare.py runtime=cpu arms=thresholds
 
 golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR make golden

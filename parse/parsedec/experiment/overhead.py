@@ -37,7 +37,7 @@ from parsedec.model import LanguageModel
 PARTS = ("prefill", "target", "drafter", "speculator", "engine")
 NETWORKS = PARTS[:3]
 PROTOCOL = ("start", "propose", "commit", "rewind", "note_refused")
-HEADS = ("inner", "steps", "ms a step", "target", "drafter", "speculator", "engine", "overhead", "of a target step")
+HEADS = ("inner", "steps", "ms a step", "target", "drafter", "speculator", "engine", "overhead", "of a plain step", "of its own")
 
 Row = dict[str, Any]  # of one request, as it is stored
 
@@ -174,7 +174,8 @@ def time_request(engine: Parse, ids: Sequence[int], max_new_tokens: int) -> Row:
 
 def summarise_steps(rows: Mapping[str, Sequence[Row]], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Seconds per verified tree of every engine, and its overhead as a share of a target step, with 95 % bootstrap
-    intervals over problems. A target step is the target's forward in the first engine, which guesses nothing."""
+    intervals over problems. A plain step is the target's forward in the first engine, which guesses nothing; its own
+    step, the forward that verified the tree."""
     columns = ("steps", "target_s", "drafter_s", "speculator_s", "engine_s")
     facts = {name: np.array([[row[key] for key in columns] for row in of]) for name, of in rows.items()}  # [n, 5]
     first = next(iter(facts.values()))
@@ -194,6 +195,7 @@ def summarise_steps(rows: Mapping[str, Sequence[Row]], seed: int = 0) -> dict[st
             **{key: float(value) for key, value in zip(columns[1:], a_step, strict=True)},
             **_with_interval("overhead_s", overhead, overheads),
             **_with_interval("overhead_share", overhead / unit, overheads / units),
+            **_with_interval("own_share", overhead / a_step[0], overheads / sampled[:, 0]),
         }
     return summary
 
@@ -264,8 +266,8 @@ def caption(record: dict[str, Any]) -> str:
     config = record["config"]
     return (
         f"Milliseconds per verified tree without prefill, the fastest of {config['repeats']} alternating runs of each "
-        "problem. Overhead: speculator and engine outside networks, absolute and as a share of the target's forward "
-        f"in a step without speculation. Tier: {tier(record)}. n = {record['summary']['problems']}, at most "
+        "problem. Overhead: speculator and engine outside networks, absolute, as a share of the target's forward in a "
+        f"step without speculation, and of the one in the same step. Tier: {tier(record)}. n = {record['summary']['problems']}, at most "
         f"{config['max_new_tokens']} new tokens; 95 % bootstrap intervals over problems. {origin(record)}"
     )
 
@@ -279,6 +281,7 @@ def rows_of(record: dict[str, Any]) -> list[list[str]]:
             *(f"{1000 * inner['summary'][f'{part}_s']:.2f}" for part in ("step", *PARTS[1:])),
             _cell(inner["summary"], "overhead_s", 1000, 2, ""),
             _cell(inner["summary"], "overhead_share", 100, 1, " %"),
+            _cell(inner["summary"], "own_share", 100, 1, " %"),
         ]
         for inner in record["inners"]
     ]
