@@ -57,11 +57,11 @@ class Fiber(Generic[T]):
         """Let it run on with the answer to its question, until it asks again or ends."""
         self._answer = answer
         self._since = time.perf_counter()
-        self._running = True
         if self._thread.ident is None:
-            self._thread.start()
+            self._thread.start()  # raises where no thread can be had: then nothing runs that could be waited for
         else:
             self._go.release()
+        self._running = True
         self._wait()
         self.spent += time.perf_counter() - self._since
 
@@ -100,6 +100,8 @@ class Fiber(Generic[T]):
         _here.fiber = self
         try:
             self._result.append(self._body())
+        except Closed as closed:
+            self._error = closed.with_traceback(None)  # its frames hold the request's caches
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller of `result` gets it
             self._error = error
         finally:

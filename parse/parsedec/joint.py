@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from parsedec import kv, masks
+from parsedec import kv, masks, ranks
 from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.remote.model import RemoteModel
@@ -124,6 +124,8 @@ AttentionInterface.register(NAME, _attention)
 @torch.inference_mode()
 def _forward(passes: Sequence[HfPass]) -> list[Output]:
     model, taps = passes[0].model, passes[0].taps
+    if model.shared:
+        ranks.check_same(model, [one.ids for one in passes])
     bounds, kept, keep, positions = [0], [0], [], []
     for one in passes:
         n, start = one.rows, bounds[-1]

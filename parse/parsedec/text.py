@@ -51,7 +51,8 @@ class Draft:
         offset = self.ends[start - 1] if start else 0
         ends = tuple(end - offset for end in self.ends[start:stop])
         ended = self.ended and stop == len(self.tokens)
-        return Draft(self.tokens[start:stop], self.piece(start, stop), ends, ended)
+        logprobs = None if self.logprobs is None else self.logprobs[start:stop]
+        return Draft(self.tokens[start:stop], self.piece(start, stop), ends, ended, logprobs)
 
 
 class TextStream:

@@ -27,6 +27,7 @@ from parsedec.judge import (
     judging_session,
 )
 from parsedec.meter import Tally
+from parsedec.peers import Cascade, SpecReason
 from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens
 from parsedec.session import Session
@@ -403,3 +404,15 @@ def test_streamed_keeps_what_the_whole_draft_would(family, name, tmp_path):
         assert fused.counters.kept_draft_tokens == streamed.counters.kept_draft_tokens
         kept.add(fused.counters.kept_draft_tokens)
     assert len(kept) > 1, "the thresholds should tell the drafts apart"
+
+
+@pytest.mark.parametrize("outer", [Cascade, SpecReason])
+@pytest.mark.parametrize("kind", ["probe", "confidence"])
+def test_peers_ask_judges_that_need_more_than_a_pass(outer, kind, tmp_path):
+    target, draft = tiny.model("llama"), tiny.model(seed=5, layers=2)
+    probe_folder(tmp_path, target)
+    judge = ProbeJudge(weights=tmp_path) if kind == "probe" else ConfidenceJudge()
+    result = Parse(target, draft, outer=outer(judge=judge)).generate(PROMPT, max_new_tokens=24)
+    scores = [segment.score for round_ in result.rounds for segment in round_.segments]
+    assert scores
+    assert all(0 <= score <= 1 for score in scores)

@@ -37,7 +37,18 @@ from parsedec.model import LanguageModel
 PARTS = ("prefill", "target", "drafter", "speculator", "engine")
 NETWORKS = PARTS[:3]
 PROTOCOL = ("start", "propose", "commit", "rewind", "note_refused")
-HEADS = ("inner", "steps", "ms a step", "target", "drafter", "speculator", "engine", "overhead", "of a plain step", "of its own")
+HEADS = (
+    "inner",
+    "steps",
+    "ms a step",
+    "target",
+    "drafter",
+    "speculator",
+    "engine",
+    "overhead",
+    "of a plain step",
+    "of its own",
+)
 
 Row = dict[str, Any]  # of one request, as it is stored
 
@@ -267,8 +278,8 @@ def caption(record: dict[str, Any]) -> str:
     return (
         f"Milliseconds per verified tree without prefill, the fastest of {config['repeats']} alternating runs of each "
         "problem. Overhead: speculator and engine outside networks, absolute, as a share of the target's forward in a "
-        f"step without speculation, and of the one in the same step. Tier: {tier(record)}. n = {record['summary']['problems']}, at most "
-        f"{config['max_new_tokens']} new tokens; 95 % bootstrap intervals over problems. {origin(record)}"
+        f"step without speculation, and of the one in the same step. Tier: {tier(record)}. "
+        f"n = {record['summary']['problems']}, at most {config['max_new_tokens']} new tokens; 95 % bootstrap intervals over problems. {origin(record)}"
     )
 
 

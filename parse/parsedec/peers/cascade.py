@@ -49,7 +49,8 @@ class Cascade:
             gate=self.gate,
             max_draft_tokens=self.max_draft_tokens,
         )
-        return replace(self, verification=unbound.bind(target))
+        verification = unbound.bind(target)
+        return replace(self, judge=verification.judge, verification=verification)
 
     def run(self, work: Work) -> Iterator[Written]:
         if self.verification is None:

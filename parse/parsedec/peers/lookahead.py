@@ -12,7 +12,7 @@ stands was also written by the target.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Self
@@ -82,7 +82,8 @@ class LookaheadReasoning:
         ahead = DraftSteps(drafter_of(work), work.answer, self.segmenter)
         while work.answer.stop is None:
             work.answer.begin_round()
-            round_ = Comparison(self, work, self._propose(work, ahead))
+            before = {phase: work.meter.seconds(phase) for phase in ("draft", "judge", "decode")}
+            round_ = Comparison(self, work, self._propose(work, ahead), before)
             yield from round_.run()
             work.rounds.append(round_.record())
 
@@ -102,13 +103,16 @@ class LookaheadReasoning:
 class Comparison:
     """One round: proposed steps against the target's own."""
 
-    def __init__(self, outer: LookaheadReasoning, work: Work, proposed: list[Draft]) -> None:
+    def __init__(
+        self, outer: LookaheadReasoning, work: Work, proposed: list[Draft], before: Mapping[str, float]
+    ) -> None:
+        """`before`: seconds of each phase when the round began."""
         self.outer = outer
         self.work = work
         self.proposed = proposed
         self.scores: list[float] = []
         self.stands = 0  # leading steps that do
-        self._before = {phase: work.meter.seconds(phase) for phase in ("judge", "decode")}
+        self._before = before
         self._asked = [0, 0]  # passes, rows of the equivalence judge
         self._counts = [0, 0]  # tokens of the answer: the draft model's, the target's
 

@@ -182,7 +182,8 @@ class RemoteDecoder(Decoder):
                 if wait is not None:
                     time.sleep(wait)
                 elif author is Author.DRAFT:
-                    server.note_lost()
+                    if not isinstance(error, ServerRefused):  # what one request may not do, others may
+                        server.note_lost()
                     self._give_up(answer, str(error))
                 else:
                     raise _lost(self.model, error) from error

@@ -83,7 +83,8 @@ class Steps:
                     body()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory):
+            # the judge may work in another thread meanwhile: what it allocates is none of the capture's business
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 outputs = body()
         except RuntimeError as error:
             log.warning("a decode step could not be captured in a CUDA graph and runs without one: %s", error)
