@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, load
+from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost
 from parsedec.serve.desk import Desk, FairQueue, Job, Task
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.types import Author, Counters, PhaseTimes
@@ -338,6 +339,29 @@ def test_a_failing_engine_fails_its_request_alone():
             assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
             assert "secret" not in answer.text
         assert httpx.post(f"{address}/v1/chat/completions", json=SLOW).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry", "logged"),
+    [
+        (TargetLost("http://10.0.0.7:9 was lost"), 503, "5", True),
+        (ServerRefused("http://10.0.0.7:9 answered 401", 401), 502, None, True),
+        (JudgeError("the weights at http://10.0.0.7:9 are unusable"), 500, None, True),
+        (PromptError("the prompt is too long"), 400, None, False),
+    ],
+)
+def test_what_lies_behind_the_server_is_for_its_log(caplog, error, status, retry, logged):
+    class Behind(Slow):
+        def stream(self, prompt, **options):
+            raise error
+
+    with listening(Behind(), model="slow", run="threads") as (address, _):
+        for stream in (False, True):
+            answer = httpx.post(f"{address}/v1/chat/completions", json={**SLOW, "stream": stream})
+            assert (answer.status_code, answer.headers.get("Retry-After")) == (status, retry)
+            assert (str(error) in answer.text) is not logged
+            assert "10.0.0.7" not in answer.text
+            assert (str(error) in caplog.text) is logged
 
 
 def test_a_failing_pass_ends_those_in_it_and_no_others(monkeypatch):

@@ -31,7 +31,7 @@ from parsedec.engine import Parse, Prompt
 from parsedec.errors import ParsedecError
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
-from parsedec.serve.refusals import Refusal, closing
+from parsedec.serve.refusals import OWN, Refusal, closing
 from parsedec.types import Delta, Result, Sampling
 
 log = logging.getLogger(__name__)
@@ -332,6 +332,8 @@ class Desk:
                         return
                     job.tell(delta)
         except ParsedecError as error:
+            if not isinstance(error, (Refusal, *OWN)):  # its reader is told nothing of what lies behind this server
+                log.error("a request failed: %s: %s", type(error).__name__, error)
             job.tell(error)
         except Exception as error:
             log.exception("a request failed")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from parsedec.errors import ParsedecError
+from parsedec.errors import ChatTemplateError, ParsedecError, PromptError, ServerError, ServerRefused
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 INTERNAL = "The server failed on this request; its log says why. Other requests are not affected."
+LOST = "A model server behind this one could not be reached, was busy, or broke off. Send the request again later."
+DENIED = "A model server behind this one refuses the request. The log of this server says why."
 CLOSING = "The server is shutting down. Send the request to another one, or again later."
+RETRY_S = 5  # seconds after which a model server that was lost may be back
+OWN = (PromptError, ChatTemplateError)  # what a client can mend; asked.py names the fields that are wrong
 
 
 class Refusal(ParsedecError):
@@ -38,11 +42,18 @@ class Refusal(ParsedecError):
 
 
 def refusal(error: Exception) -> Refusal:
-    """What a client is told of an error: all of one that is the request's, nothing of a defect."""
+    """What a client is told of an error: all of one that is the request's, nothing of what lies behind the server.
+
+    The messages of other kinds hold the addresses and settings of model servers: they are for the log.
+    """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, ParsedecError):
+    if isinstance(error, OWN):
         return Refusal(400, str(error), code="invalid_request")
+    if isinstance(error, ServerRefused):
+        return Refusal(502, DENIED, code="model_server_refused")
+    if isinstance(error, ServerError):
+        return Refusal(503, LOST, code="model_server_lost", retry=RETRY_S)
     return Refusal(500, INTERNAL, code="internal_error")
 
 
