@@ -12,7 +12,9 @@ import pytest
 import tiny
 from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, load
 from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost
+from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
 from parsedec.serve.desk import Desk, FairQueue, Job, Task
+from parsedec.serve.refusals import Refusal
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.types import Author, Counters, PhaseTimes
 from serving import listening, process
@@ -303,6 +305,36 @@ def test_a_queue_is_fair_between_clients():
     assert not queue.remove(jobs[1])
     assert "".join(queue.take().client for _ in range(len(queue))) == "abcaba"
     loop.close()
+
+
+def test_a_client_that_fills_the_room_keeps_nobody_out():
+    slow, task = Slow(words=1), Task(prompt=HELLO["messages"], max_new_tokens=1, sampling=Sampling())
+
+    async def all_of_it():
+        desk = Desk(slow, at_once=1, queue=3, run="threads")
+        desk.submit([task] * 4, "greedy")
+        taken, statuses = {"greedy": 4}, set()
+        for client in ("greedy", "second", "second", "second", "third", "third", "fourth", "fifth"):
+            try:
+                desk.submit([task], client)
+            except Refusal as refused:
+                statuses.add(refused.status)
+            else:
+                taken[client] = taken.get(client, 0) + 1
+        for _ in range(8):
+            slow.go.release()
+        await desk.drain(10)
+        return taken, statuses
+
+    # shares of the 4 places: 2 among two clients, then 1; 8 are the most there can be
+    assert asyncio.run(all_of_it()) == ({"greedy": 4, "second": 2, "third": 1, "fourth": 1}, {429})
+
+
+def test_the_most_tokens_bound_answers_nobody_bounded():
+    asked = ChatAsked.model_validate(HELLO)
+    for most, given in ((10, 10), (1000, 256)):
+        defaults = Defaults(limits=Limits(max_new_tokens=256), sampling=Sampling(), max_tokens=most, max_choices=1)
+        assert tasks_of(asked, defaults)[0].max_new_tokens == given
 
 
 def test_keys_guard_all_but_the_page_and_health(monkeypatch):
