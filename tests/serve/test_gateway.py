@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 import tiny
-from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, load
+from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, joint, load
 from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost
 from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
 from parsedec.serve.desk import Desk, FairQueue, Job, Task
-from parsedec.serve.refusals import Refusal
+from parsedec.serve.refusals import Refusal, refusal
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.types import Author, Counters, PhaseTimes
 from serving import listening, process
@@ -398,35 +398,43 @@ def test_what_lies_behind_the_server_is_for_its_log(caplog, error, status, retry
 
 def test_a_failing_pass_ends_those_in_it_and_no_others(monkeypatch):
     engine = Parse(tiny.model("llama"))
-    forward = engine.target.forward
     failing = threading.Event()
 
-    def fails(*args, **options):
-        if failing.is_set():
-            raise RuntimeError("out of memory")
-        return forward(*args, **options)
+    def fails(forward):
+        def forwarded(*args, **options):
+            if failing.is_set():
+                raise RuntimeError("out of memory")
+            return forward(*args, **options)
 
-    async def ask(desk):
-        ticket = desk.submit([Task(prompt=[5, 6], max_new_tokens=4, sampling=Sampling())], "a")
-        while True:
+        return forwarded
+
+    async def ask(desk, n=1):
+        tasks = [Task(prompt=[5, 6], max_new_tokens=4, sampling=Sampling(), choice=i) for i in range(n)]
+        ticket, ends = desk.submit(tasks, "a"), []
+        while len(ends) < n:
             _, event = await ticket.next()
             if isinstance(event, Exception) or event.result:
-                return event
+                ends.append(event)
+        return ends
 
     async def all_of_it():
         desk = Desk(engine, at_once=2, queue=2)
-        before = await ask(desk)
+        (before,) = await ask(desk)
         failing.set()
-        between = await ask(desk)
+        (alone,), together = await ask(desk), await ask(desk, 2)
         failing.clear()
-        after = await ask(desk)
+        (after,) = await ask(desk)
         await desk.drain(5)
-        return before, between, after, desk.alive
+        return before, alone, together, after, desk.alive
 
     expected = engine.generate([5, 6], max_new_tokens=4).tokens
-    monkeypatch.setattr(type(engine.target), "forward", lambda self, *args, **options: fails(*args, **options))
-    before, between, after, alive = asyncio.run(all_of_it())
-    assert isinstance(between, RuntimeError)
+    monkeypatch.setattr(type(engine.target), "forward", fails(type(engine.target).forward))
+    monkeypatch.setattr(joint, "_forward", fails(joint._forward))
+    before, alone, together, after, alive = asyncio.run(all_of_it())
+    assert isinstance(alone, RuntimeError)
+    told = [(refusal(error).status, refusal(error).retry, str(error)) for error in together]
+    assert [(status, retry) for status, retry, _ in told] == [(503, 1)] * 2
+    assert all("Send it again" in text and "out of memory" not in text for _, _, text in told)
     assert before.result.tokens == after.result.tokens == expected
     assert not alive
 

@@ -31,7 +31,7 @@ from parsedec.engine import Parse, Prompt
 from parsedec.errors import ParsedecError
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
-from parsedec.serve.refusals import OWN, Refusal, closing
+from parsedec.serve.refusals import OWN, Refusal, closing, given_up
 from parsedec.types import Delta, Result, Sampling
 
 log = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ class Desk:
                 self.closed = True
                 left = list(self._jobs)
             for job in left:
-                job.tell(RuntimeError("the server's thread ended"))
+                job.tell(closing())
                 self._end(job)
             raise
 
@@ -331,7 +331,7 @@ class Desk:
                 log.exception("a pass failed; the %d answers in progress are given up", len(seated))
                 company.close()
                 for job in seated:
-                    job.tell(error)
+                    job.tell(error if len(seated) == 1 else given_up())  # one alone made its pass fail by itself
                     self._end(job)
                 company, seated = Company(), set()
 

@@ -10,6 +10,7 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 INTERNAL = "The server failed on this request; its log says why. Other requests are not affected."
 LOST = "A model server behind this one could not be reached, was busy, or broke off. Send the request again later."
 DENIED = "A model server behind this one refuses the request. The log of this server says why."
+GIVEN_UP = "The server failed on a pass that this request shared with others, and gave all of them up. Send it again."
 CLOSING = "The server is shutting down. Send the request to another one, or again later."
 RETRY_S = 5  # seconds after which a model server that was lost may be back
 OWN = (PromptError, ChatTemplateError)  # what a client can mend; asked.py names the fields that are wrong
@@ -59,3 +60,8 @@ def refusal(error: Exception) -> Refusal:
 
 def closing() -> Refusal:
     return Refusal(503, CLOSING, code="shutting_down", retry=5)
+
+
+def given_up() -> Refusal:
+    """For the answers of a shared pass that failed: whichever of them made it fail, the others did not."""
+    return Refusal(503, GIVEN_UP, code="pass_failed", retry=1)
