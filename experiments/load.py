@@ -97,7 +97,7 @@ def main(cfg: DictConfig) -> None:
     from parsedec.serve.load import sound
 
     path = Path(HydraConfig.get().runtime.output_dir) / "record.json"
-    earlier_record(path, plain(cfg), resume=False)
+    earlier_record(path, plain(cfg), resume=None)
     with announced(path):
         head = {"schema_version": SCHEMA_VERSION, "kind": "load", "provenance": provenance(), "config": plain(cfg)}
         summary = measure(cfg, list(HydraConfig.get().overrides.task))

@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> None:
 
     path = Path(HydraConfig.get().runtime.output_dir) / "record.json"
     config = plain(cfg)
-    earlier_record(path, config, resume=False)
+    earlier_record(path, config, resume=None)
     apply_runtime(cfg)
     head = {"schema_version": SCHEMA_VERSION, "title": "Engine overhead", "config": config, "provenance": provenance()}
     with announced(path):

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -55,6 +56,12 @@ const idle = () => until(() => !at("send").disabled);
   at("stop").click();
   await idle();
   await report("stopped", shown());
+  ask("Forever");
+  await until(() => document.querySelectorAll(".assistant").length === 4);
+  await until(() => shown().spans.length);
+  at("fresh").click();
+  await idle();
+  await report("fresh", {messages, turns: document.querySelectorAll(".turn").length});
   const from = performance.getEntriesByType("resource").map(entry => entry.name);
   await report("end", {failures, model: at("model").textContent,
     elsewhere: from.filter(name => !name.startsWith(location.origin)),
@@ -77,7 +84,7 @@ class Scripted:
             try:
                 while True:
                     yield Delta(text="on ", tokens=(1,), author=Author.TARGET)
-                    self.closed.wait(0.02)
+                    time.sleep(0.02)
             finally:
                 self.closed.set()
         yield Delta(text=DRAFTED, tokens=tuple(range(9)), author=Author.DRAFT)
@@ -162,3 +169,7 @@ def test_errors_and_stops_are_told(reports):
     assert len(reports["failed"]["messages"]) == 2  # the question that failed is not part of the talk
     assert reports["stopped"]["error"] == "stopped"
     assert reports["closed"]
+
+
+def test_a_new_chat_holds_nothing_of_an_answer_it_cut_short(reports):
+    assert reports["fresh"] == {"messages": [], "turns": 0}

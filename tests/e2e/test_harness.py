@@ -166,6 +166,21 @@ def test_settings_from_arguments_and_file(tmp_path):
         composed({"config": "nowhere.yaml"})
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sampling.temperature": 0.7}, r"temperature=0\.7.*--gen_kwargs"),
+        ({"sampling.top_k": 5}, r"top_k=5.*--gen_kwargs"),
+        ({"batch": 8}, "batch=8.*one at a time"),
+        ({"seeds": [0, 1]}, r"seeds=\[0, 1\].*seed=N"),
+    ],
+)
+def test_settings_that_the_harness_decides_are_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        composed(given)
+    assert composed({"sampling.temperature": 0.0, "batch": 1, "seeds": None}).batch == 1  # what holds anyway
+
+
 # --- one model, tiny and random ---
 
 

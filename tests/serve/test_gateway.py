@@ -10,8 +10,11 @@ import httpx
 import pytest
 
 import tiny
-from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, load
+from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, joint, load
+from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost
+from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
 from parsedec.serve.desk import Desk, FairQueue, Job, Task
+from parsedec.serve.refusals import Refusal, refusal
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.types import Author, Counters, PhaseTimes
 from serving import listening, process
@@ -304,6 +307,36 @@ def test_a_queue_is_fair_between_clients():
     loop.close()
 
 
+def test_a_client_that_fills_the_room_keeps_nobody_out():
+    slow, task = Slow(words=1), Task(prompt=HELLO["messages"], max_new_tokens=1, sampling=Sampling())
+
+    async def all_of_it():
+        desk = Desk(slow, at_once=1, queue=3, run="threads")
+        desk.submit([task] * 4, "greedy")
+        taken, statuses = {"greedy": 4}, set()
+        for client in ("greedy", "second", "second", "second", "third", "third", "fourth", "fifth"):
+            try:
+                desk.submit([task], client)
+            except Refusal as refused:
+                statuses.add(refused.status)
+            else:
+                taken[client] = taken.get(client, 0) + 1
+        for _ in range(8):
+            slow.go.release()
+        await desk.drain(10)
+        return taken, statuses
+
+    # shares of the 4 places: 2 among two clients, then 1; 8 are the most there can be
+    assert asyncio.run(all_of_it()) == ({"greedy": 4, "second": 2, "third": 1, "fourth": 1}, {429})
+
+
+def test_the_most_tokens_bound_answers_nobody_bounded():
+    asked = ChatAsked.model_validate(HELLO)
+    for most, given in ((10, 10), (1000, 256)):
+        defaults = Defaults(limits=Limits(max_new_tokens=256), sampling=Sampling(), max_tokens=most, max_choices=1)
+        assert tasks_of(asked, defaults)[0].max_new_tokens == given
+
+
 def test_keys_guard_all_but_the_page_and_health(monkeypatch):
     monkeypatch.setenv("PARSEDEC_API_KEY", "first, zweiter-schlüssel")
     slow = Slow(words=0)
@@ -340,37 +373,68 @@ def test_a_failing_engine_fails_its_request_alone():
         assert httpx.post(f"{address}/v1/chat/completions", json=SLOW).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "retry", "logged"),
+    [
+        (TargetLost("http://10.0.0.7:9 was lost"), 503, "5", True),
+        (ServerRefused("http://10.0.0.7:9 answered 401", 401), 502, None, True),
+        (JudgeError("the weights at http://10.0.0.7:9 are unusable"), 500, None, True),
+        (PromptError("the prompt is too long"), 400, None, False),
+    ],
+)
+def test_what_lies_behind_the_server_is_for_its_log(caplog, error, status, retry, logged):
+    class Behind(Slow):
+        def stream(self, prompt, **options):
+            raise error
+
+    with listening(Behind(), model="slow", run="threads") as (address, _):
+        for stream in (False, True):
+            answer = httpx.post(f"{address}/v1/chat/completions", json={**SLOW, "stream": stream})
+            assert (answer.status_code, answer.headers.get("Retry-After")) == (status, retry)
+            assert (str(error) in answer.text) is not logged
+            assert "10.0.0.7" not in answer.text
+            assert (str(error) in caplog.text) is logged
+
+
 def test_a_failing_pass_ends_those_in_it_and_no_others(monkeypatch):
     engine = Parse(tiny.model("llama"))
-    forward = engine.target.forward
     failing = threading.Event()
 
-    def fails(*args, **options):
-        if failing.is_set():
-            raise RuntimeError("out of memory")
-        return forward(*args, **options)
+    def fails(forward):
+        def forwarded(*args, **options):
+            if failing.is_set():
+                raise RuntimeError("out of memory")
+            return forward(*args, **options)
 
-    async def ask(desk):
-        ticket = desk.submit([Task(prompt=[5, 6], max_new_tokens=4, sampling=Sampling())], "a")
-        while True:
+        return forwarded
+
+    async def ask(desk, n=1):
+        tasks = [Task(prompt=[5, 6], max_new_tokens=4, sampling=Sampling(), choice=i) for i in range(n)]
+        ticket, ends = desk.submit(tasks, "a"), []
+        while len(ends) < n:
             _, event = await ticket.next()
             if isinstance(event, Exception) or event.result:
-                return event
+                ends.append(event)
+        return ends
 
     async def all_of_it():
         desk = Desk(engine, at_once=2, queue=2)
-        before = await ask(desk)
+        (before,) = await ask(desk)
         failing.set()
-        between = await ask(desk)
+        (alone,), together = await ask(desk), await ask(desk, 2)
         failing.clear()
-        after = await ask(desk)
+        (after,) = await ask(desk)
         await desk.drain(5)
-        return before, between, after, desk.alive
+        return before, alone, together, after, desk.alive
 
     expected = engine.generate([5, 6], max_new_tokens=4).tokens
-    monkeypatch.setattr(type(engine.target), "forward", lambda self, *args, **options: fails(*args, **options))
-    before, between, after, alive = asyncio.run(all_of_it())
-    assert isinstance(between, RuntimeError)
+    monkeypatch.setattr(type(engine.target), "forward", fails(type(engine.target).forward))
+    monkeypatch.setattr(joint, "_forward", fails(joint._forward))
+    before, alone, together, after, alive = asyncio.run(all_of_it())
+    assert isinstance(alone, RuntimeError)
+    told = [(refusal(error).status, refusal(error).retry, str(error)) for error in together]
+    assert [(status, retry) for status, retry, _ in told] == [(503, 1)] * 2
+    assert all("Send it again" in text and "out of memory" not in text for _, _, text in told)
     assert before.result.tokens == after.result.tokens == expected
     assert not alive
 

@@ -54,6 +54,32 @@ def test_keys_come_from_the_environment(monkeypatch):
         _ = ServeSettings(api_key="env").keys
 
 
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [("127.0.0.1", False), ("127.1.2.3", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("::", True),
+     ("10.0.0.7", True), ("", True), ("some.host", True)],
+)  # fmt: skip
+def test_a_server_that_others_reach_without_a_key_is_known(host, reached):
+    assert ServeSettings(host=host).unguarded is reached
+    assert not ServeSettings(host=host, api_key="env").unguarded
+
+
+def test_serving_without_a_key_is_warned_of_before_models_are_loaded(monkeypatch, capsys):
+    served = pytest.importorskip("parsedec.serve.command", reason="the server is in the extra `server`")
+
+    class LoadingBegan(Exception):
+        pass
+
+    def loading(cfg):
+        raise LoadingBegan
+
+    monkeypatch.setattr(served, "apply_runtime", loading)
+    for host, said in (("0.0.0.0", True), ("127.0.0.1", False)):
+        with pytest.raises(LoadingBegan):
+            served.serve(composed(f"serve.host={host}"))
+        assert ("serve.api_key=env" in capsys.readouterr().err) is said
+
+
 def test_the_first_word_names_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parsedec"])
     command.main()

@@ -102,12 +102,16 @@ def test_what_is_no_record_is_refused(tmp_path, content, complaint):
 def test_new_folder_has_no_earlier_record(tmp_path):
     assert earlier_record(tmp_path / "record.json", CONFIG, resume=False) is None
     assert earlier_record(tmp_path / "record.json", CONFIG, resume=True) is None
+    assert earlier_record(tmp_path / "record.json", CONFIG, resume=None) is None
 
 
 def test_a_record_is_never_overwritten(tmp_path):
     path = write_record(RECORD, tmp_path / "record.json")
     with pytest.raises(OutputExistsError, match=r"exists already.*output=DIR.*resume=true"):
         earlier_record(path, CONFIG, resume=False)
+    with pytest.raises(OutputExistsError, match=r"cannot be resumed.*output=DIR") as refused:
+        earlier_record(path, CONFIG, resume=None)
+    assert "resume=true" not in str(refused.value)
 
 
 def test_resuming_needs_the_same_configuration(tmp_path):

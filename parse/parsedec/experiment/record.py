@@ -91,10 +91,18 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def earlier_record(path: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations."""
+def earlier_record(path: Path, config: dict[str, Any], resume: bool | None) -> dict[str, Any] | None:
+    """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations.
+
+    resume  None: this kind of run is always made whole, and cannot be gone on with
+    """
     if not path.exists():
         return None
+    if resume is None:
+        raise OutputExistsError(
+            f"{path} exists already; a run never overwrites one, and this kind of run cannot be resumed. Choose "
+            "another folder (output=DIR)."
+        )
     if not resume:
         raise OutputExistsError(
             f"{path} exists already; a run never overwrites one. Choose another folder "

@@ -20,15 +20,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from parsedec.errors import ConfigError
-from parsedec.experiment.build import conf_folder
+from parsedec.experiment.build import build_sampling, conf_folder
 from parsedec.experiment.cli import expand_shorthand
+from parsedec.types import Sampling
 
 log = logging.getLogger(__name__)
 OWN_KEYS = ("config", "record", "model")
 
 
 def composed(arguments: Mapping[str, Any]) -> DictConfig:
-    """The configuration that model arguments stand for. Raises what Hydra does for a name that does not exist."""
+    """The configuration that model arguments stand for.
+
+    Raises what Hydra does for a name that does not exist, ConfigError for a setting that the harness decides.
+    """
     conf = conf_folder()
     listed: dict[str, Any] = {}
     if arguments.get("config") is not None:
@@ -37,7 +41,9 @@ def composed(arguments: Mapping[str, Any]) -> DictConfig:
     written = [f"{key}={_written(value)}" for key, value in listed.items()]
     overrides = [expanded for override in written for expanded in expand_shorthand(override, conf)]
     with initialize_config_dir(str(conf), version_base="1.3"):
-        return compose("config", overrides)
+        cfg = compose("config", overrides)
+    _check_used(cfg)
+    return cfg
 
 
 def of_the_harness(additional: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -49,6 +55,23 @@ def of_the_harness(additional: Mapping[str, Any] | None) -> dict[str, Any]:
     if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
         return {}  # the harness's default is cuda:0 on every machine
     return {"runtime.device": device}
+
+
+def _check_used(cfg: DictConfig) -> None:
+    """A setting that is taken and not used would be believed to be in the results."""
+    if (sampling := build_sampling(cfg)) != Sampling():
+        raise ConfigError(
+            f"the model arguments ask for {sampling}, but here the task says how tokens are chosen; expected none of "
+            "sampling.*. Use --gen_kwargs do_sample=true,temperature=…,top_p=…,top_k=…"
+        )
+    if cfg.batch != 1:
+        raise ConfigError(
+            f"batch={cfg.batch}, but requests of the harness run one at a time; expected 1. Leave it out."
+        )
+    if cfg.seeds is not None:
+        raise ConfigError(
+            f"seeds={list(cfg.seeds)}, but the task says how often a problem is answered; expected null. Use seed=N."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
         )
     task = Task(
         prompt="",
-        max_new_tokens=most or defaults.limits.max_new_tokens,
+        max_new_tokens=most or min(defaults.limits.max_new_tokens, defaults.max_tokens),
         stop=_stops(asked.stop, defaults.limits.stop),
         sampling=_sampling(asked, defaults.sampling),
         seed=asked.seed,

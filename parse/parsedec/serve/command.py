@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from parsedec.experiment.build import apply_runtime, build_engine, build_sampling, conf_folder
 from parsedec.experiment.cli import run_command, stderr
 from parsedec.serve.app import Gateway
-from parsedec.serve.settings import ServeSettings
+from parsedec.serve.settings import KEY_VARIABLE, ServeSettings
 from parsedec.types import Limits
 
 AFTER_DRAIN = 5  # seconds for the last bytes to reach their readers
@@ -88,6 +88,14 @@ def serve(cfg: DictConfig) -> None:
     """Build the engine and serve it until a signal comes."""
     settings: ServeSettings = instantiate(cfg.serve)
     _ = settings.keys  # a missing key is found before models are loaded
+    if settings.unguarded:
+        stderr.print(
+            f"serve.host={settings.host} without a key: whoever reaches this machine can use the server. Set "
+            f"serve.api_key=env and {KEY_VARIABLE}, or serve.host=127.0.0.1.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
     apply_runtime(cfg)
     engine = build_engine(cfg)
     gateway = Gateway(

@@ -31,7 +31,7 @@ from parsedec.engine import Parse, Prompt
 from parsedec.errors import ParsedecError
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
-from parsedec.serve.refusals import Refusal, closing
+from parsedec.serve.refusals import OWN, Refusal, closing, given_up
 from parsedec.types import Delta, Result, Sampling
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,9 @@ class FairQueue:
 class Desk:
     """Takes tasks in, runs them `at_once` at a time, and keeps at most `queue` waiting.
 
+    Where some clients hold the whole room, one that holds less than its share of it is let in all the same: the desk
+    never holds more than twice as many.
+
     run      "batch", "threads" or "auto": see above
     on_end   called with every job that is over, in the thread that wrote it
     """
@@ -202,7 +205,7 @@ class Desk:
         with self._changed:
             if self.closed or not self.alive:
                 raise closing()
-            room = self.at_once + self.queue - len(self._jobs)
+            room = self._room(client)
             if len(tasks) > self.at_once + self.queue:
                 raise Refusal(
                     400,
@@ -227,6 +230,15 @@ class Desk:
             self._jobs.update(jobs)
             self._changed.notify_all()
         return Ticket(self, jobs, events)
+
+    def _room(self, client: str) -> int:
+        """How many more tasks of this client are let in. Whoever came first may fill the room, but not keep others out:
+        each may hold its share of it."""
+        whole = self.at_once + self.queue
+        clients = {job.client for job in self._jobs} | {client}
+        held = sum(job.client == client for job in self._jobs)
+        beyond = min(max(1, whole // len(clients)) - held, 2 * whole - len(self._jobs))
+        return max(0, whole - len(self._jobs), beyond)
 
     def drop(self, job: Job) -> None:
         """Nobody reads this job's events any more: it leaves the queue, or is ended where it is."""
@@ -264,7 +276,7 @@ class Desk:
                 self.closed = True
                 left = list(self._jobs)
             for job in left:
-                job.tell(RuntimeError("the server's thread ended"))
+                job.tell(closing())
                 self._end(job)
             raise
 
@@ -319,7 +331,7 @@ class Desk:
                 log.exception("a pass failed; the %d answers in progress are given up", len(seated))
                 company.close()
                 for job in seated:
-                    job.tell(error)
+                    job.tell(error if len(seated) == 1 else given_up())  # one alone made its pass fail by itself
                     self._end(job)
                 company, seated = Company(), set()
 
@@ -332,6 +344,8 @@ class Desk:
                         return
                     job.tell(delta)
         except ParsedecError as error:
+            if not isinstance(error, (Refusal, *OWN)):  # its reader is told nothing of what lies behind this server
+                log.error("a request failed: %s: %s", type(error).__name__, error)
             job.tell(error)
         except Exception as error:
             log.exception("a request failed")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from parsedec.errors import ParsedecError
+from parsedec.errors import ChatTemplateError, ParsedecError, PromptError, ServerError, ServerRefused
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 INTERNAL = "The server failed on this request; its log says why. Other requests are not affected."
+LOST = "A model server behind this one could not be reached, was busy, or broke off. Send the request again later."
+DENIED = "A model server behind this one refuses the request. The log of this server says why."
+GIVEN_UP = "The server failed on a pass that this request shared with others, and gave all of them up. Send it again."
 CLOSING = "The server is shutting down. Send the request to another one, or again later."
+RETRY_S = 5  # seconds after which a model server that was lost may be back
+OWN = (PromptError, ChatTemplateError)  # what a client can mend; asked.py names the fields that are wrong
 
 
 class Refusal(ParsedecError):
@@ -38,13 +43,25 @@ class Refusal(ParsedecError):
 
 
 def refusal(error: Exception) -> Refusal:
-    """What a client is told of an error: all of one that is the request's, nothing of a defect."""
+    """What a client is told of an error: all of one that is the request's, nothing of what lies behind the server.
+
+    The messages of other kinds hold the addresses and settings of model servers: they are for the log.
+    """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, ParsedecError):
+    if isinstance(error, OWN):
         return Refusal(400, str(error), code="invalid_request")
+    if isinstance(error, ServerRefused):
+        return Refusal(502, DENIED, code="model_server_refused")
+    if isinstance(error, ServerError):
+        return Refusal(503, LOST, code="model_server_lost", retry=RETRY_S)
     return Refusal(500, INTERNAL, code="internal_error")
 
 
 def closing() -> Refusal:
     return Refusal(503, CLOSING, code="shutting_down", retry=5)
+
+
+def given_up() -> Refusal:
+    """For the answers of a shared pass that failed: whichever of them made it fail, the others did not."""
+    return Refusal(503, GIVEN_UP, code="pass_failed", retry=1)

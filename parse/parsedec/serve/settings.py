@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 
@@ -21,9 +22,10 @@ class ServeSettings:
     at_once             answers written at a time
     run                 "batch": passes of the models are shared; "threads": a thread each, for models on servers;
                         "auto": whichever fits the models
-    queue               answers that may wait besides; what is beyond gets 429 at once
+    queue               answers that may wait besides; what is beyond gets 429 at once, but for a client that holds less
+                        than its share of the room (at most as many again wait so)
     max_request_bytes   longest request body; a longer one gets 413
-    max_tokens          most tokens a client may ask for
+    max_tokens          most tokens a client may ask for, and most of an answer to one that asks for none
     max_choices         most answers to one request (`n`, times the prompts of a completion)
     drain_s             seconds that answers in progress have after SIGTERM
     """
@@ -64,3 +66,12 @@ class ServeSettings:
         if not keys:
             raise ConfigError(f"serve.api_key=env, but {KEY_VARIABLE} is not set. Set it to the key clients send.")
         return keys
+
+    @property
+    def unguarded(self) -> bool:
+        """Whether other machines can reach the server, and no key is asked of them."""
+        try:
+            here = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            here = self.host == "localhost"
+        return self.api_key is None and not here

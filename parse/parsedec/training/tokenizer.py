@@ -89,7 +89,7 @@ class Corpus:
 def train_tokenizer(cfg: DictConfig) -> dict[str, Any]:
     """Learn a tokenizer from `cfg.corpus`, write it and its record (`conf/tokenizer.yaml`)."""
     folder, config = Path(cfg.output), plain(cfg)
-    earlier_record(folder / "record.json", config, resume=False)
+    earlier_record(folder / "record.json", config, resume=None)
     corpora: dict[str, Corpus] = {str(name): instantiate(node) for name, node in cfg.corpus.items()}
     tokenizer = learn(texts(corpora, cfg.seed), cfg.vocabulary)
     save(tokenizer, folder / "tokenizer")
