@@ -157,7 +157,7 @@ def _against(point: speed.Point, what: str, baseline: str) -> str:
     gain: Mapping[str, Any] = point.gain or {}
     quick = f"{gain['time_ratio']:.2f} times [{gain['time_ratio_low']:.2f}, {gain['time_ratio_high']:.2f}] as fast"
     text = f"{what}, {point.name} was fastest: it answered the same {gain['requests']} questions {quick} as {baseline}"
-    if point.summary["accuracy"] is not None:
+    if gain["accuracy_change"] is not None and point.summary["accuracy"] is not None:
         change, low, high = (100 * gain[f"accuracy_change{end}"] for end in ("", "_low", "_high"))
         text += f", and its share of right answers differed by {change:+.1f} points [{low:+.1f}, {high:+.1f}]"
     return text + "."
