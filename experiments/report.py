@@ -5,7 +5,8 @@
     python experiments/report.py A/record.json B/record.json --output outputs/report
 
 Writes table.md and trace.html beside each record with answers, as the run itself did, report.html and, in the folder
-report beside it, every picture as SVG, PNG and CSV; prints the paths. Without --output the report lies beside the
+report beside it, every picture as SVG, PNG and CSV; prints the paths. Records below a folder that it cannot read or has
+nothing to say of are named and left out. Without --output the report lies beside the
 record, or in the folder that holds all of them.
 """
 
@@ -14,37 +15,64 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from parsedec.errors import ParsedecError
-from parsedec.experiment.record import read_record, write_text
-from parsedec.experiment.table import markdown
+from parsedec.experiment import replay, table
+from parsedec.experiment.record import is_run, read_record, write_text
 from parsedec.experiment.trace import write_trace
 
+Json = dict[str, Any]
+Found = tuple[Path, Json]
 
-def record_paths(given: list[Path]) -> list[Path]:
-    """The records named, and those below the folders named."""
-    found: list[Path] = []
+
+def read_all(given: list[Path]) -> list[Found]:
+    """The records named, and those below the folders named. Raises for one named that cannot be read; below a folder
+    such a one is said and left out."""
+    found: dict[Path, Json] = {}
     for path in given:
         below = sorted(path.rglob("record.json")) if path.is_dir() else [path]
         if not below:
             raise ParsedecError(f"there is no record.json below {path}. Expected the folder of a run or of a sweep.")
-        found += below
-    return list(dict.fromkeys(found))
+        for one in below:
+            try:
+                found[one] = read_record(one)
+            except ParsedecError as error:
+                if one in given:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+    return list(found.items())
+
+
+def with_sections(found: list[Found], named: list[Path]) -> list[Found]:
+    """Those a report has a section for, and those named outright; the others are said and left out."""
+    from parsedec.reporting.sections import maker
+
+    kept = []
+    for path, record in found:
+        if path in named or maker(record):
+            kept.append((path, record))
+        else:
+            print(f"left out: a report has no section for {path}, which holds {sorted(record)}.", file=sys.stderr)
+    return kept
 
 
 def make(given: list[Path], output: Path | None) -> None:
-    paths = record_paths(given)
-    found = [(path, read_record(path)) for path in paths]
+    found = read_all(given)
     for path, record in found:
-        if "arms" in record:
+        if is_run(record):
             if record["arms"]:
+                markdown = replay.markdown if replay.is_replay(record) else table.markdown
                 print(write_text(markdown(record), path.with_name("table.md")))
             print(write_trace(record, path.with_name("trace.html")))
     if importlib.util.find_spec("matplotlib") is None:
         raise ParsedecError("report.html needs matplotlib, which is not installed: pip install 'parsedec[report]'.")
     from parsedec.reporting.page import write_report
 
-    folder = output or Path(os.path.commonpath([path.parent for path in paths]))
+    found = with_sections(found, given)
+    if not found:
+        raise ParsedecError(f"nothing below {', '.join(map(str, given))} has a section in a report; see above.")
+    folder = output or Path(os.path.commonpath([path.parent for path, _ in found]))
     print(write_report(found, folder))
 
 

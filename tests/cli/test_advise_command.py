@@ -1,6 +1,8 @@
 """experiments/advise.py on the zoo pair: measured, advised, checked, resumed; what it writes runs what it advised."""
 
+import html
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,16 @@ pytest.importorskip("sklearn")
 
 from parsedec.advice.job import run_advice
 from parsedec.advice.measuring import Prober
-from parsedec.advice.report import check_rows, command, markdown, write_reports
+from parsedec.advice.report import arm_rows, check_rows, command, markdown, write_reports
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment.build import build_engine
+from parsedec.experiment.sweep import write_sweep
 from parsedec.outer import PrefixVerification, TargetOnly
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.prompts import Prompts
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
 SMALL = ["runtime=cpu", "max_new_tokens=48", "n=3", "short=1", "segmenters=[lines]", "thresholds=[null,0.5]",
          "loops=[]", "inners=[draft_model]", "task.seed=3"]  # fmt: skip
 
@@ -49,6 +53,14 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
         version_base="1.3",
     ):
         direct = compose("config", overrides=["runtime=cpu", *record["verdict"]["overrides"]])
+    pytest.importorskip("matplotlib", reason="a report needs matplotlib")
+    report = runpy.run_path(str(ROOT / "experiments" / "report.py"))["main"]
+    assert report([str(folder)]) == 0
+    text = html.unescape((folder / "report.html").read_text())
+    assert record["verdict"]["text"] in text
+    assert all(cell in text for row in (*check_rows(record), *arm_rows(record)) for cell in row)
+    assert not (folder / "table.md").exists()
+    assert write_sweep(folder.parent) is None  # its arms answered nothing that a sweep's table could show
     engine = build_engine(direct)
     written = loaded(config)
     same = build_engine(written)

@@ -1,9 +1,12 @@
 """experiments/replay.py end to end on tiny shapes: every arm, the record, the table and the plot."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from parsedec.experiment import replay
 from parsedec.experiment.record import read_record
@@ -23,7 +26,13 @@ def test_a_replay_leaves_record_table_and_plot(tmp_path):
     path = Path(done.stdout.strip().splitlines()[-1])
     record = read_record(path)
     assert record["status"] == "finished"
-    assert path.with_name("table.md").read_text() == replay.markdown(record)
+    table = path.with_name("table.md").read_text()
+    assert table == replay.markdown(record)
+    pytest.importorskip("matplotlib", reason="a report needs matplotlib")
+    report = runpy.run_path(str(ROOT / "experiments" / "report.py"))["main"]
+    path.with_name("table.md").unlink()
+    assert report([str(path)]) == 0
+    assert path.with_name("table.md").read_text() == table
     assert path.with_name("plot.png").read_bytes().startswith(b"\x89PNG")
     by_name = {arm["name"]: arm["summary"] for arm in record["arms"]}
     assert len(by_name) == 12

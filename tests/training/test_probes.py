@@ -10,11 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from parsedec import Parse, PrefixVerification, load
+from parsedec.calibration.sources import Checker, Question
 from parsedec.chat import prompt_ids
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
+from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import TaskDataError
+from parsedec.text import Draft
 from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 from parsedec.training.probe_job import train_probes
 from parsedec.training.probes import fit_probe, grid_of_layers, lowest, rights
@@ -98,6 +101,21 @@ def test_labelled_steps_end_at_their_cuts(tmp_path, tiny_target):
 def test_a_bad_line_is_named(tmp_path, tiny_target, row, said):
     with pytest.raises(TaskDataError, match=said):
         from_steps(tiny_target, None, written(tmp_path, [STEPS[0], row]))
+
+
+@pytest.mark.parametrize(
+    ("correct", "said"), [(False, "is wrong but not in which line"), (None, "is neither right nor")]
+)
+def test_a_task_of_final_answers_labels_no_prefixes(tiny_target, tiny_draft, correct, said):
+    class Final:
+        def score(self, problem, text):
+            return Score(correct, "")
+
+    problem, tokens = Problem(id="p7", prompt="?", reference="4"), tuple(tiny_draft.encode("w1w2.", plain=True))
+    with pytest.raises(ConfigError, match=f"Final says that an answer to p7 {said}"):
+        from_task(tiny_target, tiny_draft, Final(), [problem], [[(tokens, True)]])
+    with pytest.raises(ConfigError, match=f"Final says that an answer to p7 {said}"):
+        Checker(task=Final(), fit={}).label(Question("fit", problem, Final()), Draft.of(tiny_target, tokens, True), [1])
 
 
 def test_a_missing_file_is_named(tmp_path, tiny_target):

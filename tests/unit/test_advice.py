@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from parsedec.advice.prediction import ArmChoice, Predictor, fit_pace, looped, remaining_factor
+from parsedec.advice.report import CHECK_HEADS, check_rows
 from parsedec.advice.trial import Decoding, Pass, Trial
 from parsedec.advice.verdict import Demands, best_parse, blind, conclude, headline, separations
 from parsedec.boundary import FirstFailure
@@ -214,3 +215,11 @@ def test_a_trial_survives_its_record():
 
 def as_dict(one):
     return {name: getattr(one, name) for name in one.__dataclass_fields__}
+
+
+def test_no_accuracy_change_is_shown_where_nothing_was_scored():
+    row = {"arm": "a", "predicted": 2.0, "predicted_interval": [1, 3], "measured": 2.0, "measured_interval": [1, 3],
+           "error": 0.0, "tokens_speedup": 2.0, "accuracy_change": None, "kept_share": 0.5}  # fmt: skip
+    shown = [check_rows({"checked": {"rows": [row | {"accuracy_change": x}]}})[0] for x in (None, -0.02)]
+    at = CHECK_HEADS.index("accuracy change")
+    assert [cells[at] for cells in shown] == ["-", "-2.0 points"]

@@ -15,7 +15,7 @@ from parsedec.errors import OutputExistsError, ParsedecError
 from parsedec.experiment import record as records
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, read_record, to_json, write_record
 from parsedec.experiment.summary import compare, summarise, wilson
-from parsedec.experiment.table import markdown, terminal
+from parsedec.experiment.table import columns, markdown, rows, terminal
 from parsedec.meter import Tally
 from parsedec.types import Author, Sampling, Span
 
@@ -345,6 +345,21 @@ def test_accuracy_change_is_paired():
     assert got["accuracy_change"] == pytest.approx(0.3)
     assert 0 <= got["accuracy_change_low"] < 0.3 < got["accuracy_change_high"] <= 0.7
     assert compare(baseline, baseline)["accuracy_change_high"] == 0.0
+
+
+def test_answers_that_no_program_scores_are_neither_right_nor_wrong():
+    baseline, arm = ([request(str(i), 10, 1.0, correct=None) for i in range(4)] for _ in range(2))
+    got = compare(baseline, arm)
+    assert [got[f"accuracy_change{end}"] for end in ("", "_low", "_high")] == [None] * 3
+    assert (got["mcnemar_p"], got["better"], got["worse"], got["time_ratio"]) == (None, 0, 0, 1.0)
+    record = record_of(target=baseline, other=arm) | {"comparison": [{"arm": "other"} | got]}
+    assert dict(zip([name for name, _ in columns(record)], rows(record)[1][1:], strict=True))["McNemar p"] == "-"
+    # of a mixture only the pairs that were scored count
+    baseline += [request("r", 10, 1.0, correct=False), request("s", 10, 1.0, correct=True)]
+    arm += [request("r", 10, 1.0, correct=True), request("s", 10, 1.0, correct=None)]
+    got = compare(baseline, arm)
+    assert (got["accuracy_change"], got["better"], got["worse"], got["mcnemar_p"]) == (1.0, 1, 0, 1.0)
+    assert (got["requests"], got["accuracy_change_low"]) == (6, 1.0)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

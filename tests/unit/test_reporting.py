@@ -304,3 +304,42 @@ def test_the_command_makes_table_trace_and_report(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert command([str(tmp_path / "empty")]) == 2
     assert "no record.json below" in capsys.readouterr().err
+
+
+def test_a_folder_is_reported_without_what_has_no_section(tmp_path, capsys):
+    command = runpy.run_path(str(ROOT / "experiments" / "report.py"))["main"]
+    records = {
+        "run": read_record(RECORDS / SMALL / "record.json"),
+        "probes": {"schema_version": 1, "title": "judge probes", "probes": []},
+        "newer": {"schema_version": 99},
+        "load": LOAD,
+    }
+    for name, record in records.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps(record))
+    assert command([str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert all(str(tmp_path / name / "record.json") in said for name in ("probes", "newer"))
+    assert said.count("left out") == 2
+    text = (tmp_path / "report.html").read_text()
+    Well(text)
+    assert "64 clients at once on a server" in text
+    assert html.unescape(records["run"]["title"]) in html.unescape(text)
+    for name in ("probes", "newer"):  # named outright, they are errors
+        assert command([str(tmp_path / name / "record.json"), "--output", str(tmp_path / name)]) == 2
+        assert command([str(tmp_path / name), "--output", str(tmp_path / name)]) == 2
+
+
+LOAD = {
+    "schema_version": 1, "kind": "load", "provenance": {}, "config": {},
+    "summary": {"clients": 64, "seconds": 120.5, "requests": 900, "outcomes": {"own": 890, "lost": 0}, "errors": [],
+                "tokens_per_s": 81.25, "answer_s": {"p50": 1.5, "p95": 4.0}, "memory_mb": None,
+                "overflow": {"beyond": 4, "statuses": {"429": 4}}},
+}  # fmt: skip
+
+
+def test_a_load_shows_its_figures():
+    source = sections.sources([(Path("a/record.json"), LOAD)], Path("a"))[0]
+    cells = dict(sections.section(source).tables[0].cells)
+    assert (cells["outcomes, own"], cells["answer s, p95"], cells["tokens per s"]) == ("890", "4", "81.25")
+    assert "900 requests" in sections.section(source).tables[0].note

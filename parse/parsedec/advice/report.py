@@ -169,10 +169,11 @@ def check_rows(record: Json) -> list[list[str]]:
         said, seen = ([row[key], *row[f"{key}_interval"]] for key in ("predicted", "measured"))
         close = "" if abs(row["error"]) <= CLOSE else f" (more than {100 * CLOSE:.0f} %)"
         kept = "-" if row["kept_share"] is None else f"{100 * row['kept_share']:.0f} %"
+        change = row["accuracy_change"]
         rows.append([
             row["arm"], *(f"{x:.2f} [{low:.2f}, {high:.2f}]" for x, low, high in (said, seen)),
             f"{100 * row['error']:+.0f} %{close}", f"{row['tokens_speedup']:.2f}",
-            f"{100 * row['accuracy_change']:+.1f} points", kept])  # fmt: skip
+            "-" if change is None else f"{100 * change:+.1f} points", kept])  # fmt: skip
     return rows
 
 

@@ -16,7 +16,7 @@ from parsedec.calibration.risk import drawn
 from parsedec.calibration.samples import right_prefixes
 from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel
-from parsedec.tasks.base import Problem, Score, Task
+from parsedec.tasks.base import Problem, Score, Task, score_of_lines
 from parsedec.tasks.jsonl import JsonlTask, TaskDataError
 from parsedec.text import Draft
 
@@ -103,12 +103,7 @@ class Checker(Answers):
     controls: ClassVar[str] = "drafts of which the kept prefix is wrong"
 
     def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
-        score = question.task.score(question.problem, draft.text)
-        if not score.correct and score.first_wrong_line is None:
-            raise ConfigError(
-                f"{type(question.task).__name__} says that an answer to {question.problem.id} is wrong but not in "
-                "which line, so it cannot label prefixes. Use labels=answers, or a task that checks lines."
-            )
+        score = score_of_lines(question.task, question.problem, draft.text)
         return right_prefixes(draft, cuts, score), bool(score.correct)
 
 

@@ -279,7 +279,8 @@ def caption(record: dict[str, Any]) -> str:
         f"Milliseconds per verified tree without prefill, the fastest of {config['repeats']} alternating runs of each "
         "problem. Overhead: speculator and engine outside networks, absolute, as a share of the target's forward in a "
         f"step without speculation, and of the one in the same step. Tier: {tier(record)}. "
-        f"n = {record['summary']['problems']}, at most {config['max_new_tokens']} new tokens; 95 % bootstrap intervals over problems. {origin(record)}"
+        f"n = {record['summary']['problems']}, at most {config['max_new_tokens']} new tokens; 95 % bootstrap "
+        f"intervals over problems. {origin(record)}"
     )
 
 

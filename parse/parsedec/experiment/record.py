@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def read_record(path: Path) -> dict[str, Any]:
             "version of parsedec, or is no record."
         )
     return record
+
+
+def is_run(record: Mapping[str, Any]) -> bool:
+    """Whether its `arms` are arms that answered requests; what other commands write says its `kind`, and the arms of
+    an advice are expectations."""
+    return "arms" in record and "kind" not in record
 
 
 def earlier_record(path: Path, config: dict[str, Any], resume: bool | None) -> dict[str, Any] | None:

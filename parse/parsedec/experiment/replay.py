@@ -81,6 +81,14 @@ def caption(record: dict[str, Any]) -> str:
     )
 
 
+def is_replay(record: Mapping[str, Any]) -> bool:
+    """Whether a record's decisions were scripted, by what the table tells of them."""
+    config = record["config"]
+    return {"kept", "spread", "whole", "seed"} <= set(config.get("judge") or ()) and "tau" in (
+        config.get("acceptance") or ()
+    )
+
+
 def terminal(record: dict[str, Any]) -> Table:
     return table.printed(record["title"], HEADS, rows(record), caption(record))
 

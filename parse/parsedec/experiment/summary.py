@@ -102,32 +102,34 @@ def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
 
 def compare(
     baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000, seed: int = 0
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """An arm against the baseline on the requests both answered, with 95 % bootstrap intervals, paired by problem.
 
     speedup           ratio of tokens per second, all tokens over all wall-clock seconds
     time_ratio        baseline's seconds over the arm's, for the same requests
-    accuracy_change   arm minus baseline, in share of requests
+    accuracy_change   arm minus baseline, in share of the requests that both were scored on; None if there are none
     better, worse     problems the arm gets right more, or less, often than the baseline; mcnemar_p: how often a fair
-                      coin splits them so unevenly (McNemar's exact test, two-sided)
+                      coin splits them so unevenly (McNemar's exact test, two-sided), None if nothing was scored
     """
     first = {_asked(request): request for request in baseline if request.get("result")}
     problems: dict[str, list[tuple[float, ...]]] = {}
     for request in arm:
         if request.get("result") and (other := first.get(_asked(request))):
-            problems.setdefault(request["id"], []).append((*_facts(other), *_facts(request), 1.0))
+            problems.setdefault(request["id"], []).append(_pair(other, request))
     if not problems:
         return None
-    rows = np.array([np.sum(answers, axis=0) for answers in problems.values()])  # [n, 7]
+    rows = np.array([np.sum(answers, axis=0) for answers in problems.values()])  # [n, 8]
     draws = resampled(len(rows), seed, resamples)
     samples = np.stack([_ratios(rows[draw].sum(0)) for draw in draws])  # [resamples, 3]
-    low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
+    scored, names = bool(rows[:, 7].any()), ("speedup", "time_ratio", "accuracy_change")
+    kinds = names if scored else names[:2]
+    low, high = np.nanpercentile(samples[:, : len(kinds)], [2.5, 97.5], axis=0)
     estimate = _ratios(rows.sum(0))
-    names = ("speedup", "time_ratio", "accuracy_change")
     better, worse = int((rows[:, 5] > rows[:, 2]).sum()), int((rows[:, 5] < rows[:, 2]).sum())
-    out: dict[str, float] = {"requests": int(rows[:, 6].sum()), "problems": len(rows)}
-    out |= {"better": better, "worse": worse, "mcnemar_p": mcnemar(better, worse)}
-    for i, name in enumerate(names):
+    out: dict[str, Any] = {"requests": int(rows[:, 6].sum()), "problems": len(rows)}
+    out |= {"better": better, "worse": worse, "mcnemar_p": mcnemar(better, worse) if scored else None}
+    out |= {f"{name}{end}": None for name in names for end in ("", "_low", "_high")}
+    for i, name in enumerate(kinds):
         out |= {name: float(estimate[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
     return out
 
@@ -142,14 +144,21 @@ def _asked(request: dict[str, Any]) -> tuple[str, int | None]:
     return request["id"], request.get("seed")
 
 
-def _facts(request: dict[str, Any]) -> tuple[float, float, float]:
-    result = request["result"]
-    return len(result["tokens"]), result["times"]["wall_s"], float(bool(request.get("correct")))
+def _pair(baseline: dict[str, Any], arm: dict[str, Any]) -> tuple[float, ...]:
+    """Tokens, seconds and rightness of both, 1, and whether both were scored; an open-ended answer is neither right
+    nor wrong."""
+    scored = all(request.get("correct") is not None for request in (baseline, arm))
+    facts: list[float] = []
+    for request in (baseline, arm):
+        result = request["result"]
+        facts += [len(result["tokens"]), result["times"]["wall_s"], float(scored and bool(request["correct"]))]
+    return (*facts, 1.0, float(scored))
 
 
 def _ratios(sums: np.ndarray) -> np.ndarray:
-    tokens_a, wall_a, right_a, tokens_b, wall_b, right_b, n = sums
-    return np.array([tokens_b / wall_b / (tokens_a / wall_a), wall_a / wall_b, (right_b - right_a) / n])
+    tokens_a, wall_a, right_a, tokens_b, wall_b, right_b, _, scored = sums
+    change = (right_b - right_a) / scored if scored else np.nan
+    return np.array([tokens_b / wall_b / (tokens_a / wall_a), wall_a / wall_b, change])
 
 
 def sum_by_depth(counts: Sequence[Sequence[int]]) -> list[int]:

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from parsedec.errors import ParsedecError
-from parsedec.experiment.record import read_record, write_text
+from parsedec.experiment.record import is_run, read_record, write_text
 from parsedec.experiment.table import columns, grid, origin
 
 SETTINGS_OF_THE_SWEEP = ("resume", "output")  # they say how it was run, not what
@@ -52,7 +52,7 @@ def read_sweep(folder: Path) -> list[tuple[str, dict[str, Any]]]:
             record = read_record(path)
         except ParsedecError:  # another command's record, or another version's: not of this table
             continue
-        if "arms" in record:
+        if is_run(record):
             found.append((path.parent.relative_to(folder).as_posix(), record))
     return sorted(found, key=lambda job: (not job[0].isdigit(), int(job[0]) if job[0].isdigit() else 0, job[0]))
 

@@ -42,7 +42,9 @@ def _ratio(name: str) -> Callable[[dict[str, Any], dict[str, Any] | None], str]:
 
 
 def _p_value(_: dict[str, Any], row: dict[str, Any] | None) -> str:
-    return "-" if row is None else f"{row['mcnemar_p']:.2g} (+{row['better']} -{row['worse']})"
+    return (
+        "-" if row is None or row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g} (+{row['better']} -{row['worse']})"
+    )
 
 
 def _quantiles(name: str) -> Callable[[dict[str, Any], dict[str, Any]], str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from parsedec.errors import ParsedecError
 from parsedec.experiment import floors, judging, overhead, table
+from parsedec.experiment.record import is_run
 from parsedec.experiment.trace import by_id
 from parsedec.reporting import costs, judged, speed
 from parsedec.reporting.figure import Figure
@@ -93,15 +94,19 @@ def sections(found: Sequence[Source]) -> list[Section]:
 
 def section(source: Source) -> Section:
     record = source.record
-    for key, make in MAKERS:
-        if key(record):
-            made = make(source)
-            provenance = record.get("provenance") or {}
-            return replace(made, status=record.get("status", "finished"), command=provenance.get("command"))
-    raise ParsedecError(
-        f"{source.path} holds none of what a report is made of (arms, calibration, judges, a training, overhead, "
-        f"floors); it has {sorted(record)}."
-    )
+    make = maker(record)
+    if make is None:
+        raise ParsedecError(
+            f"{source.path} holds none of what a report is made of (arms, advice, calibration, judges, a training, "
+            f"overhead, floors, load); it has {sorted(record)}."
+        )
+    provenance = record.get("provenance") or {}
+    return replace(make(source), status=record.get("status", "finished"), command=provenance.get("command"))
+
+
+def maker(record: Json) -> Callable[[Source], Section] | None:
+    """What makes the section of such a record; None for one that has no section."""
+    return next((make for fits, make in MAKERS if fits(record)), None)
 
 
 def _arms(source: Source) -> Section:
@@ -157,7 +162,7 @@ def _against(point: speed.Point, what: str, baseline: str) -> str:
     gain: Mapping[str, Any] = point.gain or {}
     quick = f"{gain['time_ratio']:.2f} times [{gain['time_ratio_low']:.2f}, {gain['time_ratio_high']:.2f}] as fast"
     text = f"{what}, {point.name} was fastest: it answered the same {gain['requests']} questions {quick} as {baseline}"
-    if point.summary["accuracy"] is not None:
+    if gain["accuracy_change"] is not None and point.summary["accuracy"] is not None:
         change, low, high = (100 * gain[f"accuracy_change{end}"] for end in ("", "_low", "_high"))
         text += f", and its share of right answers differed by {change:+.1f} points [{low:+.1f}, {high:+.1f}]"
     return text + "."
@@ -271,8 +276,44 @@ def _floors(source: Source) -> Section:
     )  # fmt: skip
 
 
+def _advice(source: Source) -> Section:
+    from parsedec.advice import report
+
+    record = source.record
+    empty = Section(anchor=source.anchor, kind="Advice", title=record["title"])
+    if "verdict" not in record:
+        return replace(empty, said=[f"Not finished: {len(record['trials'])} problems are measured."])
+    verdict, n = record["verdict"], record["costs"]["problems"]
+    tables = [
+        TextTable(title="What to expect", heads=report.HEADS, cells=report.arm_rows(record), note=report.note(record)),
+        TextTable(title="Costs", heads=("", "measured"), cells=report.cost_rows(record), note=f"n = {n}."),
+    ]
+    if rows := report.check_rows(record):
+        further = record["checked"]["problems"]
+        tables.insert(0, TextTable(title="Predicted and measured", heads=report.CHECK_HEADS, cells=rows,
+                                   note=f"n = {further} further problems."))  # fmt: skip
+    said = [verdict["text"], *(finding["text"] for finding in verdict["findings"])]
+    words = frozenset({"target", "kept", "judge", "threshold", "arm", "interval", "n", "auc"})
+    return replace(empty, said=said, tables=tables, words=words)
+
+
+def _load(source: Source) -> Section:
+    found = source.record["summary"]
+    cells = [[key.replace(".", ", ").replace("_", " "), _plain(value)] for key, value in _flat(found)]
+    return Section(
+        anchor=source.anchor,
+        kind="Load",
+        title=f"{found['clients']} clients at once on a server",
+        tables=[TextTable(title="What the clients saw", heads=["figure", "value"], cells=cells,
+                          note=f"n = {found['requests']} requests. Names say the units.")],
+        words=frozenset({"tok/s", "n"}),
+    )  # fmt: skip
+
+
 MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source], Section]], ...] = (
-    (lambda record: "arms" in record, _arms),
+    (is_run, _arms),
+    (lambda record: record.get("kind") == "advice", _advice),
+    (lambda record: record.get("kind") == "load", _load),
     (lambda record: record.get("kind") == "calibration", _calibration),
     (lambda record: "judges" in (record.get("summary") or {}), _judges),
     (lambda record: "history" in record and "evaluation" in record, _training),
@@ -286,7 +327,7 @@ def side_by_side(found: Sequence[Source]) -> list[Section]:
     groups: dict[str, list[Source]] = {}
     for source in found:
         record = source.record
-        if len(record.get("arms", ())) == 1 and speed.points(record):
+        if is_run(record) and len(record["arms"]) == 1 and speed.points(record):
             config = record["config"]
             draft = ((config.get("draft") or {}).get("model") or {}).get("source")
             alike = [config["target"]["source"], draft, config.get("task"), record["provenance"]["device"]]

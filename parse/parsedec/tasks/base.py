@@ -98,6 +98,20 @@ class Task(Protocol):
         ...
 
 
+def score_of_lines(task: Task, problem: Problem, text: str) -> Score:
+    """The score of an answer whose prefixes are to be labelled: what is not right names its first wrong line. Raises
+    ConfigError where the task cannot name it; without it every prefix would pass for right."""
+    score = task.score(problem, text)
+    if not score.correct and score.first_wrong_line is None:
+        said = "is wrong but not in which line" if score.correct is False else "is neither right nor wrong"
+        raise ConfigError(
+            f"{type(task).__name__} says that an answer to {problem.id} {said}, so it cannot label prefixes. Expected "
+            "a task that checks every line. Choose one, or a file of labelled steps; experiments/calibrate.py also "
+            "takes labels=answers."
+        )
+    return score
+
+
 def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
     """Refuse a setting that is not a whole number in [low, high]."""
     # bool is a subclass of int, yet `n: true` in a YAML is surely a slip

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from parsedec.model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
-from parsedec.tasks.base import Problem, Score, Task
+from parsedec.tasks.base import Problem, Score, Task, score_of_lines
 from parsedec.text import Draft
 from parsedec.training.packing import Answer
 
@@ -36,14 +36,14 @@ def mark(
     *,
     teach_until_error: bool = False,
 ) -> Answer:
-    """An answer with the verdict at each of its line ends.
+    """An answer with the verdict at each of its line ends. Raises ConfigError for a task that cannot tell them.
 
     teach_until_error  learn the lines before the first wrong one as text. Right for solutions with an injected error,
                        whose beginning is drawn as any solution's; not for drafts, whose habits are not to be learnt.
     """
     draft = Draft.of(model, tokens, ended)
     cuts = SEGMENTER.cuts(draft)
-    score = task.score(problem, draft.text)
+    score = score_of_lines(task, problem, draft.text)
     wrong = score.first_wrong_line
     texts = [draft.text[: draft.ends[cut - 1]] for cut in cuts]
     right = [wrong is None or text.rstrip().count("\n") < wrong for text in texts]

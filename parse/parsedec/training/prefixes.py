@@ -62,7 +62,8 @@ def from_task(
     problems: Sequence[Problem],
     pool: Sequence[Sequence[Written]],
 ) -> list[Marked]:
-    """The draft model's answers to every problem, their line ends judged by the task's checker."""
+    """The draft model's answers to every problem, their line ends judged by the task's checker. Raises ConfigError for
+    a task that says an answer is wrong but not where."""
     shared, marked = target.same_vocabulary(draft), []
     for problem, answers in zip(problems, pool, strict=True):
         messages = [{"role": "user", "content": problem.prompt}]
