@@ -11,6 +11,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from parsedec.errors import ParsedecError
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import build_sampling, plain
 from parsedec.experiment.cli import progress
@@ -72,7 +73,7 @@ def run_job(
 
             run_arms(arms, task, problems, settings, after_each)
         if first := next((arm for arm in arms if arm.name == baseline), None):
-            head["entropy"] = measure_entropy(first.engine, first.requests, settings.sampling)
+            head["entropy"] = _entropy(first, settings)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -84,6 +85,17 @@ def run_job(
         if leading():
             write_trace(record, folder / "trace.html")
     return record
+
+
+def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
+    """`measure_entropy`; None where it fails, since a run whose every request is answered has not failed."""
+    try:
+        return measure_entropy(arm.engine, arm.requests, settings.sampling)
+    except (RuntimeError, ParsedecError) as error:  # RuntimeError: also what torch raises where memory is short
+        log.warning(
+            "the target's entropy was not measured, so the record has none: %s: %s", type(error).__name__, error
+        )
+        return None
 
 
 def _complete(record: dict[str, Any]) -> bool:
