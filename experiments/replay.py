@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: spinning ones are erratic
 
 from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -24,31 +23,12 @@ from parsedec.experiment.cli import run_command
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    from hydra import compose
-
-    from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine
-    from parsedec.experiment.job import run_job
-    from parsedec.experiment.runner import Arm
-
-    apply_runtime(cfg)
-
-    def make_arms() -> list[Arm]:
-        arms = []
-        for name, arm in cfg.arms.items():
-            own = compose("replay", overrides=[*overrides, *arm.overrides])
-            build = build_draft_alone if arm.get("model") == "draft" else build_engine
-            arms.append(Arm(str(name), build(own), " ".join(arm.overrides)))
-        return arms
-
-    return run_job(cfg, folder, make_arms, baseline=cfg.baseline)
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="replay")
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from parsedec.experiment.cli import announced, stderr
+    from parsedec.experiment.job import run_comparison
     from parsedec.experiment.plot import require_plots
     from parsedec.experiment.record import write_text
     from parsedec.experiment.replay import draw, markdown, terminal
@@ -57,7 +37,7 @@ def main(cfg: DictConfig) -> None:
         require_plots()
     folder = Path(HydraConfig.get().runtime.output_dir)
     with announced(folder / "record.json"):
-        record = run(cfg, folder, list(HydraConfig.get().overrides.task))
+        record = run_comparison(cfg, folder, "replay", list(HydraConfig.get().overrides.task))
         write_text(markdown(record), folder / "table.md")
         if cfg.plot:
             draw(record, folder / "plot.png")

@@ -11,7 +11,8 @@ import torch
 
 import tiny
 from parsedec import Parse, PrefixVerification, TargetOnly
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, PromptError
+from parsedec.experiment import job
 from parsedec.experiment.analysis import (
     engine_facts,
     flops,
@@ -25,7 +26,7 @@ from parsedec.experiment.analysis import (
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import attended, compare, mcnemar, summarise, wilson
 from parsedec.experiment.table import markdown
-from parsedec.tasks.base import Problem, Score
+from parsedec.tasks.base import Problem, Score, is_later_turn
 from parsedec.types import Limits, Sampling
 
 
@@ -202,6 +203,31 @@ def test_entropy_is_that_of_plain_forwards(tiny_target):
     assert got["squared"] == pytest.approx(squared, rel=1e-4)
     assert measure_entropy(engine, [request], Sampling())["temperature"] == 1.0
     assert measure_entropy(engine, [], Sampling()) is None
+
+
+def test_entropy_of_a_conversation_is_that_of_its_first_turn(tiny_target):
+    """A later turn's request holds no history: a forward of its prompt alone would be of another context."""
+    problem = Problem(id="talk/1", prompt="w9", reference="", follow_ups=("w3", "w4"))
+    second = problem.next_turn("w1")
+    third = second.next_turn("w2")
+    assert [is_later_turn(p.id) for p in (problem, second, third)] == [False, True, True]
+    requests = [answered(p.id, tokens=70) | {"prompt": [9, 30, 12]} for p in (problem, second, third)]
+    engine = Parse(tiny_target, outer=TargetOnly())
+    assert measure_entropy(engine, requests, Sampling()) == measure_entropy(engine, requests[:1], Sampling())
+    assert measure_entropy(engine, requests, Sampling())["tokens"] == 70  # more than one chunk of rows
+    assert measure_entropy(engine, requests[1:], Sampling()) is None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), PromptError("too long")], ids=repr)
+def test_an_entropy_that_fails_is_said_and_fails_no_run(monkeypatch, caplog, tiny_target, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(job, "measure_entropy", fail)
+    arm = Arm("target", Parse(tiny_target, outer=TargetOnly()))
+    settings = Settings(limits=Limits(max_new_tokens=4), sampling=Sampling(), seed=0, warmup=0)
+    assert job._entropy(arm, settings) is None
+    assert f"{type(error).__name__}: {error}" in caplog.text
 
 
 def test_the_ceiling_is_reached_up_to_a_constant_where_it_is_known():

@@ -157,20 +157,24 @@ def test_too_few_rows_for_a_suffix(pair):
 
 
 def arm(name, description="", **summary):
-    empty = dict(draft_tokens=0, kept_draft_tokens=0, new_tokens=100, judge_s=0.0, decode_s=0.0, tau=None)
+    empty = dict(
+        requests=0, errors=0, draft_tokens=0, kept_draft_tokens=0, new_tokens=100, judge_s=0.0, decode_s=0.0, tau=None
+    )
     return {"name": name, "description": description, "summary": empty | summary}
 
 
 def test_the_ceiling_is_its_formula():
+    wrote = dict(new_tokens=110, requests=10)  # the first token of each answer comes with its prompt
     record = {
         "arms": [
-            arm("target", decode_s=10.0),
-            arm("draft", decode_s=1.0),
-            arm("eagle3", replay.INNER, decode_s=4.0, tau=3.5),
-            arm("draft_eagle3", decode_s=0.5),
+            arm("target", decode_s=10.0, **wrote),
+            arm("draft", decode_s=1.0, **wrote),
+            arm("eagle3", replay.INNER, decode_s=4.0, tau=3.5, **wrote),
+            arm("draft_eagle3", decode_s=0.5, **wrote),
         ]
     }
-    costs = replay.token_seconds(record)
+    costs = replay.paces(record)
+    assert costs == pytest.approx({"target": 0.1, "draft": 0.01, "eagle3": 0.04, "draft_eagle3": 0.005})
     drafted = dict(draft_tokens=100, kept_draft_tokens=60, judge_s=0.8)
     plain, inner, drafter = "outer=parse", f"outer=parse {replay.INNER}", f"outer=parse {replay.DRAFT_INNER}"
     assert replay.ceiling(arm("p", plain, **drafted), costs) == pytest.approx(10 / (1.0 + 0.8 + 40 * 0.1))

@@ -26,11 +26,13 @@ from parsedec.engine import Parse
 from parsedec.model import LanguageModel
 from parsedec.reference import plain_logits
 from parsedec.remote.model import RemoteModel
+from parsedec.tasks.base import is_later_turn
 from parsedec.types import Sampling
 
 Json = dict[str, Any]
 T = TypeVar("T", float, NDArray[np.float64])
 ENTROPY_REQUESTS = 32  # answers whose every token's entropy is taken
+ENTROPY_ROWS = 64  # distributions at a time: of a long answer all at once would fill a GPU's memory
 
 
 def model_facts(model: LanguageModel) -> Json:
@@ -76,21 +78,27 @@ def measure_entropy(engine: Parse, requests: Sequence[Json], sampling: Sampling)
     nats, squared   sums of E[-ln p] and of E[(ln p)^2] at each of `tokens` positions
     temperature     of the distributions: the run's, or 1 where it is greedy
 
-    None where there is no answer, or the target is on a server, which does not show its distributions.
+    Later turns of a conversation are left out: a request holds its own prompt, not what was said before. None where
+    there is no answer, or the target is on a server, which does not show its distributions.
     """
     if isinstance(engine.target, RemoteModel):
         return None
     temperature = 1.0 if sampling.greedy else sampling.temperature
     tokens, nats, squared = 0, 0.0, 0.0
-    answered = [request for request in requests if request.get("result") and request["result"]["tokens"]]
+    answered = [
+        request for request in requests
+        if request.get("result") and request["result"]["tokens"] and not is_later_turn(request["id"])
+    ]  # fmt: skip
     for request in answered[:ENTROPY_REQUESTS]:
         ids, answer = engine.target_ids(request["prompt"]), request["result"]["tokens"]
-        logits = plain_logits(engine.target, [*ids, *answer[:-1]], last=len(answer)).double() / temperature
-        logp = logits.log_softmax(-1)
-        weighted = logp.exp() * torch.where(logp.isfinite(), logp, 0.0)
+        logits = plain_logits(engine.target, [*ids, *answer[:-1]], last=len(answer))  # [T, V]
         tokens += len(answer)
-        nats -= float(weighted.sum())
-        squared += float((weighted * torch.where(logp.isfinite(), logp, 0.0)).sum())
+        for start in range(0, len(answer), ENTROPY_ROWS):
+            logp = (logits[start : start + ENTROPY_ROWS].float() / temperature).log_softmax(-1)
+            finite = torch.where(logp.isfinite(), logp, 0.0)
+            weighted = logp.exp() * finite
+            nats -= float(weighted.sum(dtype=torch.float64))
+            squared += float((weighted * finite).sum(dtype=torch.float64))
     if not tokens:
         return None
     return {"tokens": tokens, "nats": nats, "squared": squared, "temperature": temperature,

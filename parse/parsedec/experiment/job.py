@@ -1,4 +1,4 @@
-"""One run from configuration to record, shared by `run.py` (one arm) and `compare.py` (several)."""
+"""One run from configuration to record, shared by `run.py` (one arm), and `compare.py` and `replay.py` (several)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from parsedec.errors import ParsedecError
 from parsedec.experiment.analysis import engine_facts, measure_entropy
-from parsedec.experiment.build import build_sampling, plain
+from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance, write_record
@@ -72,7 +74,7 @@ def run_job(
 
             run_arms(arms, task, problems, settings, after_each)
         if first := next((arm for arm in arms if arm.name == baseline), None):
-            head["entropy"] = measure_entropy(first.engine, first.requests, settings.sampling)
+            head["entropy"] = _entropy(first, settings)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -84,6 +86,33 @@ def run_job(
         if leading():
             write_trace(record, folder / "trace.html")
     return record
+
+
+def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run (or finish) the arms of `cfg.arms`: each is the configuration `config` with the command's overrides and its
+    own behind them, built when they are needed. Hydra must be initialised."""
+    apply_runtime(cfg)
+
+    def make_arms() -> list[Arm]:
+        arms = []
+        for name, arm in cfg.arms.items():
+            own = compose(config, overrides=[*overrides, *arm.overrides])
+            build = build_draft_alone if arm.get("model") == "draft" else build_engine
+            arms.append(Arm(str(name), build(own), " ".join(arm.overrides)))
+        return arms
+
+    return run_job(cfg, folder, make_arms, baseline=cfg.baseline)
+
+
+def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
+    """`measure_entropy`; None where it fails, since a run whose every request is answered has not failed."""
+    try:
+        return measure_entropy(arm.engine, arm.requests, settings.sampling)
+    except (RuntimeError, ParsedecError) as error:  # RuntimeError: also what torch raises where memory is short
+        log.warning(
+            "the target's entropy was not measured, so the record has none: %s: %s", type(error).__name__, error
+        )
+        return None
 
 
 def _complete(record: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from parsedec.experiment import table
+from parsedec.experiment.analysis import token_seconds
 from parsedec.experiment.plot import Bar, draw_bars
 
 INNER = "inner=eagle3_random"
@@ -25,11 +26,11 @@ SHOWN = ("new tokens", "target calls", "tau", "kept share", "errors", "tok/s", "
 HEADS = ("arm", *SHOWN, "ms a token", "ceiling", "share of it")
 
 
-def token_seconds(record: Mapping[str, Any]) -> dict[str, float]:
+def paces(record: Mapping[str, Any]) -> dict[str, float]:
     """Seconds per token of the arms in which one model writes alone, prompts aside."""
     alone = ("target", "draft", "eagle3", "draft_eagle3")
-    sums = {arm["name"]: arm["summary"] for arm in record["arms"] if arm["name"] in alone}
-    return {name: s["decode_s"] / s["new_tokens"] for name, s in sums.items() if s["new_tokens"]}
+    seconds = {arm["name"]: token_seconds(arm["summary"]) for arm in record["arms"] if arm["name"] in alone}
+    return {name: each for name, each in seconds.items() if each is not None}
 
 
 def ceiling(arm: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
@@ -49,7 +50,7 @@ def ceiling(arm: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
 def rows(record: dict[str, Any]) -> list[list[str]]:
     """Cells of the table, a list per arm."""
     against = {row["arm"]: row for row in record.get("comparison", [])}
-    render, costs, made = dict(table.COLUMNS), token_seconds(record), []
+    render, costs, made = dict(table.COLUMNS), paces(record), []
     for arm in record["arms"]:
         summary, row, best = arm["summary"], against.get(arm["name"]), ceiling(arm, costs)
         each = summary["wall_s"] / summary["new_tokens"] if summary["new_tokens"] else None
@@ -67,7 +68,7 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
 
 
 def caption(record: dict[str, Any]) -> str:
-    config, costs = record["config"], token_seconds(record)
+    config, costs = record["config"], paces(record)
     judge, rule = config["judge"], config["acceptance"]
     seconds = ", ".join(f"{name} {1000 * value:.2f}" for name, value in costs.items())
     return (
@@ -103,7 +104,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Speed-ups in tokens per second over the baseline, and the ceilings."""
-    costs, arms = token_seconds(record), {arm["name"]: arm for arm in record["arms"]}
+    costs, arms = paces(record), {arm["name"]: arm for arm in record["arms"]}
     bars = [
         Bar(row["arm"], row["speedup"], row["speedup_low"], row["speedup_high"], ceiling(arms[row["arm"]], costs))
         for row in record.get("comparison", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -59,6 +60,11 @@ class Problem:
             history=(*self.history, *said),
             follow_ups=tuple(self.follow_ups[1:]),
         )
+
+
+def is_later_turn(problem_id: str) -> bool:
+    """Whether `Problem.next_turn` made this id: messages stand before such a problem's prompt."""
+    return re.search(r"/turn\d+$", problem_id) is not None
 
 
 @dataclass(frozen=True, slots=True)
