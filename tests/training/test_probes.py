@@ -14,6 +14,7 @@ from parsedec.chat import prompt_ids
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
+from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 from parsedec.training.probe_job import train_probes
@@ -165,3 +166,23 @@ def test_nothing_to_learn_from_is_refused(tmp_path):
     rows = [dict(STEPS[0], label=-1)] * 4
     with pytest.raises(ConfigError, match="all right or all wrong"):
         train_probes(settings(tmp_path, f"steps.path={written(tmp_path, rows)}", "~judge@combined"))
+
+
+class FinalAnswers:
+    """A task that knows only whether an answer is right; every one of these is not."""
+
+    name = "final"
+
+    def score(self, problem, text):
+        return Score(self.correct, "")
+
+    def __init__(self, correct):
+        self.correct = correct
+
+
+@pytest.mark.parametrize("correct", [False, None])
+def test_a_task_that_names_no_line_labels_no_prefixes(tiny_target, correct):
+    """The prefixes of a wrong draft would all pass for right."""
+    problems, pool = [Problem(id="one", prompt="Why?", reference="")], [[((5, 6, 7), True)]]
+    with pytest.raises(ConfigError, match="FinalAnswers does not say that an answer to one is right"):
+        from_task(tiny_target, tiny_target, FinalAnswers(correct), problems, pool)

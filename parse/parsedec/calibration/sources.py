@@ -16,7 +16,7 @@ from parsedec.calibration.risk import drawn
 from parsedec.calibration.samples import right_prefixes
 from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel
-from parsedec.tasks.base import Problem, Score, Task
+from parsedec.tasks.base import Problem, Score, Task, require_line
 from parsedec.tasks.jsonl import JsonlTask, TaskDataError
 from parsedec.text import Draft
 
@@ -104,11 +104,7 @@ class Checker(Answers):
 
     def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
         score = question.task.score(question.problem, draft.text)
-        if not score.correct and score.first_wrong_line is None:
-            raise ConfigError(
-                f"{type(question.task).__name__} says that an answer to {question.problem.id} is wrong but not in "
-                "which line, so it cannot label prefixes. Use labels=answers, or a task that checks lines."
-            )
+        require_line(question.task, question.problem, score)
         return right_prefixes(draft, cuts, score), bool(score.correct)
 
 

@@ -85,6 +85,16 @@ class Score:
             )
 
 
+def require_line(task: object, problem: Problem, score: Score) -> None:
+    """Refuse a score that labels no prefixes: not right, and without the line that is wrong."""
+    if not score.correct and score.first_wrong_line is None:
+        raise ConfigError(
+            f"{type(task).__name__} does not say that an answer to {problem.id} is right, nor which line of it is "
+            "wrong, so it cannot label prefixes. Choose a task that checks lines (the zoo's), a file of labelled "
+            "steps, or, where only thresholds are wanted, labels=answers of experiments/calibrate.py."
+        )
+
+
 class Task(Protocol):
     """A list of problems and a scorer. Both are deterministic: same arguments, same problems, same scores."""
 

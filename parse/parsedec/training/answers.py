@@ -13,7 +13,7 @@ from typing import Protocol
 
 from parsedec.model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
-from parsedec.tasks.base import Problem, Score, Task
+from parsedec.tasks.base import Problem, Score, Task, require_line
 from parsedec.text import Draft
 from parsedec.training.packing import Answer
 
@@ -40,10 +40,12 @@ def mark(
 
     teach_until_error  learn the lines before the first wrong one as text. Right for solutions with an injected error,
                        whose beginning is drawn as any solution's; not for drafts, whose habits are not to be learnt.
+    Raises ConfigError where the task does not say which line is wrong: all prefixes would pass for right.
     """
     draft = Draft.of(model, tokens, ended)
     cuts = SEGMENTER.cuts(draft)
     score = task.score(problem, draft.text)
+    require_line(task, problem, score)
     wrong = score.first_wrong_line
     texts = [draft.text[: draft.ends[cut - 1]] for cut in cuts]
     right = [wrong is None or text.rstrip().count("\n") < wrong for text in texts]
