@@ -109,6 +109,8 @@ def test_a_broken_run_ends_as_an_unbroken_one(settings, unbroken, outcome, tmp_p
     again = fitted(tmp_path / "out", *settings, "resume=true")
     assert figures_of(again) == figures_of(whole)
     assert len({id(a[0]) for a in calls}) == len(calls) or settings is ANSWERS  # nothing was judged twice
+    monkeypatch.delattr(Scorer, "__init__")  # a finished one is left alone: nothing is loaded
+    assert figures_of(fitted(tmp_path / "out", *settings, "resume=true")) == figures_of(again)
 
 
 def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):

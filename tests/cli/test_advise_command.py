@@ -88,6 +88,32 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(record["trials"]) == 3
 
 
+def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tmp_path, monkeypatch):
+    folder, small = tmp_path / "out", ("inners=[]", "n=2")
+    record, _ = advised(folder, *small)
+    assert set(record["arm_overrides"]["rehearsal"]) == set(record["rehearsal"]) == {"target", "once"}
+    for requests in record["rehearsal"].values():
+        for request in requests:
+            request["of"] = "the first run"
+    record["arm_overrides"]["rehearsal"]["once"][-1] = "loop=something_else"
+    record["rehearsal"]["no_longer_wanted"] = record["rehearsal"]["once"]
+    (folder / "record.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    again, _ = advised(folder, *small, "resume=true")
+    assert {name: ["of" in one for one in runs] for name, runs in again["rehearsal"].items()} == {
+        "target": [True], "once": [False]}  # fmt: skip
+    assert "loop=something_else" not in again["arm_overrides"]["rehearsal"]["once"]
+
+    def loaded(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Prober, "__init__", loaded)
+    assert advised(folder, *small, "resume=true")[0] == again
+    again["trials"][0]["error"] = "too long"  # is tried again
+    (folder / "record.json").write_text(json.dumps(again))
+    with pytest.raises(KeyboardInterrupt):
+        advised(folder, *small, "resume=true")
+
+
 def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):
     record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2")
     verdict = record["verdict"]
