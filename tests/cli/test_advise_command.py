@@ -38,6 +38,9 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
     assert record["status"] == "finished"
     assert json.loads((folder / "record.json").read_text()) == record
     assert [len(runs) for runs in record["rehearsal"].values()] == [1, 1, 1]
+    marks = {name: runs[0]["correct"] for name, runs in record["rehearsal"].items()}
+    assert {name: seen["change"] for name, seen in record["rehearsed"]["accuracy"].items()} == {
+        name: mark - marks["target"] for name, mark in marks.items() if name != "target"}  # fmt: skip
     assert {trial["tokens"] > 20 for trial in record["trials"]} == {True}
     row = next(row for row in record["checked"]["rows"] if row["arm"] == record["verdict"]["parse"]["label"])
     seconds = {name: runs[0]["result"]["times"]["wall_s"] for name, runs in record["check"].items()}

@@ -202,7 +202,9 @@ class Advisor:
         for loop in self.cfg.loops:
             both: Rehearsal = {i: (seconds["once"][i], s) for i, s in seconds[loop].items() if i in seconds["once"]}
             self.looped.append(looped(first, self.predictor, both, arms[loop]))
-        self.rehearsed = self._seen_in_rehearsal(first, seconds)
+        if rehearsed := self._seen_in_rehearsal(first, seconds):
+            own = [one for one in done if one != "target"]
+            self.rehearsed = rehearsed | {"accuracy": {one: accuracy_change(done["target"], done[one]) for one in own}}
         # a loop has to be faster than once by more than noise to be worth a second draft
         best = max(self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
         assert first.arm.segmenter is not None
@@ -308,6 +310,16 @@ class Advisor:
         with progress(len(arms) * len(problems) - sum(map(len, done.values()))) as step:
             run_arms(runs, self.task, problems, settings, _both(step, self.notes))
         return done
+
+
+def accuracy_change(target: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The arm's share of right answers less the target's, on the requests that were scored for both, with its 95 %
+    interval; None where there is none."""
+    scored = [[one for one in runs if one.get("correct") is not None] for runs in (target, arm)]
+    if (found := compare(*scored)) is None:
+        return None
+    low, high = found["accuracy_change_low"], found["accuracy_change_high"]
+    return {"requests": found["requests"], "change": found["accuracy_change"], "interval": [low, high]}
 
 
 def _complete(record: dict[str, Any]) -> bool:
