@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 from parsedec.calibration.job import run_calibration
 from parsedec.calibration.report import FILE, write_reports
 from parsedec.calibration.scoring import Scorer
+from parsedec.calibration.sources import Steps
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment import calibrated
 from parsedec.experiment.build import build_engine
@@ -109,6 +110,8 @@ def test_a_broken_run_ends_as_an_unbroken_one(settings, unbroken, outcome, tmp_p
     again = fitted(tmp_path / "out", *settings, "resume=true")
     assert figures_of(again) == figures_of(whole)
     assert len({id(a[0]) for a in calls}) == len(calls) or settings is ANSWERS  # nothing was judged twice
+    monkeypatch.delattr(Scorer, "__init__")  # a finished one is left alone: nothing is loaded
+    assert figures_of(fitted(tmp_path / "out", *settings, "resume=true")) == figures_of(again)
 
 
 def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):
@@ -153,7 +156,7 @@ def test_outcomes_are_the_engines(outcome):
 @pytest.fixture
 def steps(tmp_path):
     rows = [
-        {"id": str(i), "prompt": "Tom has 3 apples.", "reference": wrong,
+        {"id": str(i), "prompt": f"Tom has {i} apples.", "reference": wrong,
          "meta": {"steps": ["Tom has 3 apples.", "So he has 4 apples.", "The answer is 4."]}}
         for i, wrong in enumerate([-1, 0, 1, 2, -1, 1, 1, -1])
     ]  # fmt: skip
@@ -177,6 +180,21 @@ def test_labelled_steps(steps, tmp_path):
     assert {sample["part"] for sample in record["samples"]} == {"fit", "check"}
 
 
+def test_solutions_of_one_problem_stay_in_one_part(tmp_path):
+    """In the form of ProcessBench, which has several; and none is in both the fit and the check."""
+    rows = [{"problem": f"problem {i % 7}", "steps": ["a", "b"], "label": i % 3 - 1} for i in range(35)]
+    path, other = tmp_path / "steps.jsonl", tmp_path / "other.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    questions = Steps(path=path).questions(seed=1)
+    texts = {part: {q.problem.prompt for q in questions if q.part == part} for part in ("fit", "check")}
+    assert len(questions) == 35
+    assert all(texts.values())
+    assert not texts["fit"] & texts["check"]
+    other.write_text(json.dumps(rows[3]))
+    with pytest.raises(ConfigError, match="in both"):
+        Steps(path=path, check_path=other).questions(seed=1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "said"),
     [
@@ -195,5 +213,5 @@ def test_what_cannot_be_calibrated_is_refused(overrides, error, said, tmp_path):
 
 def test_a_bad_label_is_named(steps, tmp_path):
     steps.write_text(steps.read_text().replace('"reference": 2', '"reference": 3'))
-    with pytest.raises(TaskDataError, match="3 steps and the label '3'"):
+    with pytest.raises(TaskDataError, match="label=3 for 3 steps"):
         fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "draft=none")

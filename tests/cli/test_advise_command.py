@@ -42,6 +42,9 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
     assert record["status"] == "finished"
     assert json.loads((folder / "record.json").read_text()) == record
     assert [len(runs) for runs in record["rehearsal"].values()] == [1, 1, 1]
+    marks = {name: runs[0]["correct"] for name, runs in record["rehearsal"].items()}
+    assert {name: seen["change"] for name, seen in record["rehearsed"]["accuracy"].items()} == {
+        name: mark - marks["target"] for name, mark in marks.items() if name != "target"}  # fmt: skip
     assert {trial["tokens"] > 20 for trial in record["trials"]} == {True}
     row = next(row for row in record["checked"]["rows"] if row["arm"] == record["verdict"]["parse"]["label"])
     seconds = {name: runs[0]["result"]["times"]["wall_s"] for name, runs in record["check"].items()}
@@ -98,6 +101,32 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert record["status"] == "finished"
     assert record["trials"][:2] == first["trials"]
     assert len(record["trials"]) == 3
+
+
+def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tmp_path, monkeypatch):
+    folder, small = tmp_path / "out", ("inners=[]", "n=2")
+    record, _ = advised(folder, *small)
+    assert set(record["arm_overrides"]["rehearsal"]) == set(record["rehearsal"]) == {"target", "once"}
+    for requests in record["rehearsal"].values():
+        for request in requests:
+            request["of"] = "the first run"
+    record["arm_overrides"]["rehearsal"]["once"][-1] = "loop=something_else"
+    record["rehearsal"]["no_longer_wanted"] = record["rehearsal"]["once"]
+    (folder / "record.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    again, _ = advised(folder, *small, "resume=true")
+    assert {name: ["of" in one for one in runs] for name, runs in again["rehearsal"].items()} == {
+        "target": [True], "once": [False]}  # fmt: skip
+    assert "loop=something_else" not in again["arm_overrides"]["rehearsal"]["once"]
+
+    def loaded(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Prober, "__init__", loaded)
+    assert advised(folder, *small, "resume=true")[0] == again
+    again["trials"][0]["error"] = "too long"  # is tried again
+    (folder / "record.json").write_text(json.dumps(again))
+    with pytest.raises(KeyboardInterrupt):
+        advised(folder, *small, "resume=true")
 
 
 def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):

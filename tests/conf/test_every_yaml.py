@@ -97,7 +97,7 @@ ROW = {  # a problem of every benchmark at once
 def problems(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
-    solved = (ROW | {"id": str(i), "reference": -1, "meta": {"steps": ["w1", "w2"]}} for i in range(20))
+    solved = ({"problem": f"w{i}", "steps": ["w1", "w2"], "label": -1} for i in range(20))
     (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, solved)))
     save_head(tiny_head(), tmp_path / "eagle3")
     save_heads(random_heads(), tmp_path / "medusa")

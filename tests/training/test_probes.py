@@ -10,15 +10,16 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from parsedec import Parse, PrefixVerification, load
-from parsedec.calibration.sources import Checker, Question
+from parsedec.calibration.sources import Checker, Question, Steps
 from parsedec.chat import prompt_ids
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
 from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import TaskDataError
+from parsedec.tasks.steps import read_steps
 from parsedec.text import Draft
-from parsedec.training.prefixes import from_steps, from_task, with_logprobs
+from parsedec.training.prefixes import from_steps, from_task, parted, with_logprobs
 from parsedec.training.probe_job import train_probes
 from parsedec.training.probes import fit_probe, grid_of_layers, lowest, rights
 
@@ -66,6 +67,7 @@ def test_layers_are_spread_up_to_the_last(tiny_target):
 STEPS = [
     {"problem": "?", "steps": ["w1w2.", "w3w4w5", "w6"], "label": 1},
     {"prompt": "w9", "meta": {"steps": ["w1", "w2"], "first_wrong_step": -1}},
+    {"id": "ours", "prompt": "w9", "reference": 1, "meta": {"steps": ["w1", "w2"]}},
 ]
 
 
@@ -76,11 +78,12 @@ def written(folder, rows):
 
 
 def test_labelled_steps_end_at_their_cuts(tmp_path, tiny_target):
-    first, second = from_steps(tiny_target, None, written(tmp_path, STEPS))
+    first, second, third = from_steps(tiny_target, None, written(tmp_path, STEPS))
     assert [first.draft.text[: first.draft.ends[cut - 1]].strip() for cut in first.cuts] == [
         "w1w2.", "w1w2.\n\nw3w4w5", "w1w2.\n\nw3w4w5\n\nw6"]  # fmt: skip
     assert (first.right, first.first_wrong) == ((True, False, False), 1)
     assert (second.right, second.first_wrong) == ((True, True), 2)
+    assert (third.right, third.problem, third.cuts) == ((True, False), "ours", second.cuts)
     assert list(first.prompt) == prompt_ids(tiny_target, [{"role": "user", "content": "?"}])
     assert list(rights([first, second])) == [True, False, False, True, True]
     assert len(from_steps(tiny_target, None, written(tmp_path, STEPS), n=1)) == 1
@@ -116,6 +119,22 @@ def test_a_task_of_final_answers_labels_no_prefixes(tiny_target, tiny_draft, cor
         from_task(tiny_target, tiny_draft, Final(), [problem], [[(tokens, True)]])
     with pytest.raises(ConfigError, match=f"Final says that an answer to p7 {said}"):
         Checker(task=Final(), fit={}).label(Question("fit", problem, Final()), Draft.of(tiny_target, tokens, True), [1])
+
+
+def test_calibration_cuts_the_same_file_at_the_same_places(tmp_path, tiny_target):
+    source = Steps(path=written(tmp_path, STEPS))
+    for one, problem in zip(from_steps(tiny_target, None, source.path), read_steps(source.path), strict=True):
+        draft, cuts, right = source.draft(tiny_target, problem)
+        assert (one.problem, one.draft, one.cuts, one.right) == (problem.id, draft, tuple(cuts), tuple(right))
+
+
+def test_solutions_of_one_problem_are_not_parted(tmp_path, tiny_target):
+    rows = [{"problem": f"w{i % 4}", "steps": ["w1", "w2"], "label": -1} for i in range(12)]
+    marked = from_steps(tiny_target, None, written(tmp_path, rows))
+    first, others = parted(marked, 0.6)
+    assert (len(first), len(others)) == (6, 6)
+    assert not {one.prompt for one in first} & {one.prompt for one in others}
+    assert {one.problem for one in (*first, *others)} == {one.problem for one in marked}
 
 
 def test_a_missing_file_is_named(tmp_path, tiny_target):
@@ -180,6 +199,6 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path):
-    rows = [dict(STEPS[0], label=-1)] * 4
+    rows = [dict(STEPS[0], label=-1, problem=f"w{i}") for i in range(4)]
     with pytest.raises(ConfigError, match="all right or all wrong"):
         train_probes(settings(tmp_path, f"steps.path={written(tmp_path, rows)}", "~judge@combined"))

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from parsedec.advice.job import accuracy_change
 from parsedec.advice.prediction import ArmChoice, Predictor, fit_pace, looped, remaining_factor
-from parsedec.advice.report import CHECK_HEADS, check_rows
+from parsedec.advice.report import CHECK_HEADS, check_rows, rehearsed_accuracy
 from parsedec.advice.trial import Decoding, Pass, Trial
 from parsedec.advice.verdict import Demands, best_parse, blind, conclude, headline, separations
 from parsedec.boundary import FirstFailure
@@ -133,6 +134,7 @@ def test_a_good_pair_is_told_so():
     assert not verdict.findings
     assert verdict.parse.speedup > 2
     assert headline(verdict).startswith("PARSE helps")
+    assert "the interval does not count that choice" in headline(verdict)
     assert predictor.ceiling() == pytest.approx(5, rel=0.1)
 
 
@@ -223,3 +225,22 @@ def test_no_accuracy_change_is_shown_where_nothing_was_scored():
     shown = [check_rows({"checked": {"rows": [row | {"accuracy_change": x}]}})[0] for x in (None, -0.02)]
     at = CHECK_HEADS.index("accuracy change")
     assert [cells[at] for cells in shown] == ["-", "-2.0 points"]
+
+
+def test_the_rehearsals_accuracy_is_of_what_was_scored_for_both():
+    def requests(marks):
+        result = {"tokens": [1, 2], "times": {"wall_s": 1.0}}
+        return [{"id": str(i), "seed": 0, "correct": mark, "result": result} for i, mark in enumerate(marks)]
+
+    target, arm = [True, True, True, None, False, True], [True, False, False, True, True, None]
+    found = accuracy_change(requests(target), requests(arm))
+    assert found["requests"] == 4
+    assert found["change"] == pytest.approx(2 / 4 - 3 / 4)
+    assert found["interval"][0] < found["change"] < found["interval"][1]
+    assert accuracy_change(requests(target), requests([None] * 6)) is None
+    record = {
+        "rehearsed": {"accuracy": {"once": {"requests": 4, "change": -0.25, "interval": [-1, 0.5]}, "twice": None}}
+    }
+    assert rehearsed_accuracy(record) == {
+        "once": "-25.0 points [-100.0, +50.0] on 4 of the problems", "twice": "not scored"}  # fmt: skip
+    assert rehearsed_accuracy({"rehearsed": {"problems": 4}}) == {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_S = 5.0
+PARTS = ("rehearsal", "check")  # in which arms are run
 Requests = dict[str, list[dict[str, Any]]]  # by arm
 
 
@@ -46,9 +47,25 @@ class Notes:
         before = earlier or {}
         trials = (Trial.of_data(data) for data in before.get("trials", ()))
         self.trials = {trial.id: trial for trial in trials if not trial.error}  # the others are tried again
-        self.rehearsal, self.check = (_answered(before.get(key, {})) for key in ("rehearsal", "check"))
+        self.requests = {part: _answered(before.get(part, {})) for part in PARTS}
+        # what each arm was: trials that are tried again may change which one is best, under the same name
+        self.overrides: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS} | before.get("arm_overrides", {})
         self.results: dict[str, Any] = {}
         self.record: dict[str, Any] = {}  # as it was saved last
+
+    def requests_of(self, part: str, arms: Mapping[str, Sequence[str]]) -> Requests:
+        """The answers of a part so far, by arm; those of another arm of the same name, or of one that is no longer
+        wanted, are dropped.
+
+        arms  overrides by name
+        """
+        kept = {name: own for name, own in self.requests[part].items()
+                if name in arms and self.overrides[part].get(name) == list(arms[name])}  # fmt: skip
+        if gone := sorted({name for name, own in self.requests[part].items() if own} - set(kept)):
+            log.warning("%s: the answers of %s are of another arm than is wanted now, and are dropped", part, gone)
+        self.requests[part] = {name: kept.get(name, []) for name in arms}
+        self.overrides[part] = {name: list(own) for name, own in arms.items()}
+        return self.requests[part]
 
     def tick(self) -> None:
         if time.monotonic() - self._saved > SAVE_EVERY_S:
@@ -58,8 +75,8 @@ class Notes:
         self.record = self.head | {
             "status": status,
             "trials": [trial.as_data() for trial in self.trials.values()],
-            "rehearsal": self.rehearsal,
-            "check": self.check,
+            **self.requests,
+            "arm_overrides": self.overrides,
             **self.results,
         }
         write_record(self.record, self.path)
@@ -70,10 +87,14 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
     """Advise (or finish advising) in `folder`; returns the record, which is on disk every few seconds.
 
     composed  the configuration of the command with further overrides
+    A record that is finished, without errors, is returned as it is when resuming: nothing is loaded.
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    if earlier and _complete(earlier):
+        log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
+        return earlier
     require_extra("sklearn", "advice")
     task: Task = instantiate(cfg.task)
     problems, held_out = divided(cfg, task.problems())
@@ -174,15 +195,16 @@ class Advisor:
             arms[loop] = ArmChoice(
                 inner=first.arm.inner, segmenter=first.arm.segmenter, thresholds=first.arm.thresholds, loop=loop
             )
-        self._run(arms, problems, self.notes.rehearsal)
-        done = self.notes.rehearsal
+        done = self._run("rehearsal", arms, problems)
         seconds = {name: {r["id"]: r["result"]["times"]["wall_s"] for r in runs if r["result"]}
                    for name, runs in done.items()}  # fmt: skip
         self.looped = [first]
         for loop in self.cfg.loops:
             both: Rehearsal = {i: (seconds["once"][i], s) for i, s in seconds[loop].items() if i in seconds["once"]}
             self.looped.append(looped(first, self.predictor, both, arms[loop]))
-        self.rehearsed = self._seen_in_rehearsal(first, seconds)
+        if rehearsed := self._seen_in_rehearsal(first, seconds):
+            own = [one for one in done if one != "target"]
+            self.rehearsed = rehearsed | {"accuracy": {one: accuracy_change(done["target"], done[one]) for one in own}}
         # a loop has to be faster than once by more than noise to be worth a second draft
         best = max(self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
         assert first.arm.segmenter is not None
@@ -208,8 +230,7 @@ class Advisor:
         if not verdict.helps and verdict.recommended.arm.inner != "none":
             expected["advised"] = verdict.recommended
         arms = {"target": ArmChoice(inner="none"), **{name: one.arm for name, one in expected.items()}}
-        self._run(arms, problems, self.notes.check)
-        done, rows = self.notes.check, []
+        done, rows = self._run("check", arms, problems), []
         for name, one in expected.items():
             measured = compare(done["target"], done[name])
             if measured is None:
@@ -278,17 +299,33 @@ class Advisor:
         own: Pair = (rule.floor, full)
         return list(dict.fromkeys(own if t is None else (float(t), float(t)) for t in self.cfg.thresholds))
 
-    def _run(self, arms: dict[str, ArmChoice], problems: Sequence[Problem], done: Requests) -> None:
+    def _run(self, part: str, arms: Mapping[str, ArmChoice], problems: Sequence[Problem]) -> Requests:
         """Arms alternating over problems; what an interrupted run has answered is not asked again."""
-        runs = [
-            Arm(name, build_engine(self.composed(overrides_of(arm))), requests=done.setdefault(name, []))
-            for name, arm in arms.items()
-        ]
+        own = {name: overrides_of(arm) for name, arm in arms.items()}
+        done = self.notes.requests_of(part, own)
+        runs = [Arm(name, build_engine(self.composed(own[name])), requests=done[name]) for name in arms]
         limits = Limits(max_new_tokens=self.cfg.max_new_tokens, stop=self.cfg.stop)
         sampling = build_sampling(self.cfg)
         settings = Settings(limits=limits, sampling=sampling, seed=self.cfg.seed, warmup=1)
         with progress(len(arms) * len(problems) - sum(map(len, done.values()))) as step:
             run_arms(runs, self.task, problems, settings, _both(step, self.notes))
+        return done
+
+
+def accuracy_change(target: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The arm's share of right answers less the target's, on the requests that were scored for both, with its 95 %
+    interval; None where there is none."""
+    scored = [[one for one in runs if one.get("correct") is not None] for runs in (target, arm)]
+    if (found := compare(*scored)) is None:
+        return None
+    low, high = found["accuracy_change_low"], found["accuracy_change_high"]
+    return {"requests": found["requests"], "change": found["accuracy_change"], "interval": [low, high]}
+
+
+def _complete(record: dict[str, Any]) -> bool:
+    """Whether nothing of a run is left to do; what failed is tried again."""
+    runs = [one for part in PARTS for requests in record[part].values() for one in requests]
+    return record["status"] == "finished" and not any(one["error"] for one in (*record["trials"], *runs))
 
 
 def _answered(requests: Requests) -> Requests:

@@ -147,8 +147,23 @@ def cost_rows(record: Json) -> list[list[str]]:
     if seen := record["rehearsed"]:
         rows.append([f"best arm on {seen['problems']} of the problems, predicted / run",
                      f"{seen['predicted']:.2f} / {seen['measured']:.2f}"])  # fmt: skip
+        rows += [[f"accuracy against the target alone, best arm {name if name != 'once' else ''}".rstrip(), text]
+                 for name, text in rehearsed_accuracy(record).items()]  # fmt: skip
     rows += [[f"inner={name}", f"left out: {reason}"] for name, reason in costs["left_out_inners"].items()]
     return rows
+
+
+def rehearsed_accuracy(record: Json) -> dict[str, str]:
+    """By loop, how the share of right answers changed where the best arm was run; "not scored" where no program could
+    say. Of records before it was stored: none."""
+    said = {}
+    for name, seen in ((record["rehearsed"] or {}).get("accuracy") or {}).items():
+        said[name] = "not scored"
+        if seen is not None:
+            low, high = (100 * end for end in seen["interval"])
+            change = f"{100 * seen['change']:+.1f} points [{low:+.1f}, {high:+.1f}]"
+            said[name] = f"{change} on {seen['requests']} of the problems"
+    return said
 
 
 def _area(judge: Json) -> str:
@@ -186,8 +201,9 @@ def note(record: Json) -> str:
         f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems; Wilson). "
         "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
         f"something wrong is kept ({shown}). Milliseconds a request, of a loop those of its first round. Loops: from "
-        f"how they ran on {config['short']} of the problems beside loop=once. A threshold with a promise is for "
-        f"experiments/calibrate.py to find. {origin(record)}"
+        f"how they ran on {config['short']} of the problems beside loop=once. Every interval is its own arm's: the "
+        "best was chosen on these same problems, which no interval counts, so check.n=… measures it on others. A "
+        f"threshold with a promise is for experiments/calibrate.py to find. {origin(record)}"
     )
 
 

@@ -115,7 +115,10 @@ def headline(verdict: Verdict) -> str:
     """The advice in a sentence or two."""
     one = verdict.recommended
     low, high = one.interval
-    said = f"{one.speedup:.2f} [{low:.2f}, {high:.2f}] times the target's speed is to be expected."
+    said = (
+        f"{one.speedup:.2f} [{low:.2f}, {high:.2f}] times the target's speed is to be expected (the best of what was "
+        "tried on these problems; the interval does not count that choice)."
+    )
     if verdict.helps:
         unsure = " The interval reaches below 1: take more prompts (n=…)." if low < 1 else ""
         return f"PARSE helps this pair: {said}{unsure}"

@@ -65,11 +65,15 @@ class Store:
 def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fit (or finish fitting) thresholds in `folder`; returns the record, which is on disk every few seconds.
 
+    A record that is finished, without errors, is returned as it is when resuming: nothing is loaded.
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    if earlier and earlier["status"] == "finished" and not any(sample["error"] for sample in earlier["samples"]):
+        log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
+        return earlier
     goal: Goal = instantiate(cfg.goal)
     source: Source = instantiate(cfg.labels)
     questions = source.questions(cfg.seed)

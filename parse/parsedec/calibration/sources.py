@@ -1,7 +1,8 @@
 """Where labels come from: a task's checker, labelled steps, or - for any pair and task - final answers alone.
 
 Every source gives two disjoint sets of questions: `fit`, on which thresholds are found, and `check`, on which the goal
-is checked. Where no second set is named, a share of the first is held out, drawn by the problems' ids.
+is checked. Where no second set is named, a share of the first is held out, drawn by problem: all solutions of one stay
+in the same set.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from parsedec.calibration.risk import drawn
 from parsedec.calibration.samples import right_prefixes
 from parsedec.errors import ConfigError
 from parsedec.model import LanguageModel
-from parsedec.tasks.base import Problem, Score, Task, score_of_lines
-from parsedec.tasks.jsonl import JsonlTask, TaskDataError
+from parsedec.tasks.base import Problem, Task, score_of_lines
+from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
 from parsedec.text import Draft
 
 
@@ -116,32 +117,10 @@ def right(task: Task, problem: Problem, text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFile(JsonlTask):
-    """Solutions with the first wrong step marked (ProcessBench, arXiv 2412.06559): `meta.steps`, and `reference` the
-    0-based index of the first wrong one, -1 if all are right. An answer is that index."""
-
-    name: str = "steps"
-
-    def score(self, problem: Problem, text: str) -> Score:
-        return Score(text.strip() == problem.reference, f"said {text.strip()!r}, expected {problem.reference}")
-
-    def prepare(self, problem: Problem) -> Problem:
-        steps = problem.meta.get("steps")
-        usable = isinstance(steps, list) and steps and all(isinstance(s, str) and s.strip() for s in steps)
-        if not usable or problem.reference not in {str(i) for i in range(-1, len(steps or ()))}:
-            raise TaskDataError(
-                f"{self.path}: {problem.id} has {len(steps) if isinstance(steps, list) else steps!r} steps and the "
-                f"label {problem.reference!r}; expected meta.steps to be a list of texts and reference the index of "
-                "one of them, or -1."
-            )
-        return problem
-
-
-@dataclass(frozen=True, kw_only=True)
 class Steps(Source):
     """Labels from a file of solutions with the first wrong step marked. Their texts are judged as if drafted.
 
-    path        JSONL for the fit, a line each: {"id", "prompt", "reference", "meta": {"steps": [...]}}
+    path        JSONL for the fit, in a form of `tasks.steps`
     check_path  the same for the check; null: `held_out` of `path`
     n, check_n  problems taken of each; null: all
     held_out    share of the problems held out where `check_path` is null
@@ -157,7 +136,7 @@ class Steps(Source):
     n: int | None = None
     check_n: int | None = None
     held_out: float = 0.5
-    separator: str = "\n\n"
+    separator: str = BETWEEN
 
     def __post_init__(self) -> None:
         require_share(self.held_out)
@@ -172,14 +151,9 @@ class Steps(Source):
 
         Two steps that end in one token share a cut, which is right if both are.
         """
-        steps, wrong = problem.meta["steps"], int(problem.reference)
+        steps = problem.meta["steps"]
         draft = Draft.of(target, target.encode(self.separator.join(steps), plain=True), ended=True)
-        right: dict[int, bool] = {}
-        offset = 0
-        for i, step in enumerate(steps):
-            offset += len(step) + (len(self.separator) if i else 0)
-            cut = draft.position(offset) if i < len(steps) - 1 else len(draft.tokens)
-            right[cut] = wrong < 0 or i < wrong
+        right = step_ends(draft, problem, self.separator)
         return draft, list(right), list(right.values())
 
 
@@ -187,13 +161,17 @@ def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Q
     """The questions of two tasks, or of one of which a share is held out."""
     problems = fit.problems()
     if check is None:
-        held = drawn([problem.id for problem in problems], held_out, seed, "held out")
+        first: dict[str, str] = {}  # several solutions to a problem stay together: by the first one's id
+        names = [first.setdefault(problem.prompt, problem.id) for problem in problems]
+        held = drawn(names, held_out, seed, "held out")
         parts = ["check" if out else "fit" for out in held]
         asked = [Question(part, problem, fit) for part, problem in zip(parts, problems, strict=True)]
         asked.sort(key=lambda question: question.part != "fit")  # stable: the order within a part stays
     else:
         others = check.problems()
-        if shared := {problem.id for problem in problems} & {problem.id for problem in others}:
+        shared = {problem.id for problem in problems} & {problem.id for problem in others}
+        texts = {problem.prompt for problem in problems}
+        if shared := shared | {problem.id for problem in others if problem.prompt in texts}:
             raise ConfigError(
                 f"{len(shared)} problems are in both the fit and the check, e.g. {min(shared)}; expected none, or the "
                 "check says nothing. Choose other problems for one of them."

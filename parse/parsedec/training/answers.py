@@ -40,6 +40,7 @@ def mark(
 
     teach_until_error  learn the lines before the first wrong one as text. Right for solutions with an injected error,
                        whose beginning is drawn as any solution's; not for drafts, whose habits are not to be learnt.
+    Raises ConfigError where the task does not say which line is wrong: all prefixes would pass for right.
     """
     draft = Draft.of(model, tokens, ended)
     cuts = SEGMENTER.cuts(draft)

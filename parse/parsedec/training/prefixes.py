@@ -1,36 +1,28 @@
 """Drafts whose prefixes are known to be right or wrong: what trained judges learn from and all judges are measured on.
 
-They come from a task that can check every line, or from a JSONL file with step labels in the form of ProcessBench
-(arXiv 2412.06559), one object a line:
-
-    {"problem": text, "steps": [text, …], "label": index of the first wrong step, or -1}
+They come from a task that can check every line, or from a file of solutions with labelled steps (`tasks.steps`).
 
 Shapes in this file:  N draft tokens.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from parsedec.backends import open_session
 from parsedec.chat import prompt_ids
 from parsedec.model import LanguageModel
 from parsedec.tasks.base import Problem, Task
-from parsedec.tasks.jsonl import TaskDataError
+from parsedec.tasks.steps import BETWEEN, read_steps, step_ends
 from parsedec.text import Draft
 from parsedec.training.answers import mark
 from parsedec.training.generation import Written
 
 log = logging.getLogger(__name__)
-
-STEP_FORM = '{"problem": text, "steps": [text, …], "label": first wrong step or -1}'
-BETWEEN = "\n\n"  # joins the steps of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,55 +75,34 @@ def from_steps(
     """The first n solutions of a step-labelled file, cut where their steps end. Those too long for the target are
     left out."""
     marked, long = [], 0
-    for number, row in enumerate(read_steps(path)):
-        if n is not None and number >= n:
-            break
-        messages = [{"role": "user", "content": row["problem"]}]
+    for problem in islice(read_steps(path), n):
+        messages = [{"role": "user", "content": problem.prompt}]
         prompt = tuple(prompt_ids(target, messages))
-        steps, label = row["steps"], row["label"]
-        text = BETWEEN.join(steps)
-        tokens = target.encode(text, plain=True)
+        tokens = target.encode(BETWEEN.join(problem.meta["steps"]), plain=True)
         if len(prompt) + len(tokens) + target.context_limit // 8 > target.context_limit:  # room for a question
             long += 1
             continue
         spelt = Draft.of(target, tokens, ended=True)
-        stops = accumulate(len(step) + len(BETWEEN) for step in steps)
-        cuts = [spelt.position(max(1, min(stop - len(BETWEEN), len(spelt.text)))) for stop in stops]
         own = None
         if draft is not None and target.same_vocabulary(draft):
             own = tuple(prompt_ids(draft, messages)) if draft.has_template else prompt
-        verdicts = dict(
-            zip(cuts, (label < 0 or k < label for k in range(len(steps))), strict=True)
-        )  # steps of no token
-        marked.append(Marked(str(number), prompt, own, spelt, tuple(verdicts), tuple(verdicts.values())))
+        right = step_ends(spelt, problem)
+        marked.append(Marked(problem.id, prompt, own, spelt, tuple(right), tuple(right.values())))
     if long:
         log.warning("%d of %d solutions are too long for %s and were left out", long, long + len(marked), target.name)
     return marked
 
 
-def read_steps(path: str | Path) -> Iterable[dict[str, Any]]:
-    """Rows with `problem`, `steps` and `label`, also of files in the form of our tasks (`prompt`, and the others in
-    `meta` as `steps` and `first_wrong_step`). Raises TaskDataError that names the line."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise TaskDataError(f"steps={str(path)!r} is not a file; expected JSONL, each line {STEP_FORM}.")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                meta = row.get("meta") or {}
-                problem = row.get("problem", row.get("prompt"))
-                steps, label = row.get("steps", meta.get("steps")), row.get("label", meta.get("first_wrong_step"))
-            except (ValueError, AttributeError) as bad:
-                raise TaskDataError(f"{path}, line {number} is no JSON object: {bad}; expected {STEP_FORM}.") from bad
-            good = isinstance(problem, str) and problem and isinstance(steps, list) and steps
-            if not good or not all(isinstance(step, str) and step for step in steps):
-                raise TaskDataError(f"{path}, line {number} has no problem with steps in it; expected {STEP_FORM}.")
-            if not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < len(steps):
-                raise TaskDataError(f"{path}, line {number} has label={label!r} for {len(steps)} steps; {STEP_FORM}.")
-            yield {"problem": problem, "steps": steps, "label": label}
+def parted(marked: Sequence[Marked], share: float) -> tuple[list[Marked], list[Marked]]:
+    """About the first share of the drafts, and the others; drafts behind the same prompt stay together."""
+    by_prompt: dict[tuple[int, ...], list[Marked]] = {}
+    for one in marked:
+        by_prompt.setdefault(one.prompt, []).append(one)
+    first: list[Marked] = []
+    others: list[Marked] = []
+    for group in by_prompt.values():
+        (first if len(first) + len(group) <= round(share * len(marked)) else others).extend(group)
+    return first, others
 
 
 def with_logprobs(

@@ -26,7 +26,7 @@ from parsedec.judge.probe import ProbeCard
 from parsedec.model import LanguageModel
 from parsedec.training import probes
 from parsedec.training.drafts import load_or_sample
-from parsedec.training.prefixes import Marked, from_steps, from_task, with_logprobs
+from parsedec.training.prefixes import Marked, from_steps, from_task, parted, with_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,7 @@ def labelled(
     """Drafts to train on, and those of other problems to choose and calibrate on."""
     if cfg.steps.path is not None:
         every = from_steps(target, draft, cfg.steps.path, cfg.steps.n)
-        at = round(cfg.steps.train_share * len(every))
-        train, unseen = every[:at], every[at:]
+        train, unseen = parted(every, cfg.steps.train_share)
         if draft is not None:
             train, unseen = with_logprobs(train, draft), with_logprobs(unseen, draft)
     elif draft is None:

@@ -1,0 +1,83 @@
+"""Solutions with the first wrong step marked: the one reader of such files, and where their steps end.
+
+A JSONL file, each line an object in the form of ProcessBench (arXiv 2412.06559)
+
+    {"problem": text, "steps": [text, …], "label": index of the first wrong step, or -1}
+
+or in that of our tasks: `prompt`, `meta.steps`, and the label as `reference` or `meta.first_wrong_step`. An `id` may be
+given, else a line is known by its number. ProcessBench has several solutions to a problem.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from parsedec.tasks.base import Problem, Score
+from parsedec.tasks.jsonl import JsonlTask, TaskDataError
+from parsedec.text import Draft
+
+STEP_FORM = '{"problem": text, "steps": [text, …], "label": first wrong step or -1}'
+BETWEEN = "\n\n"  # joins the steps of a file
+
+
+def read_steps(path: str | Path) -> Iterator[Problem]:
+    """The solutions as problems: `meta.steps` holds the steps, `reference` the label. Raises TaskDataError that names
+    the line."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise TaskDataError(f"steps={str(path)!r} is not a file; expected JSONL, each line {STEP_FORM}.")
+    seen: dict[str, int] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                problem = _solution(line, f"{path}, line {number}", f"{file.name}/{number}")
+                if (first := seen.setdefault(problem.id, number)) != number:
+                    raise TaskDataError(f"{path}, line {number} repeats the id {problem.id!r} of line {first}.")
+                yield problem
+
+
+def _solution(line: bytes, where: str, name: str) -> Problem:
+    try:
+        row = json.loads(line)
+        meta = row.get("meta") or {}
+        text, steps = row.get("problem", row.get("prompt")), row.get("steps", meta.get("steps"))
+        label = row.get("label", meta.get("first_wrong_step", row.get("reference")))
+    except (ValueError, AttributeError) as bad:
+        raise TaskDataError(f"{where} is no JSON object: {bad}; expected {STEP_FORM}.") from bad
+    good = isinstance(text, str) and text and isinstance(steps, list) and steps
+    if not good or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise TaskDataError(f"{where} has no problem with steps in it; expected {STEP_FORM}.")
+    if isinstance(label, bool) or str(label) not in {str(i) for i in range(-1, len(steps))}:
+        raise TaskDataError(f"{where} has label={label!r} for {len(steps)} steps; expected {STEP_FORM}.")
+    return Problem(id=str(row.get("id", name)), prompt=text, reference=str(label), meta={"steps": steps})
+
+
+def step_ends(draft: Draft, problem: Problem, separator: str = BETWEEN) -> dict[int, bool]:
+    """Where the steps of a solution end in its text as a draft, and whether the prefix up to there is right. A step of
+    no token shares its cut with the one before; the later verdict counts."""
+    steps: Sequence[Any] = problem.meta["steps"]
+    wrong, right = int(problem.reference), dict[int, bool]()
+    for i, stop in enumerate(accumulate(len(step) + len(separator) for step in steps)):
+        end = max(1, min(stop - len(separator), len(draft.text)))
+        cut = draft.position(end) if i < len(steps) - 1 else len(draft.tokens)
+        right[cut] = wrong < 0 or i < wrong
+    return right
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFile(JsonlTask):
+    """Such a file as a task. An answer is the index of the first wrong step, -1 if all are right."""
+
+    name: str = "steps"
+
+    def score(self, problem: Problem, text: str) -> Score:
+        return Score(text.strip() == problem.reference, f"said {text.strip()!r}, expected {problem.reference}")
+
+    def _read(self) -> list[Problem]:
+        assert self.path is not None
+        return list(read_steps(self.path))
