@@ -79,7 +79,7 @@ zoo: setup  ## train the embedded models and heads again, about three hours of o
 	test -d $(ZOO)/tokenizer/tokenizer || $(BIN)/python experiments/tokenizer.py output=$(ZOO)/tokenizer
 	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
 	$(TRAIN) recipe=zoo_base output=$(ZOO)/base recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
-	$(TRAIN) recipe=zoo_target output=$(ZOO)/target recipe.init=$(ZOO)/base/model recipe.drafts.model=$(ZOO)/draft/model
+	$(TRAIN) recipe=zoo_target output=$(ZOO)/target recipe.init=$(ZOO)/base/model recipe.drafts.model=$(ZOO)/draft/model recipe.evaluation.draft=$(ZOO)/draft/model
 	for head in eagle3 medusa parallelspec; do \
 	  $(TRAIN) recipe=zoo_$$head output=$(ZOO)/$$head recipe.target=$(ZOO)/target/model || exit 1; done
 	$(BIN)/python experiments/train_probe.py resume=true output=$(ZOO)/probe \
