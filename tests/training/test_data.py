@@ -99,6 +99,7 @@ def test_drafts_come_in_turn_wrong_and_right(zoo):
         row = batches(zoo, pool).rows.row(0, index)
         of_pool = [answer for answer in row.answers if (answer.tokens, True) in pool[index]]
         assert sorted(all(answer.right) for answer in of_pool) == [False, True]
+        assert not any(answer.taught for answer in of_pool)  # their habits are not the target's
         assert len(row.answers) == Mix().size
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +28,8 @@ class Mix:
 
     clean     right solutions
     injected  solutions with one injected error
-    drafts    answers from the pool, in turn a wrong one and a right one; where the pool has none, a solution
+    drafts    answers from the pool, in turn a wrong one and a right one, to judge but not to learn as text; where the
+              pool has none, a solution
     """
 
     clean: int = 1
@@ -87,7 +88,8 @@ class Rows:
             first, second = (wrong, right) if i % 2 == 0 else (right, wrong)
             source = first or second
             if source:
-                chosen.append(source.pop(rng.randrange(len(source))))
+                # never learnt as text, right or wrong: a target with its draft's habits would write its very tokens
+                chosen.append(replace(source.pop(rng.randrange(len(source))), taught=0))
             else:
                 write = injected if i % 2 == 0 else clean
                 chosen.append(write(self.model, self.task, problem, self.solution, rng))
