@@ -1,14 +1,18 @@
 """The committed records and the tables beside them say the same, and the documents' figures are theirs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from parsedec.errors import ConfigError
 from parsedec.experiment import overhead
 from parsedec.experiment.record import read_record
 from parsedec.experiment.summary import summarise
-from parsedec.experiment.table import markdown, rows
+from parsedec.experiment.table import markdown
+from parsedec.reporting.documents import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted(ROOT.glob("experiments/records/*/record.json"))
@@ -45,13 +49,21 @@ def test_the_table_of_overhead_is_what_its_record_says(path):
     assert overhead.summarise_generate(record["rows"]) == record["summary"]
 
 
-@pytest.mark.parametrize("path", [path for path in COMPARED if name_of(path) != "zoo_refused"], ids=name_of)
-def test_figures_of_the_documents_are_in_a_record(path):
-    """Every accuracy with its interval, and every count of target calls (the worst case is told in a sentence)."""
-    figures = (ROOT / "docs" / "figures.md").read_text()
-    for row in rows(read_record(path)):
-        accuracy, calls = row[1], row[3]
-        assert re.search(rf"\| {re.escape(accuracy)} \| {calls} \|", figures), f"{row[0]}: {accuracy}, {calls}"
+def test_the_documents_say_what_the_records_do():
+    script = [sys.executable, str(ROOT / "experiments" / "figures.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_table_of_a_page_is_made_anew_and_an_unknown_column_refused():
+    records = ROOT / "experiments" / "records"
+    page = "before\n<!-- table zoo_arms: arm, target calls -->\n| stale |\n<!-- end -->\nbehind\n"
+    made = with_tables(page, records)
+    arms = read_record(records / "zoo_arms" / "record.json")["arms"]
+    assert made.splitlines()[4:-2] == [f"| {arm['name']} | {arm['summary']['target_calls']} |" for arm in arms]
+    assert with_tables(made, records) == made
+    with pytest.raises(ConfigError, match="kept shear"):
+        with_tables(page.replace("target calls", "kept shear"), records)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=name_of)

@@ -1,0 +1,38 @@
+"""Write docs/figures.md, and the tables of README.md, from the records: python experiments/figures.py [--check]
+
+With --check nothing is written, and the exit status is 1 if a document does not say what the records do.
+"""
+
+import sys
+from pathlib import Path
+
+from parsedec.experiment.record import write_text
+from parsedec.reporting.documents import rendered, with_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "experiments" / "records"
+
+
+def documents() -> dict[Path, str]:
+    """Every document that holds figures, as the records want it."""
+    readme = ROOT / "README.md"
+    return {
+        ROOT / "docs" / "figures.md": rendered(ROOT / "docs" / "figures.md.j2", RECORDS),
+        readme: with_tables(readme.read_text(encoding="utf-8"), RECORDS),
+    }
+
+
+def main() -> int:
+    if sys.argv[1:] not in ([], ["--check"]):
+        print(__doc__.strip())
+        return 2
+    stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'not what the records say' if sys.argv[1:] else 'written'}")
+        if not sys.argv[1:]:
+            write_text(documents()[path], path)
+    return 1 if stale and sys.argv[1:] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

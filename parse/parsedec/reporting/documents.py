@@ -1,0 +1,124 @@
+"""Documents whose figures come from records: a Jinja template in Markdown, and tables between two marks of a page.
+
+`experiments/figures.py` writes the project's own with it. What templates may call: `Figures`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from parsedec.errors import ConfigError
+from parsedec.experiment import table
+from parsedec.experiment.record import read_record
+
+BLOCK = re.compile(r"(<!-- table (?P<name>\w+): (?P<heads>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of the records in a folder, as text."""
+
+    records: Path
+
+    def record(self, name: str) -> dict[str, Any]:
+        return read_record(self.records / name / "record.json")
+
+    def table(self, name: str, heads: Sequence[str]) -> str:
+        """A comparison's arms as Markdown; heads are names of columns of its own table."""
+        record = self.record(name)
+        known = ["arm", *(head for head, _ in table.columns(record))]
+        unknown = [head for head in heads if head not in known]
+        if unknown:
+            raise ConfigError(f"a table of record {name} asks for columns {unknown}; it has {known}")
+        chosen = [known.index(head) for head in heads]
+        return table.grid(list(heads), [[row[i] for i in chosen] for row in table.rows(record)])
+
+    def command(self, name: str) -> str:
+        """What made a record."""
+        return f"python experiments/{self.record(name)['provenance']['command']}"
+
+    def compared(self, name: str, arm: str) -> dict[str, Any]:
+        """An arm beside its record's baseline: ratios with their intervals."""
+        return next(row for row in self.record(name)["comparison"] if row["arm"] == arm)
+
+    def speed(self, name: str, arm: str) -> str:
+        row = self.compared(name, arm)
+        return f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+
+    def longer(self, name: str, arm: str) -> str:
+        """How much more time an arm takes than the baseline."""
+        row = self.compared(name, arm)
+        middle, low, high = (100 * (1 / row[key] - 1) for key in ("time_ratio", "time_ratio_high", "time_ratio_low"))
+        return f"{middle:.0f} % [{low:.0f}, {high:.0f}]"
+
+    def tau(self, name: str) -> str:
+        """Tokens per target call of a head's record."""
+        found = self.record(name)["evaluation"]
+        low, high = found["tau_interval"]
+        return f"{found['tau']:.2f} [{low:.2f}, {high:.2f}]"
+
+    def curve(self, name: str) -> str:
+        """Threshold against what is kept and what that costs, of a target's record."""
+        found = self.record(name)["evaluation"]
+        rows = [
+            [
+                f"{at['threshold']:g}",
+                percent(at["kept_tokens"] / at["drafted_tokens"]),
+                share(at["accuracy"]),
+                percent(where["exact"] / where["wrong_drafts"]),
+                percent(where["never_later"] / where["wrong_drafts"]),
+            ]
+            for at, where in zip(found["thresholds"], found["localisation"], strict=True)
+        ]
+        return table.grid(
+            ["threshold", "draft tokens kept", "accuracy of PARSE", "first wrong line found exactly", "never later"],
+            rows,
+        )
+
+    def overhead(self) -> str:
+        """The engine's own work per step, as a share of a plain target step, of every inner speculator measured."""
+        rows = []
+        for inner in self.record("overhead")["inners"]:
+            found = inner["summary"]
+            low, high = found["overhead_share_low"], found["overhead_share_high"]
+            rows.append([inner["name"], f"{percent(found['overhead_share'])} [{100 * low:.1f}, {100 * high:.1f}]"])
+        return table.grid(["inner=", "engine's own work per step"], rows)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def share(counted: dict[str, Any]) -> str:
+    """A share with its 95 % interval."""
+    low, high = counted["interval"]
+    return f"{percent(counted['share'])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def rendered(template: Path, records: Path) -> str:
+    """The document of a template. Raises an error for a name or a column that does not exist."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=False,  # Markdown, from our own template and records
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"share": share, "percent": percent}
+    return environment.get_template(template.name).render(figures=Figures(records))
+
+
+def with_tables(page: str, records: Path) -> str:
+    """A page whose tables between `<!-- table RECORD: column, … -->` and `<!-- end -->` are made anew."""
+    figures = Figures(records)
+
+    def made(found: re.Match[str]) -> str:
+        heads = [head.strip() for head in found["heads"].split(",")]
+        return f"{found[1]}{figures.table(found['name'], heads)}\n{found[4]}"
+
+    return BLOCK.sub(made, page)
