@@ -79,11 +79,11 @@ class HfPass:
         return [passes[0].alone()] if len(passes) == 1 else _forward(passes)
 
     def alone(self) -> Output:
-        where = None if self.positions is None else self.positions[None]
+        where = None if self.positions is None else self.positions.unsqueeze(0)
         logits, taps = self.model.forward(
             [self.ids], self.cache, keep=self.keep, positions=where, mask=self.mask, taps=self.taps
         )
-        return logits[0], None if taps is None else taps[0]
+        return logits.squeeze(0), None if taps is None else taps.squeeze(0)
 
 
 class Rows:

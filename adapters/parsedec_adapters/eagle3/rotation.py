@@ -47,15 +47,15 @@ class Rotations:
     def rows(self, start: int, stop: int, like: Tensor) -> CosSin:
         """cos and signed sin [stop - start, d] of consecutive positions, in the dtype and on the device of `like`."""
         cos, sin = self._covering(stop, like)
-        return cos[start:stop], sin[start:stop]
+        return cos.narrow(0, start, stop - start), sin.narrow(0, start, stop - start)
 
-    def single(self, position: int, like: Tensor) -> CosSin:
-        """The same for one position, [1, d]: for rows that all stand there."""
-        self._covering(position + 1, like)
-        found = self._singles.get(position)
-        if found is None:
-            found = self._singles[position] = self.rows(position, position + 1, like)
-        return found
+    def singles(self, start: int, stop: int, like: Tensor) -> list[CosSin]:
+        """The same for each of these positions by itself, [1, d]: for rows that all stand there."""
+        cos, sin = self._covering(stop, like)
+        for position in range(start, stop):
+            if position not in self._singles:
+                self._singles[position] = cos[position : position + 1], sin[position : position + 1]
+        return [self._singles[position] for position in range(start, stop)]
 
     def at(self, positions: Tensor, like: Tensor) -> CosSin:
         """The same for any positions [B, n]: [B, 1, n, d], ready for [B, heads, n, d]."""

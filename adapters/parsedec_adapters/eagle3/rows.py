@@ -81,7 +81,7 @@ class Sight:
     """The masks of a tree's levels, K rows each: all stable rows, the row's ancestors among the earlier levels, itself.
 
     One buffer a level, True where a row may attend, its columns  C stable | K of every earlier level | K of its own.
-    The first part and the last never change: a level inherits its parents' ancestors, and that is all there is to write.
+    The first part and the last never change: a level inherits its parents' ancestors, which is all there is to write.
     """
 
     def __init__(self, top_k: int, levels: int, capacity: int, device: torch.device) -> None:
@@ -94,12 +94,12 @@ class Sight:
 
     def first(self, stable: int) -> Tensor:
         """[K, S + K] of the first level."""
-        return self._masks[0][:, self.capacity - stable :]
+        return self._masks[0].narrow(1, self.capacity - stable, stable + self.top_k)
 
     def below(self, level: int, parents: Tensor, stable: int) -> Tensor:
         """[K, S + (level + 1) * K] of nodes whose parents stand at `parents` [K] in the level before."""
         torch.index_select(self._passed_on[level - 1], 0, parents, out=self._inherited[level])
-        return self._masks[level][:, self.capacity - stable :]
+        return self._masks[level].narrow(1, self.capacity - stable, stable + (level + 1) * self.top_k)
 
 
 def causal_mask(start: int, count: int, device: torch.device) -> Tensor:
@@ -107,7 +107,7 @@ def causal_mask(start: int, count: int, device: torch.device) -> Tensor:
     if count > FEW:
         return torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
     before = 1 << start.bit_length()
-    return _staircase(before, device)[:count, before - start : before + count]
+    return _staircase(before, device).narrow(0, 0, count).narrow(1, before - start, start + count)
 
 
 @lru_cache(maxsize=16)

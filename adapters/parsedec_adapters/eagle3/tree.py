@@ -48,34 +48,37 @@ def _parents(top_k: int, device: torch.device) -> Tensor:
         return torch.arange(top_k, device=device).repeat_interleave(top_k)
 
 
-def grow(head: EagleHead, rows: Rows, root: int, *, levels: int, top_k: int, size: int) -> Drafted:
+def grow(
+    head: EagleHead, rows: Rows, root: int, *, levels: int, top_k: int, size: int, depth_first: bool = False
+) -> Drafted:
     """A tree of at most `size` nodes, root included, and at most `levels` below it.
 
+    depth_first  every node right before what is below it; else level by level, as EAGLE does
     rows  the stable rows, `rows.used` of them, at least one, with room for `top_k` more a level but the last; what
           stands behind them is overwritten
     """
     stable = rows.used
-    last = rows.outputs[None, stable - 1 : stable]  # [1, 1, D]
+    last = rows.outputs.narrow(0, stable - 1, 1).unsqueeze(0)  # [1, 1, D]
     best, tokens = _best(head, last, top_k)
     scores, tokens = best.view(-1), tokens.view(-1)  # [K] of the nodes to be expanded, here and below
     pool = _Pool([tokens], [scores], [])
     hidden, parent_of = last.expand(1, top_k, -1), _parents(top_k, last.device)
     sight = rows.sight(top_k, levels - 1) if top_k > 1 and levels > 1 else None  # one row sees everything
     mask = None if sight is None else sight.first(stable)  # [K, S + K]: the stable rows, the ancestors, itself
-    for level in range(levels - 1):
-        rotation = head.rotations.single(stable + level, last)  # siblings share their position: a row for all
+    # siblings share their position: a row for all
+    for level, rotation in enumerate(head.rotations.singles(stable, stable + levels - 1, last)):
         cache = Window(rows, stable + level * top_k)
-        out = head.advance(hidden, tokens[None], rotation, mask=mask, cache=cache)  # [1, K, D]
+        out = head.advance(hidden, tokens.unsqueeze(0), rotation, mask=mask, cache=cache)  # [1, K, D]
         best, guesses = _best(head, out, top_k)  # [1, K, K]
         pool.tokens.append(guesses.view(-1))
-        pool.scores.append((scores[:, None] + best).view(-1))
+        pool.scores.append(best.add_(scores.unsqueeze(1)).view(-1))
         if level < levels - 2:  # the likeliest candidates are next; each continues the output of its parent
             scores, chosen = pool.scores[-1].topk(top_k)
             parents, tokens = parent_of.index_select(0, chosen), pool.tokens[-1].index_select(0, chosen)
             hidden = out.index_select(1, parents)
             mask = None if sight is None else sight.below(level + 1, parents, stable)
             pool.expanded.append(chosen)
-    return _select(root, pool, top_k, size - 1)
+    return _select(root, pool, top_k, size - 1, depth_first)
 
 
 def _best(head: EagleHead, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +87,7 @@ def _best(head: EagleHead, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best, ids if head.d2t is None else head.target_ids(ids)
 
 
-def _select(root: int, pool: _Pool, top_k: int, count: int) -> Drafted:
+def _select(root: int, pool: _Pool, top_k: int, count: int, depth_first: bool) -> Drafted:
     """The `count` likeliest nodes of the pool in pool order: levels, then rank of the parent, then rank among siblings.
 
     A parent is never less likely than its child and stands before it, so with ties broken towards the front it is
@@ -99,5 +102,19 @@ def _select(root: int, pool: _Pool, top_k: int, count: int) -> Drafted:
     node_of = {place: node for node, place in enumerate(kept, 1)}
     # scores that are no numbers have no order, and a parent may be missing; the guess is worth nothing then anywhere
     parents = [0 if place < k else node_of.get(expanded[place // k - 1], 0) for place in kept]
+    if depth_first:
+        kept, parents = _laid(kept, parents)
     tree = Tree((root, *[found[place] for place in kept]), (-1, *parents))
     return Drafted(tree, (0.0, *[scores[place] for place in kept]))
+
+
+def _laid(kept: list[int], parents: list[int]) -> tuple[list[int], list[int]]:
+    """Places and parents of nodes 1 to N, every node right before what is below it, siblings in their order."""
+    paths: list[tuple[int, ...]] = [()]
+    for node, parent in enumerate(parents, 1):
+        paths.append((*paths[parent], node))
+    order = sorted(range(len(paths)), key=paths.__getitem__)  # a path stands right before those that continue it
+    place = [0] * len(paths)
+    for i, node in enumerate(order):
+        place[node] = i
+    return [kept[node - 1] for node in order[1:]], [place[parents[node - 1]] for node in order[1:]]
