@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from parsedec import fibers, kv, masks
 from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.inference import whole_numbers
-from parsedec.joint import HfPass, Output, joint_obstacle
+from parsedec.joint import HfPass, Output, alone, joint_obstacle
 from parsedec.model import LanguageModel
 from parsedec.staged import Staged
 from parsedec.types import Seen, Tree
@@ -173,11 +173,10 @@ class DecodingSession:
         """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
         self.calls += 1
         self.rows += len(ids)
-        wanted = HfPass(self.model, self._cache, ids, keep, positions, mask, self.taps)
         request = fibers.current()
         if request is None or joint_obstacle(self.model):
-            return wanted.alone()
-        out: Output = request.ask(wanted)
+            return alone(self.model, self._cache, ids, keep, positions, mask, self.taps)
+        out: Output = request.ask(HfPass(self.model, self._cache, ids, keep, positions, mask, self.taps))
         return out
 
     def _read_pending(self, end: int) -> None:

@@ -125,10 +125,10 @@ class Eagle3:
             raise ValueError(f"Eagle3.commit needs the taps of {count} rows; got {0 if taps is None else len(taps)}")
         rows = state.rows.going_on(start, count)
         device = rows.outputs.device
-        hidden = head.fuse(taps.to(rows.outputs).unsqueeze(0))  # [1, A, D]
         tokens = whole_numbers(outcome.tokens, device).unsqueeze(0)
         mask = causal_mask(start, count, device) if start and count > 1 else None
-        rotation = head.rotations.rows(start, start + count, hidden)
+        rotation = head.rotations.rows(start, start + count, rows.outputs)
+        hidden = head.fuse(taps.to(rows.outputs).unsqueeze(0))  # [1, A, D]
         out = head.advance(hidden, tokens, rotation, mask=mask, cache=Window(rows, start))
         rows.outputs.narrow(0, start, count).copy_(out.squeeze(0))
         rows.used = start + count

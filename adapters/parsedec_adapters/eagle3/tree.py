@@ -59,7 +59,7 @@ def grow(
     """
     stable = rows.used
     last = rows.outputs.narrow(0, stable - 1, 1).unsqueeze(0)  # [1, 1, D]
-    best, tokens = _best(head, last, top_k)
+    best, tokens = _best(head, head.logits(last), top_k)
     scores, tokens = best.view(-1), tokens.view(-1)  # [K] of the nodes to be expanded, here and below
     pool = _Pool([tokens], [scores], [])
     hidden, parent_of = last.expand(1, top_k, -1), _parents(top_k, last.device)
@@ -68,8 +68,8 @@ def grow(
     # siblings share their position: a row for all
     for level, rotation in enumerate(head.rotations.singles(stable, stable + levels - 1, last)):
         cache = Window(rows, stable + level * top_k)
-        out = head.advance(hidden, tokens.unsqueeze(0), rotation, mask=mask, cache=cache)  # [1, K, D]
-        best, guesses = _best(head, out, top_k)  # [1, K, K]
+        out, logits = head.guess(hidden, tokens.unsqueeze(0), rotation, mask=mask, cache=cache)  # [1, K, D], [1, K, W]
+        best, guesses = _best(head, logits, top_k)  # [1, K, K]
         pool.tokens.append(guesses.view(-1))
         pool.scores.append(best.add_(scores.unsqueeze(1)).view(-1))
         if level < levels - 2:  # the likeliest candidates are next; each continues the output of its parent
@@ -81,9 +81,9 @@ def grow(
     return _select(root, pool, top_k, size - 1, depth_first)
 
 
-def _best(head: EagleHead, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and target ids of the likeliest tokens behind hidden [1, n, D]: [1, n, K] each."""
-    best, ids = head.logits(hidden).log_softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+def _best(head: EagleHead, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and target ids of the likeliest tokens by logits [1, n, W]: [1, n, K] each."""
+    best, ids = logits.log_softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     return best, ids if head.d2t is None else head.target_ids(ids)
 
 
