@@ -32,6 +32,8 @@ def inference(call: Callable[P, T]) -> Callable[P, T]:
 
 
 def whole_numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """`values` [n], at least one, as a tensor of 64-bit integers. As `torch.tensor`, which looks at each by itself."""
+    """`values` [n] as a tensor of 64-bit integers. As `torch.tensor`, which looks at each by itself."""
+    if not values:
+        return torch.empty(0, dtype=torch.int64, device=device)
     found = torch.frombuffer(array("q", values), dtype=torch.int64)
     return found if device.type == "cpu" else found.to(device)

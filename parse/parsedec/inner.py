@@ -129,8 +129,6 @@ class Decoder:
             self._record(logits[None], [token])
             return [token]
         tree = self._propose(budget - 1)
-        if self.sampler.greedy:  # no rule then asks for the order, and the session need not restore it
-            tree, _ = tree.depth_first()
         logits = self.session.tree(tree)
         path, bonus = self.acceptance.accept(tree, logits, self.sampler)
         tokens = [*(tree.tokens[node] for node in path[1:]), bonus]

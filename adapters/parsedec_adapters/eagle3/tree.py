@@ -88,33 +88,38 @@ def _best(head: EagleHead, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _select(root: int, pool: _Pool, top_k: int, count: int, depth_first: bool) -> Drafted:
-    """The `count` likeliest nodes of the pool in pool order: levels, then rank of the parent, then rank among siblings.
-
-    A parent is never less likely than its child and stands before it, so with ties broken towards the front it is
-    always selected with it.
-    """
+    """The `count` likeliest nodes of the pool. A parent is never less likely than its child and stands before it in the
+    pool, so with ties broken towards the front it is always selected with it."""
     scores: list[float] = torch.cat(pool.scores).tolist()
     found: list[int] = torch.cat([*pool.tokens, *pool.expanded]).tolist()  # apart: joining kinds of numbers is slow
     size, k = len(scores), top_k
-    kept = sorted(sorted(range(size), key=scores.__getitem__, reverse=True)[:count])  # equal ones stay in their order
     # places in the pool of the nodes that were expanded: the i-th one's children stand at K + i * K and after
-    expanded = [*range(k), *(k + i // k * k * k + one for i, one in enumerate(found[size:]))]
-    node_of = {place: node for node, place in enumerate(kept, 1)}
+    expanded = [*range(k), *[k + i // k * k * k + one for i, one in enumerate(found[size:])]]
+    likeliest = sorted(range(size), key=scores.__getitem__, reverse=True)[:count]  # equal ones stay in their order
+    places, parents = (_depth_first if depth_first else _by_level)(likeliest, expanded, k)
+    tree = Tree((root, *[found[place] for place in places]), (-1, *parents))
+    return Drafted(tree, (0.0, *[scores[place] for place in places]))
+
+
+def _by_level(selected: list[int], expanded: list[int], k: int) -> tuple[list[int], list[int]]:
+    """Places and parents of nodes 1 to N in pool order: levels, then rank of the parent, then rank among siblings."""
+    places = sorted(selected)
+    node_of = {place: node for node, place in enumerate(places, 1)}
     # scores that are no numbers have no order, and a parent may be missing; the guess is worth nothing then anywhere
-    parents = [0 if place < k else node_of.get(expanded[place // k - 1], 0) for place in kept]
-    if depth_first:
-        kept, parents = _laid(kept, parents)
-    tree = Tree((root, *[found[place] for place in kept]), (-1, *parents))
-    return Drafted(tree, (0.0, *[scores[place] for place in kept]))
+    return places, [0 if place < k else node_of.get(expanded[place // k - 1], 0) for place in places]
 
 
-def _laid(kept: list[int], parents: list[int]) -> tuple[list[int], list[int]]:
-    """Places and parents of nodes 1 to N, every node right before what is below it, siblings in their order."""
-    paths: list[tuple[int, ...]] = [()]
-    for node, parent in enumerate(parents, 1):
-        paths.append((*paths[parent], node))
-    order = sorted(range(len(paths)), key=paths.__getitem__)  # a path stands right before those that continue it
-    place = [0] * len(paths)
-    for i, node in enumerate(order):
-        place[node] = i
-    return [kept[node - 1] for node in order[1:]], [place[parents[node - 1]] for node in order[1:]]
+def _depth_first(selected: list[int], expanded: list[int], k: int) -> tuple[list[int], list[int]]:
+    """The same, but every node right before what is below it, siblings in their order."""
+    wanted, first_child = set(selected), {place: k + i * k for i, place in enumerate(expanded)}
+    places, parents = list[int](), list[int]()
+    waiting = [(place, 0) for place in range(k - 1, -1, -1)]
+    while waiting:
+        place, parent = waiting.pop()
+        if place in wanted:
+            places.append(place)
+            parents.append(parent)
+            if (first := first_child.get(place)) is not None:
+                node = len(places)
+                waiting += [(child, node) for child in range(first + k - 1, first - 1, -1)]
+    return places, parents
