@@ -207,11 +207,12 @@ class Nucleus:
 def accept_greedy(tree: Tree, logits: Tensor) -> Accepted:
     """The path of the target's own best tokens. logits [N, V]."""
     best = logits.argmax(-1).tolist()  # [N]
-    path = [0]
-    for node in range(1, tree.size):
-        if tree.parents[node] == path[-1] and tree.tokens[node] == best[path[-1]]:
+    path, last, wanted = [0], 0, best[0]
+    for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True)):
+        if parent == last and token == wanted:
             path.append(node)
-    return path, best[path[-1]]
+            last, wanted = node, best[node]
+    return path, wanted
 
 
 def accept_probability(p: Tensor, q: Tensor | None, token: int) -> float:

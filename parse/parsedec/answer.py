@@ -33,15 +33,16 @@ class Answer:
     def extend(self, tokens: Sequence[int], author: Author) -> list[int]:
         """Append tokens up to the first that ends the answer; returns those that were appended."""
         taken: list[int] = []
+        end_ids, strings = self.model.end_ids, self.limits.stop
         for token in tokens:
             if self.stop is not None:
                 break
             self.tokens.append(token)
             self._authors.append(author)
             taken.append(token)
-            if token in self.model.end_ids:
+            if token in end_ids:
                 self.stop = StopReason.END_TOKEN
-            elif self._reads_stop_string(token):
+            elif strings and self._reads_stop_string(token):
                 self.stop = StopReason.STOP_STRING
             elif not self.remaining:
                 self.stop = StopReason.TOKEN_LIMIT

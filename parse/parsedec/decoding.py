@@ -25,10 +25,13 @@ from transformers import DynamicCache
 
 from parsedec import fibers, kv, masks
 from parsedec.errors import IncompatibleStack, PromptError
-from parsedec.joint import HfPass, Output, joint_obstacle
+from parsedec.inference import whole_numbers
+from parsedec.joint import HfPass, Output, alone, joint_obstacle
 from parsedec.model import LanguageModel
 from parsedec.staged import Staged
 from parsedec.types import Seen, Tree
+
+CPU = torch.device("cpu")
 
 
 class DecodingSession:
@@ -74,8 +77,9 @@ class DecodingSession:
         for rows in reversed(self._tap_rows):  # a step asks for the last few; joining all each time would be quadratic
             if wanted <= 0:
                 break
-            parts.append(rows[-wanted:])
-            wanted -= len(rows)
+            have = len(rows)
+            parts.append(rows if have <= wanted else rows[-wanted:])
+            wanted -= have
         if len(parts) == 1:
             return Seen(parts[0])
         if not parts:
@@ -119,20 +123,21 @@ class DecodingSession:
         self.read_ahead()
         if self.pending != [tree.tokens[0]]:
             raise ValueError(f"tree root is {tree.tokens[0]}, the pending tokens {self.pending}; expected the same")
-        base = kv.snapshot(self._cache) if self.model.recurrent and tree.size > 1 else None
+        size = tree.size
+        base = kv.snapshot(self._cache) if self.model.recurrent and size > 1 else None
         laid, row_of = tree.depth_first()
         if tree.is_chain:
-            logits, taps = self._forward(list(tree.tokens), keep=tree.size)
+            logits, taps = self._forward(list(tree.tokens), keep=size)
         else:
             logits, taps = self._read_branching(laid)
         self.cached += 1
-        self._logits = logits[0]  # a view: the logits of the last pass are alive in any case
+        self._logits = logits.select(0, 0)  # a view: the logits of the last pass are alive in any case
         if taps is not None:
-            self._tap_rows.append(taps[:1])
-        self._staged = Staged(list(laid.tokens[1:]), logits[1:], taps, row_of)
+            self._tap_rows.append(taps.narrow(0, 0, 1))
+        self._staged = Staged(list(laid.tokens[1:]), logits.narrow(0, 1, size - 1), taps, row_of)
         if base is not None:
             self._staged.before = (base, [tree.tokens[0]])
-        return logits if laid is tree else logits.index_select(0, torch.tensor(row_of, device=logits.device))
+        return logits if laid is tree else logits.index_select(0, whole_numbers(row_of, logits.device))
 
     def keep(self, path: Sequence[int]) -> None:
         """Commit the accepted path of the staged tree: node indices from the root on."""
@@ -168,11 +173,10 @@ class DecodingSession:
         """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
         self.calls += 1
         self.rows += len(ids)
-        wanted = HfPass(self.model, self._cache, ids, keep, positions, mask, self.taps)
         request = fibers.current()
         if request is None or joint_obstacle(self.model):
-            return wanted.alone()
-        out: Output = request.ask(wanted)
+            return alone(self.model, self._cache, ids, keep, positions, mask, self.taps)
+        out: Output = request.ask(HfPass(self.model, self._cache, ids, keep, positions, mask, self.taps))
         return out
 
     def _read_pending(self, end: int) -> None:
@@ -189,12 +193,13 @@ class DecodingSession:
                 f"{self.model.name} has {obstacle}; a branching tree cannot be verified on it. "
                 "Choose an inner speculator that drafts chains, or inner=none."
             )
-        positions = torch.tensor([self.cached + depth for depth in tree.depths()])
+        cached = self.cached
+        positions = whole_numbers([cached + depth for depth in tree.depths()], CPU)
         return self._forward(
             list(tree.tokens),
             keep=tree.size,
             positions=positions,
-            mask=self._mask(masks.tree_mask(self.cached, tree.parents), positions),
+            mask=self._mask(masks.tree_mask(cached, tree.parents), positions),
         )
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:

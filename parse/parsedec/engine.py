@@ -201,9 +201,10 @@ class Parse:
         try:
             for author, tokens in self.outer.run(work):
                 meter.saw_token()
-                piece = Delta(text=text.push(*tokens) if spelt else "", tokens=tuple(tokens), author=author)
-                with meter.away():
-                    yield piece
+                if spelt:
+                    piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
+                    with meter.away():
+                        yield piece
         except TargetLost as lost:
             answer.stop = StopReason.SERVER_LOST
             lost.partial = self._result(ids, work)

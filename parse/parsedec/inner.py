@@ -13,6 +13,7 @@ from torch import Tensor
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.backends import open_session
+from parsedec.inference import inference
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
@@ -105,6 +106,7 @@ class Decoder:
         in place of a new one that holds these states."""
         own = inner.needs.hidden_layers
         shown = own + tuple(layer for layer in layers if layer not in own)
+        self._own_layers = len(own)
         self.session = open_session(model, shown) if session is None else session
         self.inner = inner
         self.sampler = sampler
@@ -116,6 +118,7 @@ class Decoder:
         self._told = 0  # committed tokens the speculator's state knows of
         self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
 
+    @inference
     def step(self, budget: int) -> list[int]:
         """Commit at least one and at most `budget` tokens; returns them."""
         logits = self.session.next_logits
@@ -162,7 +165,7 @@ class Decoder:
 
     def _seen(self, start: int) -> Seen:
         """What the speculator asked to see of the rows from `start` on: its layers are the session's first."""
-        own = len(self.inner.needs.hidden_layers)
+        own = self._own_layers
         if own == len(self.session.taps):
             return self.session.seen(start)
         taps = self.session.seen(start).taps if own else None

@@ -79,11 +79,22 @@ class HfPass:
         return [passes[0].alone()] if len(passes) == 1 else _forward(passes)
 
     def alone(self) -> Output:
-        where = None if self.positions is None else self.positions[None]
-        logits, taps = self.model.forward(
-            [self.ids], self.cache, keep=self.keep, positions=where, mask=self.mask, taps=self.taps
-        )
-        return logits[0], None if taps is None else taps[0]
+        return alone(self.model, self.cache, self.ids, self.keep, self.positions, self.mask, self.taps)
+
+
+def alone(
+    model: LanguageModel,
+    cache: DynamicCache,
+    ids: list[int],
+    keep: int | Tensor,
+    positions: Tensor | None,
+    mask: Tensor | dict[str, Tensor] | None,
+    taps: tuple[int, ...],
+) -> Output:
+    """A forward that is made with no other, as an `HfPass` of these would make it."""
+    where = None if positions is None else positions.unsqueeze(0)
+    logits, seen = model.forward([ids], cache, keep=keep, positions=where, mask=mask, taps=taps)
+    return logits.squeeze(0), None if seen is None else seen.squeeze(0)
 
 
 class Rows:

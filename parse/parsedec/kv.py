@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from parsedec.inference import inference, whole_numbers
+
 STATES = ("conv_states", "recurrent_states")
 
 
@@ -60,7 +62,7 @@ def cut_tail(cache: DynamicCache, rows: int) -> None:
         cache.crop(-rows)  # minus the number of tokens to remove; a positive count raises
 
 
-@torch.inference_mode()  # what a forward made may be written to nowhere else
+@inference  # what a forward made may be written to nowhere else
 def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
     """Of the rows from `start` on, keep `rows` (relative to `start`, in this order) and forget the others.
 
@@ -74,7 +76,7 @@ def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
         if getattr(layer, "keys", None) is None or not layer.keys.numel():
             continue
         if index is None or index.device != layer.keys.device:
-            index = torch.tensor([start + row for row in rows[right:]], device=layer.keys.device)
+            index = whole_numbers([start + row for row in rows[right:]], layer.keys.device)
         for states in (layer.keys, layer.values):
             states[..., start + right : stop, :] = states.index_select(-2, index)
         layer.keys, layer.values = layer.keys[..., :stop, :], layer.values[..., :stop, :]

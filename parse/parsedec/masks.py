@@ -65,9 +65,10 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
 
     Returns [N, C + N] bool.
     """
-    n, rows = len(parents), list[bytearray]()
-    for node, parent in enumerate(parents):  # in bytes: a tensor operation a node would cost more than the draft
-        row = bytearray(b"\1" * context + bytes(n) if parent < 0 else rows[parent])
+    n, root = len(parents), bytearray(context + 1).replace(b"\0", b"\1") + bytes(len(parents) - 1)
+    rows = [root]
+    for node in range(1, n):  # in bytes: a tensor operation a node would cost more than the draft
+        row = rows[parents[node]].copy()
         row[context + node] = 1
         rows.append(row)
     return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(n, context + n)
@@ -98,7 +99,7 @@ def for_model(
         if window is not None:
             distance = rows_at.to(device)[:, None] - columns_at.to(device)[None, :]  # [R, C + R]
             visible = allowed & (distance < window)
-        masks[kind] = torch.where(visible, *_added(dtype, device))[None, None]
+        masks[kind] = torch.where(visible, *_added(dtype, device)).view(1, 1, *visible.shape)
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -24,6 +24,7 @@ from transformers.utils import output_capturing
 from parsedec import kv, ranks
 from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, ModelLoadError
+from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
 from parsedec.judge_card import read_judge_card
 
@@ -204,7 +205,7 @@ class LanguageModel:
             return f"attention implementation '{attention}', which takes no 4-D mask (sdpa and eager do)"
         return None
 
-    @torch.inference_mode()
+    @inference
     def forward(
         self,
         ids: list[list[int]],
@@ -227,9 +228,12 @@ class LanguageModel:
         if self.shared:
             ranks.check_same(self, ids)
         # capturing all layers where only some are read would keep them all alive through a long prefill
+        rows = (
+            whole_numbers(ids[0], self.device).unsqueeze(0) if len(ids) == 1 else torch.tensor(ids, device=self.device)
+        )
         wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
         out = self.hf(
-            input_ids=torch.tensor(ids, device=self.device),
+            input_ids=rows,
             position_ids=None if positions is None else positions.to(self.device),
             attention_mask=mask,
             use_cache=True,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from parsedec.errors import JudgeError
+from parsedec.inference import whole_numbers
 from parsedec.types import JudgePath
 
 ProbeRows = tuple[Tensor, Tensor | None]  # logits [K, V] and taps [K, L, H]
@@ -74,8 +75,8 @@ class Staged:
         assert self.taps is not None
         at = [0, *(row + 1 for row in rows)] if self.row_of else list(rows)
         if at == list(range(len(at))):
-            return self.taps[: len(at)]
-        return self.taps.index_select(0, torch.tensor(at, device=self.taps.device))
+            return self.taps.narrow(0, 0, len(at))
+        return self.taps.index_select(0, whole_numbers(at, self.taps.device))
 
     def logits_at(self, cuts: Sequence[int]) -> Tensor:
         """Logits after the first so many tokens of a judged draft [K, V]."""

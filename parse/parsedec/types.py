@@ -57,7 +57,9 @@ class Tree:
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     logq: Tensor | None = None
-    _depths: tuple[int, ...] = field(init=False, repr=False, compare=False)  # asked for several times a step
+    # asked for several times a step
+    _depths: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _laid: bool = field(init=False, repr=False, compare=False)  # every node stands right before what is below it
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -65,18 +67,17 @@ class Tree:
             raise ValueError(
                 f"Tree needs one parent per token and at least the root; got {n} tokens and {len(self.parents)} parents"
             )
-        wrong = [i for i in range(1, n) if not 0 <= self.parents[i] < i]
-        if self.parents[0] != -1 or wrong:
+        depths, laid = _walk(self.parents)
+        if self.parents[0] != -1 or len(depths) < n:
+            wrong = [i for i in range(1, n) if not 0 <= self.parents[i] < i]
             raise ValueError(
                 f"Tree.parents must start with -1 and point backwards; nodes {wrong or [0]} do not "
                 f"in {list(self.parents)}"
             )
         if self.logq is not None and self.logq.shape[0] != n:
             raise ValueError(f"Tree.logq has {self.logq.shape[0]} rows for {n} nodes; expected one a node")
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
         object.__setattr__(self, "_depths", tuple(depths))
+        object.__setattr__(self, "_laid", laid)
 
     @classmethod
     def chain(cls, tokens: Sequence[int], logq: Tensor | None = None) -> Tree:
@@ -110,6 +111,8 @@ class Tree:
     def depth_first(self) -> tuple[Tree, list[int]]:
         """The tree with every node right before what is below it, siblings in their order; and of each node here its
         place there. Itself, if it stands like that."""
+        if self._laid:
+            return self, list(range(self.size))
         children, order, waiting = self.children(), list[int](), [0]
         while waiting:
             node = waiting.pop()
@@ -118,8 +121,6 @@ class Tree:
         place = [0] * self.size
         for i, node in enumerate(order):
             place[node] = i
-        if order == list(range(self.size)):
-            return self, place
         tokens, parents = (self.tokens[node] for node in order), (place[self.parents[node]] for node in order[1:])
         return Tree(tuple(tokens), (-1, *parents), None if self.logq is None else self.logq[order]), place
 
@@ -129,6 +130,21 @@ class Tree:
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return path[::-1]
+
+
+def _walk(parents: Sequence[int]) -> tuple[list[int], bool]:
+    """The depth of every node as far as each has a parent before it, and whether they stand depth-first."""
+    depths, path, laid = [0], [0], True  # path: the newest node of every depth
+    for node in range(1, len(parents)):
+        parent = parents[node]
+        if not 0 <= parent < node:
+            break
+        depth = depths[parent]
+        laid = laid and depth < len(path) and path[depth] == parent
+        del path[depth + 1 :]
+        path.append(node)
+        depths.append(depth + 1)
+    return depths, laid
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,19 @@ class EagleHead(nn.Module):
         scores: Tensor = self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
         return scores
 
+    def guess(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        rotation: CosSin,
+        *,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> HeadOutput:
+        """`advance`, and the scores of what comes next."""
+        hidden = self.advance(hidden, tokens, rotation, mask=mask, cache=cache)
+        return HeadOutput(hidden, self.logits(hidden))
+
     def forward(
         self, taps: Tensor, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> HeadOutput:
@@ -234,5 +247,4 @@ class EagleHead(nn.Module):
             rotation = self.rotations.rows(0, tokens.shape[1], hidden)
         else:
             rotation = self.rotations.at(positions, hidden)
-        hidden = self.advance(hidden, tokens, rotation, mask=mask)
-        return HeadOutput(hidden, self.logits(hidden))
+        return self.guess(hidden, tokens, rotation, mask=mask)

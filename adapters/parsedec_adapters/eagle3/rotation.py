@@ -41,12 +41,21 @@ class Rotations:
     def __init__(self, head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> None:
         self.head_dim, self.max_positions, self.rope = head_dim, max_positions, rope
         self._table: CosSin | None = None
+        self._singles: dict[int, CosSin] = {}
         self._frequencies(None)  # what is missing is found now
 
     def rows(self, start: int, stop: int, like: Tensor) -> CosSin:
         """cos and signed sin [stop - start, d] of consecutive positions, in the dtype and on the device of `like`."""
         cos, sin = self._covering(stop, like)
-        return cos[start:stop], sin[start:stop]
+        return cos.narrow(0, start, stop - start), sin.narrow(0, start, stop - start)
+
+    def singles(self, start: int, stop: int, like: Tensor) -> list[CosSin]:
+        """The same for each of these positions by itself, [1, d]: for rows that all stand there."""
+        cos, sin = self._covering(stop, like)
+        for position in range(start, stop):
+            if position not in self._singles:
+                self._singles[position] = cos[position : position + 1], sin[position : position + 1]
+        return [self._singles[position] for position in range(start, stop)]
 
     def at(self, positions: Tensor, like: Tensor) -> CosSin:
         """The same for any positions [B, n]: [B, 1, n, d], ready for [B, heads, n, d]."""
@@ -59,6 +68,7 @@ class Rotations:
             have = 0 if table is None else len(table[0])
             with torch.inference_mode(False), torch.no_grad():  # training reads it, too
                 self._table = table = self._computed(max(stop, 2 * have, 256), like)
+            self._singles.clear()
         return table
 
     def _computed(self, count: int, like: Tensor) -> CosSin:

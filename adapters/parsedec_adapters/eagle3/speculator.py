@@ -19,6 +19,7 @@ import torch
 
 from parsedec.checkpoints import Version, version_of
 from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.inference import inference, whole_numbers
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
@@ -34,10 +35,14 @@ FEWEST_LAYERS = 7  # below that EAGLE's default taps coincide
 
 @dataclass(frozen=True, slots=True)
 class Eagle3State:
-    """The committed tokens, root last, and the head's rows for them: the first len(tokens) - 1 of `rows`."""
+    """The committed tokens, root last, and the head's rows for them: the first len(tokens) - 1 of `rows`.
+
+    greedy  the order of a tree's nodes decides nothing, and they are laid as the target reads them
+    """
 
     tokens: tuple[int, ...]
     rows: Rows
+    greedy: bool
 
     @property
     def length(self) -> int:
@@ -97,39 +102,40 @@ class Eagle3:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Eagle3State:
         head = self._bound()
         rows = Rows.empty(head.config, head.fc.weight, len(tokens) + SPARE)
-        state = Eagle3State((tokens[0],), rows)
+        state = Eagle3State((tokens[0],), rows, sampler.greedy)
         return self.commit(state, Outcome(tuple(tokens[1:]), seen)) if len(tokens) > 1 else state
 
     def propose(self, state: Eagle3State, budget: int) -> Tree:
-        return self.draft(state, budget).tree
+        return self.draft(state, budget, depth_first=state.greedy).tree
 
-    @torch.inference_mode()
-    def draft(self, state: Eagle3State, budget: int) -> Drafted:
-        """The tree of `propose` with its scores."""
+    @inference
+    def draft(self, state: Eagle3State, budget: int, *, depth_first: bool = False) -> Drafted:
+        """The tree of `propose` with its scores; depth-first, or level by level as EAGLE lays it."""
         levels, root = min(self.depth + 1, budget), state.tokens[-1]
         if levels < 1 or not state.length:  # without a row of the target's there is nothing to continue
             return Drafted(Tree.chain([root]), (0.0,))
         rows = state.rows.going_on(state.length, (levels - 1) * self.top_k)
-        return grow(self._bound(), rows, root, levels=levels, top_k=self.top_k, size=self.tokens)
+        size, top_k = self.tokens, self.top_k
+        return grow(self._bound(), rows, root, levels=levels, top_k=top_k, size=size, depth_first=depth_first)
 
-    @torch.inference_mode()
+    @inference
     def commit(self, state: Eagle3State, outcome: Outcome) -> Eagle3State:
         head, taps, start, count = self._bound(), outcome.seen.taps, state.length, len(outcome.tokens)
         if taps is None or len(taps) != count:
             raise ValueError(f"Eagle3.commit needs the taps of {count} rows; got {0 if taps is None else len(taps)}")
         rows = state.rows.going_on(start, count)
-        device = head.fc.weight.device
-        hidden = head.fuse(taps.to(head.fc.weight)[None])  # [1, A, D]
-        tokens = torch.tensor([outcome.tokens], device=device)
+        device = rows.outputs.device
+        tokens = whole_numbers(outcome.tokens, device).unsqueeze(0)
         mask = causal_mask(start, count, device) if start and count > 1 else None
-        rotation = head.rotations.rows(start, start + count, hidden)
+        rotation = head.rotations.rows(start, start + count, rows.outputs)
+        hidden = head.fuse(taps.to(rows.outputs).unsqueeze(0))  # [1, A, D]
         out = head.advance(hidden, tokens, rotation, mask=mask, cache=Window(rows, start))
-        rows.outputs[start : start + count] = out[0]
+        rows.outputs.narrow(0, start, count).copy_(out.squeeze(0))
         rows.used = start + count
-        return Eagle3State(state.tokens + outcome.tokens, rows)
+        return Eagle3State(state.tokens + outcome.tokens, rows, state.greedy)
 
     def rewind(self, state: Eagle3State, length: int) -> Eagle3State:
-        return Eagle3State(state.tokens[:length], state.rows)
+        return Eagle3State(state.tokens[:length], state.rows, state.greedy)
 
     def _prepared(self, target: LanguageModel) -> EagleHead:
         """The head with the overrides, in the target's dtype, on its device."""

@@ -58,7 +58,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._cuda = device.type == "cuda"
+        self._now = _finished if device.type == "cuda" else perf_counter
         self._part, self._since = "engine", 0.0
 
     def start(self) -> None:
@@ -75,7 +75,7 @@ class Stopwatch:
             outside = self._part
             if outside in NETWORKS:
                 return call(*args, **kwargs)
-            self._switch(self._claim(part))
+            self._switch(part if part != "target" else self._claim())
             try:
                 return call(*args, **kwargs)
             finally:
@@ -83,9 +83,8 @@ class Stopwatch:
 
         return counted
 
-    def _claim(self, part: str) -> str:
-        if part != "target":
-            return part
+    def _claim(self) -> str:
+        """Whose a forward of the target is."""
         if self._part == "speculator":  # one that drafts with the target itself
             return "drafter"
         return "target" if self.seconds["prefill"] else "prefill"
@@ -95,10 +94,11 @@ class Stopwatch:
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
 
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return perf_counter()
+
+def _finished() -> float:
+    """The time once the device has done what it was given."""
+    torch.cuda.synchronize()
+    return perf_counter()
 
 
 @contextmanager
