@@ -11,6 +11,13 @@ from torch import Tensor
 from parsedec.errors import ConfigError
 from parsedec.types import Sampling
 
+SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more than a run has requests
+
+
+def request_generator(seed: int, index: int) -> torch.Generator:
+    """The source of randomness, on the CPU, of request `index` of a run with this seed."""
+    return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
+
 
 class Sampler:
     """Sampling settings with the generator they draw from; one per request and model."""
