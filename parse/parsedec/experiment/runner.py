@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.record import to_json
