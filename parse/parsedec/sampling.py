@@ -32,6 +32,17 @@ class Sampler:
     def greedy(self) -> bool:
         return self.settings.greedy
 
+    def apart(self) -> Sampler:
+        """The same settings with a generator of its own, which `start_from` has yet to seed."""
+        own = self.generator and torch.Generator(self.generator.device)
+        return Sampler(self.settings, own)
+
+    def start_from(self, other: Sampler) -> None:
+        """Seed the own generator with one draw of another's: how much is drawn from it afterwards, nobody else sees."""
+        if self.generator is not None and other.generator is not None:
+            device = other.generator.device
+            self.generator.manual_seed(int(torch.randint(1 << 62, (), generator=other.generator, device=device)))
+
     def log_distribution(self, logits: Tensor) -> Tensor:
         """Log of the distribution tokens are drawn from, [..., V] float32; not defined for greedy decoding."""
         logits = logits.float() / self.settings.temperature
