@@ -21,7 +21,7 @@ from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
-from parsedec.outer import AsksJudge, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.outer import AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
@@ -82,6 +82,8 @@ class Parse:
         check_inner(inner or NoSpeculation(), target, self.acceptance)
         if draft is not None:
             check_inner(draft_inner or NoSpeculation(), draft)
+        if isinstance(chosen, ChecksStack):
+            chosen.check_stack(target, draft, inner or NoSpeculation())
         self.outer: Outer = chosen.bind(target)
         self.judge_needs = _judge_needs(self.outer, target, draft)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)

@@ -18,7 +18,7 @@ from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.gate import Always, Gate, GateHistory
-from parsedec.inner import Decoder
+from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.judge import Judge, LabelJudge, Scores
 from parsedec.loop import Once, Rounds
 from parsedec.meter import Meter
@@ -92,6 +92,17 @@ class AsksJudge(Protocol):
 
     @property
     def judge(self) -> Judge: ...
+
+
+@runtime_checkable
+class ChecksStack(Protocol):
+    """An outer level that does not work with everything a stack may hold beside the target.
+
+    An addition to `Outer`, for those that do more than decode with the stack's own parts.
+    """
+
+    def check_stack(self, target: LanguageModel, draft: LanguageModel | None, inner: InnerSpeculator) -> None:
+        """Raise IncompatibleStack for what cannot work, or would be ignored."""
 
 
 @dataclass(frozen=True)
