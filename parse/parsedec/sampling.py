@@ -34,7 +34,7 @@ class Sampler:
 
     def apart(self) -> Sampler:
         """The same settings with a generator of its own, which `start_from` has yet to seed."""
-        own = self.generator and torch.Generator(self.generator.device)
+        own = None if self.generator is None else torch.Generator(self.generator.device)
         return Sampler(self.settings, own)
 
     def start_from(self, other: Sampler) -> None:
