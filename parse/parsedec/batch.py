@@ -2,14 +2,16 @@
 
 A request runs until it needs a pass of a model that takes several requests' rows (`joint`), and waits. When all wait,
 the passes of one model and kind are made as one forward: those that most requests wait for, so that few forwards are
-made and well filled; the others gather company meanwhile. A request that has ended leaves, and the next one takes its
-seat. So every outer level, judge and speculator works in a batch as it is. What is not a pass of such a model - a
-speculator's head, a recurrent model, `model.generate` - is computed for one request after another.
+made and well filled; the others gather company meanwhile, for about `PATIENCE` forwards at most. A forward that fails
+is made again, each request's rows by themselves: only those that fail then are ended. A request that has ended leaves,
+and the next one takes its seat. So every outer level, judge and speculator works in a batch as it is. What is no pass
+of such a model - a speculator's head, a recurrent model, `model.generate` - is computed for one request after another.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -20,17 +22,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from parsedec.backends import runs_static
-from parsedec.errors import ConfigError, ParsedecError
+from parsedec.errors import ConfigError, ParsedecError, PassFailed, without_frames
 from parsedec.fibers import Fiber, current
 from parsedec.inner import NoSpeculation
-from parsedec.joint import Pass, joint_obstacle
+from parsedec.joint import Pass, joint_obstacle, settled
 from parsedec.streamed import StreamedVerification
 from parsedec.types import Limits, Result, Sampling
 
 if TYPE_CHECKING:
     from parsedec.engine import Parse, Prompt
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+PATIENCE = 8  # forwards that may be made for others while a request waits for its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,21 +184,48 @@ def _with_place(i: int, body: Callable[[], T]) -> tuple[int, T]:
 
 
 def _make_passes(fibers: Sequence[Fiber[Any]]) -> None:
-    """One forward, of what most of the requests wait for; those that waited for it run on."""
+    """One forward, as a rule of what most of the requests wait for; those that waited for it run on."""
     groups: dict[object, list[Fiber[Any]]] = {}
     for fiber in fibers:
         groups.setdefault(fiber.question.group, []).append(fiber)
-    chosen = max(groups.values(), key=len)  # the first of several
+    chosen = _next_group(list(groups.values()))
+    for fiber in fibers:
+        fiber.waited += fiber not in chosen
     passes: list[Pass] = [fiber.question for fiber in chosen]
     start = time.perf_counter()
-    outputs = passes[0].together(passes)
-    if passes[0].device.type == "cuda":
-        torch.cuda.synchronize(passes[0].device)  # what it took is shared out here
+    outputs = settled(passes)
     per_row = (time.perf_counter() - start) / sum(one.rows for one in passes)
+    failures = [out for out in outputs if isinstance(out, Exception)]
+    if len(failures) == len(fibers):  # nobody is left to go on: nothing says that it is a request's own fault
+        raise failures[0]
     for fiber, one in zip(chosen, passes, strict=True):
         fiber.charge(per_row * one.rows)
     for fiber, out in zip(chosen, outputs, strict=True):
-        fiber.resume(out)
+        if isinstance(out, Exception):
+            fiber.fail(_failed(fiber.question, out))
+        else:
+            fiber.resume(out)
+
+
+def _next_group(groups: Sequence[list[Fiber[Any]]]) -> list[Fiber[Any]]:
+    """The largest, or the one that has waited longest once that is too long."""
+    oldest = max(groups, key=lambda group: max(fiber.waited for fiber in group))
+    if max(fiber.waited for fiber in oldest) >= PATIENCE:
+        return oldest
+    return max(groups, key=len)  # the first of several
+
+
+def _failed(one: Pass, error: Exception) -> ParsedecError:
+    """What the request of a failed pass raises."""
+    if isinstance(error, ParsedecError):
+        return error
+    log.error("a request's own pass of %d rows failed", one.rows, exc_info=error)
+    failed = PassFailed(
+        f"a pass of {one.rows} rows failed, where other requests go on: {type(error).__name__}: {error}. The log has "
+        "the whole of it. If memory is short, use shorter prompts or a smaller batch."
+    )
+    failed.__cause__ = error
+    return failed
 
 
 def for_batches(engine: Parse) -> Parse:
@@ -206,8 +238,8 @@ def for_batches(engine: Parse) -> Parse:
 
 
 def _named(error: ParsedecError, i: int) -> ParsedecError:
-    """The error with the place of its request in front."""
+    """The error with the place of its request in front; it holds nothing of the request's work."""
     named = type(error).__new__(type(error))  # some hold more than their message
     named.__dict__.update(error.__dict__)
-    named.args, named.__cause__ = (f"request {i}: {error}",), error
+    named.args, named.__cause__ = (f"request {i}: {error}",), without_frames(error)
     return named

@@ -25,6 +25,9 @@ class Drafter:
 
     Pairs with different tokenizers meet in text: the draft's text is encoded for the target, the answer's for the
     draft model.
+
+    Every draft is sampled from a generator of its own, seeded by the request's when the draft begins. So the rest of
+    the request does not depend on how far a draft had come when it was stopped.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Drafter:
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        self.decoder = open_decoder(model, inner, sampler, Tally(), acceptance)
+        self._requests = sampler
+        self.sampler = sampler.apart()
+        self.decoder = open_decoder(model, inner, self.sampler, Tally(), acceptance)
         self.logprobs = logprobs and not isinstance(model, RemoteModel)
 
     def write(self, answer: Answer, limit: int) -> Draft:
@@ -61,6 +66,10 @@ class Drafter:
     def begin(self, answer: Answer, limit: int) -> Writing | None:
         """As `write`, but to be taken a step at a time; None where nothing can be drafted."""
         return Writing(self, answer, limit) if self._follow(answer) else None
+
+    def reseed(self) -> None:
+        """A draft begins."""
+        self.sampler.start_from(self._requests)
 
     def _follow(self, answer: Answer) -> bool:
         """Bring the draft model to the answer as it stands: keep the tokens it shares, read the others.
@@ -91,6 +100,7 @@ class Writing:
         self._limit = limit
         self._before = session.tokens[len(drafter.prompt) :]  # the answer so far in the draft model's tokens
         self._after = list(answer.tokens)  # and in the target's, as it was when the draft began
+        drafter.reseed()
         drafter.decoder.logprobs = [] if drafter.logprobs else None
         self._own = Answer(drafter.model, Limits(max_new_tokens=limit, stop=drafter.stop))
         self._steps = drafter.decoder.write(self._own, Author.DRAFT)

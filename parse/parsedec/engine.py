@@ -21,11 +21,11 @@ from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
-from parsedec.outer import AsksJudge, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.outer import AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
-from parsedec.text import StopText, TextStream
+from parsedec.text import Draft, StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Message, Result, Sampling, StopReason
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -82,6 +82,8 @@ class Parse:
         check_inner(inner or NoSpeculation(), target, self.acceptance)
         if draft is not None:
             check_inner(draft_inner or NoSpeculation(), draft)
+        if isinstance(chosen, ChecksStack):
+            chosen.check_stack(target, draft, inner or NoSpeculation())
         self.outer: Outer = chosen.bind(target)
         self.judge_needs = _judge_needs(self.outer, target, draft)
         self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
@@ -257,6 +259,25 @@ class Parse:
         _check_length(self.draft, own)
         recorded = self.judge_needs.draft_logprobs
         return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
+
+    def write_draft(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Draft:
+        """The first draft of a request, as the outer level asks for it; nothing is judged. `ids` as in `open_drafter`.
+
+        Raises IncompatibleStack for an outer level whose drafts are not judged whole, and PromptError where the prompt
+        leaves no room for a draft.
+        """
+        drafter = self.open_drafter(prompt, ids, sampler, limits)
+        if drafter is None or not isinstance(self.outer, DraftVerification):
+            raise IncompatibleStack(
+                f"{type(self.outer).__name__} asks for no draft of an answer; expected outer=parse or parse_streamed."
+            )
+        limit = self.outer.draft_limit(limits.max_new_tokens, self.target.context_limit - len(ids))
+        if limit < 1:
+            raise PromptError(
+                f"the prompt of {len(ids)} tokens leaves no room for a draft and its judge in the context of "
+                f"{self.target.name}, {self.target.context_limit} tokens. Shorten it."
+            )
+        return drafter.write(Answer(self.target, limits), limit)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""

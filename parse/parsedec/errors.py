@@ -41,6 +41,11 @@ class OutputExistsError(ParsedecError):
     """The output folder already holds a record that would be overwritten."""
 
 
+class PassFailed(ParsedecError):
+    """A forward for one of several requests failed, by itself, where the others go on. Its cause is what the model
+    raised."""
+
+
 class ServerError(ParsedecError):
     """A model server could not be reached, was busy, or answered with nonsense. Asking again may help."""
 
@@ -57,3 +62,16 @@ class TargetLost(ServerError):
     """The target's server went away in the middle of a request. `partial` is the answer as far as it had come."""
 
     partial: Result | None = None
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The same error with its chain of causes, but without tracebacks: their frames hold the caches of its request."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            waiting += [one.__cause__, one.__context__]
+    return error

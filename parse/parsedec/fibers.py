@@ -26,15 +26,17 @@ class Fiber(Generic[T]):
 
     question  what it waits for; None before it was started and once it has ended
     asked     how often it has asked
+    waited    forwards made for others while it waits for this answer
     spent     seconds: while it ran, and what `charge` added - its share of the passes made for it
     """
 
     def __init__(self, body: Callable[[], T]) -> None:
         self.question: Any = None
-        self.asked = 0
+        self.asked = self.waited = 0
         self.spent = 0.0
         self._body = body
         self._answer: Any = None
+        self._failure: Exception | None = None
         self._result: list[T] = []
         self._error: BaseException | None = None
         self._since = 0.0
@@ -65,6 +67,11 @@ class Fiber(Generic[T]):
         self._wait()
         self.spent += time.perf_counter() - self._since
 
+    def fail(self, error: Exception) -> None:
+        """As `resume`, but there is no answer: its question raises `error`."""
+        self._failure = error
+        self.resume()
+
     def charge(self, seconds: float) -> None:
         self.spent += seconds
 
@@ -80,8 +87,12 @@ class Fiber(Generic[T]):
         self._go.acquire()
         if self._closed:
             raise Closed
-        self.question = None
-        return self._answer
+        self.question, self.waited = None, 0
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        answer, self._answer = self._answer, None
+        return answer
 
     def close(self) -> None:
         """End it where it is; its `finally` clauses run."""

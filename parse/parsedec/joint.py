@@ -11,7 +11,8 @@ V vocabulary, L taps, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,8 @@ from parsedec import kv, masks, ranks
 from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.remote.model import RemoteModel
+
+log = logging.getLogger(__name__)
 
 Output = tuple[Tensor, Tensor | None]
 NAME = "parsedec_joint"
@@ -45,9 +48,48 @@ class Pass(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def separable(self) -> bool:
+        """Whether passes may be made one by one after all where the forward of several has failed."""
+
     @classmethod
     def together(cls, passes: Sequence[Self]) -> list[Output]:
-        """Logits [kept, V] and taps [n, L, H] of each."""
+        """Logits [kept, V] and taps [n, L, H] of each. Where that fails, the requests' caches are as before."""
+
+    def alone(self) -> Output:
+        """The same of this pass by itself."""
+
+
+@torch.inference_mode()
+def settled(passes: Sequence[Pass]) -> list[Output | Exception]:
+    """What each pass gives, or what it raises. Made together, and one by one where that fails: then only those are
+    without an output that fail by themselves."""
+    try:
+        return [*_finished(passes, lambda: passes[0].together(passes))]
+    except Exception as error:
+        if not passes[0].separable:
+            raise
+        if len(passes) == 1:
+            return [error]
+        log.warning(
+            "a forward for %d requests failed; each makes its own (%s: %s)", len(passes), type(error).__name__, error
+        )
+    return [_by_itself(one) for one in passes]  # behind the handler: its error holds on to what the forward had made
+
+
+def _by_itself(one: Pass) -> Output | Exception:
+    try:
+        return _finished([one], lambda: [one.alone()])[0]
+    except Exception as error:  # noqa: BLE001 - its request gets it
+        return error
+
+
+def _finished(passes: Sequence[Pass], made: Callable[[], list[Output]]) -> list[Output]:
+    """What was made, once the device is done with it: how long it took is then known, and whether it failed."""
+    outputs = made()
+    if passes[0].device.type == "cuda":
+        torch.cuda.synchronize(passes[0].device)
+    return outputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,9 +116,21 @@ class HfPass:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def separable(self) -> bool:
+        return not self.model.shared  # all of its processes have to make the same forwards
+
     @classmethod
     def together(cls, passes: Sequence[HfPass]) -> list[Output]:
-        return [passes[0].alone()] if len(passes) == 1 else _forward(passes)
+        if len(passes) == 1:
+            return [passes[0].alone()]
+        held = [one.cache.get_seq_length() for one in passes]
+        try:
+            return _forward(passes)
+        except Exception:
+            for one, rows in zip(passes, held, strict=True):
+                kv.cut_to(one.cache, rows)
+            raise
 
     def alone(self) -> Output:
         return alone(self.model, self.cache, self.ids, self.keep, self.positions, self.mask, self.taps)

@@ -62,6 +62,13 @@ def cut_tail(cache: DynamicCache, rows: int) -> None:
         cache.crop(-rows)  # minus the number of tokens to remove; a positive count raises
 
 
+def cut_to(cache: DynamicCache, rows: int) -> None:
+    """The first `rows` rows of an attention-only cache, some of whose layers a forward that broke off has grown."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None and layer.keys.numel():
+            layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
+
+
 @inference  # what a forward made may be written to nowhere else
 def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
     """Of the rows from `start` on, keep `rows` (relative to `start`, in this order) and forget the others.

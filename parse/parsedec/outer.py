@@ -18,7 +18,7 @@ from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.gate import Always, Gate, GateHistory
-from parsedec.inner import Decoder
+from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.judge import Judge, LabelJudge, Scores
 from parsedec.loop import Once, Rounds
 from parsedec.meter import Meter
@@ -94,6 +94,17 @@ class AsksJudge(Protocol):
     def judge(self) -> Judge: ...
 
 
+@runtime_checkable
+class ChecksStack(Protocol):
+    """An outer level that does not work with everything a stack may hold beside the target.
+
+    An addition to `Outer`, for those that do more than decode with the stack's own parts.
+    """
+
+    def check_stack(self, target: LanguageModel, draft: LanguageModel | None, inner: InnerSpeculator) -> None:
+        """Raise IncompatibleStack for what cannot work, or would be ignored."""
+
+
 @dataclass(frozen=True)
 class TargetOnly:
     """outer=none: the inner level alone."""
@@ -148,7 +159,7 @@ class DraftVerification(ABC):
     def run(self, work: Work) -> Iterator[Written]:
         for i in range(self.loop.rounds):
             work.answer.begin_round()
-            limit = self._draft_limit(work)
+            limit = self.draft_limit(work.answer.remaining, work.target.session.room)
             drafting = limit > 0 and self.gate.allows(work.history)
             facts: dict[str, Any] = {"drafted": drafting}
             if drafting:
@@ -170,10 +181,14 @@ class DraftVerification(ABC):
     def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
         """One draft; yields its kept part and fills in the round's facts."""
 
-    def _draft_limit(self, work: Work) -> int:
-        """Most tokens a draft may have now: the answer's limit, and room for the probes in the target's context."""
-        room = work.target.session.room - self.judge.suffix_rows
-        return min(work.answer.remaining, room, self.max_draft_tokens or room)
+    def draft_limit(self, remaining: int, room: int) -> int:
+        """Most tokens a draft may have; below 1 where there can be none.
+
+        remaining  tokens the answer may still have
+        room       those the target's context still takes: the draft, and a probe behind it
+        """
+        room -= self.judge.suffix_rows
+        return min(remaining, room, self.max_draft_tokens or room)
 
     def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:
         """(leading segments that stand, whether the draft is the answer)."""

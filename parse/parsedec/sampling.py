@@ -11,6 +11,13 @@ from torch import Tensor
 from parsedec.errors import ConfigError
 from parsedec.types import Sampling
 
+SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more than a run has requests
+
+
+def request_generator(seed: int, index: int) -> torch.Generator:
+    """The source of randomness, on the CPU, of request `index` of a run with this seed."""
+    return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
+
 
 class Sampler:
     """Sampling settings with the generator they draw from; one per request and model."""
@@ -24,6 +31,17 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         return self.settings.greedy
+
+    def apart(self) -> Sampler:
+        """The same settings with a generator of its own, which `start_from` has yet to seed."""
+        own = None if self.generator is None else torch.Generator(self.generator.device)
+        return Sampler(self.settings, own)
+
+    def start_from(self, other: Sampler) -> None:
+        """Seed the own generator with one draw of another's: how much is drawn from it afterwards, nobody else sees."""
+        if self.generator is not None and other.generator is not None:
+            device = other.generator.device
+            self.generator.manual_seed(int(torch.randint(1 << 62, (), generator=other.generator, device=device)))
 
     def log_distribution(self, logits: Tensor) -> Tensor:
         """Log of the distribution tokens are drawn from, [..., V] float32; not defined for greedy decoding."""

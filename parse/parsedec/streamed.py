@@ -12,6 +12,8 @@ draft once. The pass that judges the complete draft decides exactly as the fused
 the same text under the same rule, unless outer=parse keeps a complete draft one of whose prefixes had failed: a draft
 that failed in an earlier pass than its last is never completed here. And `max_cuts` bounds the probes of a pass, not of
 a draft: cuts are not thinned, since how many will come is not known while they are judged.
+
+Sampled text does not depend on when either: every draft has a generator of its own (`Drafter`).
 """
 
 from __future__ import annotations
@@ -327,10 +329,12 @@ class StreamedVerification(DraftVerification):
             cut = judging.cuts[segments - 1] if segments else 0
             with work.meter.span("judge"):
                 work.target.session.keep_draft(cut)
-            work.target.note_refused(draft.tokens[cut:])
+            read = judging.cuts[len(scores) - 1]
+            # where guesses decide which draws are made, no guess may come from text that only this timing has
+            work.target.note_refused(draft.tokens[cut : None if work.target.sampler.greedy else read])
             rest = [*draft.tokens[handed:cut], *([self.end_token] if whole else [])]
             taken = work.answer.extend(rest, Author.DRAFT)
-            cuts, read = judging.cuts[: len(scores)], judging.cuts[len(scores) - 1]
+            cuts = judging.cuts[: len(scores)]
             unread = [len(draft.tokens)] if len(draft.tokens) > read else []  # written, never judged
             kept = handed + len(taken)
             facts |= self._facts(draft, cuts + unread, [*scores, *([None] * len(unread))], judging.passes, kept)

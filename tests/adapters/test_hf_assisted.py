@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from every_draw import relative
@@ -255,9 +257,14 @@ def test_the_time_of_the_first_token_is_its_own(tiny_target):
 
 
 def test_refusals_of_the_baseline(tiny_target, tiny_draft):
-    engine = Parse(tiny_target, tiny_draft, inner=DraftModel(), outer=HfGenerate())
-    with pytest.raises(IncompatibleStack, match="inner=none"):
-        engine.generate(TEXT[:4], max_new_tokens=4)
+    with pytest.raises(IncompatibleStack, match=r"ignore inner=DraftModel.*inner=none"):
+        Parse(tiny_target, tiny_draft, inner=DraftModel(), outer=HfGenerate())
+    words = tiny.tokenizer().backend_tokenizer.to_str().replace('"w1"', '"v1"')
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words), eos_token="<|end|>", chat_template=tiny.CHAT
+    )
+    with pytest.raises(IncompatibleStack, match="as many tokens but not the same ones"):
+        Parse(tiny_target, LanguageModel.wrap(tiny_draft.hf, other, name="other"), outer=HfGenerate(assisted=True))
     with pytest.raises(IncompatibleStack, match="needs a draft model"):
         Parse(tiny_target, outer=HfGenerate(assisted=True))
     with pytest.raises(IncompatibleStack, match="recurrent"):

@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
+from oracle.test_judge_kinds import probe_folder
+from parsedec import load
 from parsedec.calibration.job import run_calibration
 from parsedec.calibration.report import FILE, write_reports
 from parsedec.calibration.scoring import Scorer
@@ -75,6 +77,26 @@ def test_scores_and_decisions_are_the_engines(unbroken):
     assert held["accepted_whole"] == sum(one.accepted_whole for one in rounds)
     kept = sum(one.kept_tokens - one.accepted_whole for one in rounds)  # the end token apart
     assert held["kept_share"] == pytest.approx(kept / sum(one.judged_tokens for one in rounds))
+
+
+@pytest.mark.parametrize("judge", ["confidence", "probe", "combined"])
+def test_judges_that_read_more_than_logits_are_calibrated_as_the_engine_runs_them(judge, tmp_path):
+    """One reads what the draft model recorded, the others a hidden state of the target."""
+    probe_folder(tmp_path, load("zoo:target", dtype="float32", device="cpu"))
+    chosen = ["judge=confidence"] if judge == "confidence" else [f"judge={judge}", f"judge.weights={tmp_path}"]
+    record = fitted(tmp_path / "out", *CHECKED[1:], "labels.fit.n=3", *chosen)
+    engine, task = engine_at(record["calibration"]["used"], *chosen), ZooArithmetic(n=4, split="test")
+    samples = [sample for sample in record["samples"] if sample["part"] == "check"]
+    scores = [score for sample in samples for score in sample["scores"]]
+    assert len(set(scores)) > 3
+    for problem, sample in zip(task.problems(), samples, strict=True):
+        (one,) = engine.generate(problem.prompt, max_new_tokens=160).rounds
+        assert [s.score for s in one.segments] == pytest.approx(sample["scores"], abs=1e-5)
+
+
+def test_labelled_steps_have_no_draft_model_to_be_confident(steps, tmp_path):
+    with pytest.raises(ConfigError, match="written by no draft model"):
+        fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "judge=confidence")
 
 
 def test_labels_are_the_checkers(unbroken):

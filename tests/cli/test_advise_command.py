@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 pytest.importorskip("sklearn")
 
+from parsedec.advice import job
 from parsedec.advice.job import run_advice
 from parsedec.advice.measuring import Prober
 from parsedec.advice.report import arm_rows, check_rows, command, markdown, write_reports
@@ -144,6 +145,27 @@ def test_a_judge_that_refuses_all_does_not_help(tmp_path):
     assert not verdict["helps"]
     assert verdict["parse"]["kept_share"] == 0
     assert "refusing_judge" in {finding["kind"] for finding in verdict["findings"]}
+
+
+def test_of_the_rehearsed_loops_one_that_stays_right_is_advised(tmp_path, monkeypatch):
+    """And none where all of them fall: 'use it' is not said of a pair that loses what it is asked for."""
+    wanted = ["draft.model.source=zoo:draft", "inners=[]", "n=2", "gain=0.01", "loops=['rounds loop.rounds=2']"]
+    fell, kept = ({"requests": 9, "change": change, "interval": [-1.0, 1.0]} for change in (-0.5, 0.0))
+
+    def advising(changes):
+        real = iter(changes)
+        monkeypatch.setattr(job, "accuracy_change", lambda *_: next(real))
+        return advised(tmp_path / str(len(list(tmp_path.iterdir()))), *wanted)[0]["verdict"]
+
+    for changes, loop in (((fell, kept), "rounds loop.rounds=2"), ((kept, fell), "once")):
+        verdict = advising(changes)
+        assert verdict["helps"]
+        assert verdict["recommended"]["arm"]["loop"] == loop
+    verdict = advising((fell, fell))
+    assert not verdict["helps"]
+    assert verdict["overrides"] == ["outer=none", "inner=none"]
+    assert "less_accurate" in {finding["kind"] for finding in verdict["findings"]}
+    assert advising((None, None))["helps"]
 
 
 def test_inner_levels_that_do_not_fit_are_left_out_with_the_reason(tmp_path, tmp_path_factory):

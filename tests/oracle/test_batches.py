@@ -6,24 +6,30 @@ Oracle: `generate` for one request after another, itself checked against plain f
 import dataclasses
 import gc
 import threading
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tiny
 from eagle3_heads import random_head
 from parsedec import Parse, PrefixVerification, Result, Sampling, StopReason, TargetOnly
 from parsedec.backends import runs_static
-from parsedec.batch import in_company
+from parsedec.batch import PATIENCE, in_company
 from parsedec.boundary import FirstFailure
-from parsedec.errors import ConfigError, PromptError
+from parsedec.errors import ConfigError, JudgeError, PassFailed, PromptError
 from parsedec.experiment.runner import Arm, Settings, run_arms
+from parsedec.fibers import current
 from parsedec.gate import Never
 from parsedec.joint import joint_obstacle
 from parsedec.loop import Rounds
 from parsedec.model import LanguageModel
 from parsedec.peers import HfGenerate
 from parsedec.segmenters import EveryTokens
+from parsedec.session import Session
 from parsedec.static.session import machine_of
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
@@ -208,6 +214,147 @@ def test_a_bad_prompt_costs_the_others_nothing(tiny_target):
         _ = batch.results
     kept = [batch.answers[i] for i in (0, 2, 4, 6)]
     assert [r.tokens for r in kept] == [engine.generate(p, max_new_tokens=NEW).tokens for p in good]
+
+
+POISON = 63
+
+
+@contextmanager
+def poisoned(target, token=POISON):
+    """Forwards of rows that hold `token` break off half way through the layers, where some caches have grown."""
+    if runs_static(target):
+        network = machine_of(target).network
+        plain = network.embed
+
+        def embed(ids):
+            if token in ids:
+                raise RuntimeError("poison")
+            return plain(ids)
+
+        network.embed = embed
+        try:
+            yield
+        finally:
+            del network.embed
+        return
+    held = []
+    layers = target.hf.model.layers
+
+    def check(*_):
+        if held[-1]:
+            raise RuntimeError("poison")
+
+    hooks = [
+        target.hf.get_input_embeddings().register_forward_pre_hook(
+            lambda _, rows: held.append(bool((rows[0] == token).any()))
+        ),
+        layers[len(layers) // 2].register_forward_pre_hook(check),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def harmless(engine, n=5):
+    """Prompts without the token that is poison, nor in what is written behind them."""
+    given = [[token for token in prompt if token != POISON] for prompt in prompts(2 * n)]
+    fine = [p for p in given if p and POISON not in engine.generate(p, max_new_tokens=NEW).tokens]
+    return fine[:n]
+
+
+@pytest.mark.parametrize("backend", ["eager", "static"])
+def test_only_the_culprit_of_a_failed_pass_fails(backend, caplog):
+    """The others' caches are as before it: they get what they get alone."""
+    target = dataclasses.replace(tiny.model("qwen3"), backend=backend)
+    assert joint_obstacle(target) is None  # found out before the model is poisoned
+    engine = Parse(target)
+    fine = harmless(engine)
+    alone = [engine.generate(prompt, max_new_tokens=NEW).tokens for prompt in fine]
+    given = [*fine[:2], [5, 6, POISON, 7], *fine[2:]]
+    with poisoned(target):
+        batch = engine.generate_batch(given, size=len(given), max_new_tokens=NEW)
+    assert list(batch.errors) == [2]
+    with pytest.raises(PassFailed, match=r"request 2: .*RuntimeError: poison"):
+        raise batch.errors[2]
+    assert [batch.answers[i].tokens for i in range(len(given)) if i != 2] == alone
+    assert "poison" in caplog.text
+    assert [r.tokens for r in engine.generate_batch(fine, max_new_tokens=NEW).results] == alone
+
+
+def test_a_pass_that_fails_for_all_is_raised(tiny_target):
+    engine = Parse(tiny_target)
+    assert joint_obstacle(tiny_target) is None
+    before = threading.active_count()
+    with poisoned(tiny_target), pytest.raises(RuntimeError, match="poison"):
+        engine.generate_batch([[5, POISON], [6, POISON, 7]], max_new_tokens=NEW)
+    assert threading.active_count() == before
+
+
+def test_an_error_holds_nothing_of_its_request(tiny_target):
+    """Neither its own tracebacks nor those of its causes lead to caches."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Broken(tiny.ScriptedJudge):
+        def score(self, session, draft, cuts, probes):
+            super().score(session, draft, cuts, probes)
+            try:
+                raise ValueError("an inner reason")
+            except ValueError as error:
+                raise JudgeError("no score") from error
+
+    def held():
+        gc.collect()
+        return sum(type(one) in (DynamicCache, Session) for one in gc.get_objects())
+
+    engine = Parse(tiny_target, tiny.model(seed=5, layers=2), outer=PrefixVerification(judge=Broken(), **SHARED))
+    before = held()
+    batch = engine.generate_batch(prompts(3), max_new_tokens=NEW)
+    assert held() == before
+    assert len(batch.errors) == 3
+    assert str(batch.errors[1]) == "request 1: no score"
+    assert str(batch.errors[1].__cause__.__cause__) == "an inner reason"
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A pass that computes nothing."""
+
+    group: str
+    made: list
+    rows: int = 1
+    separable: bool = True
+
+    @property
+    def device(self):
+        return torch.device("cpu")
+
+    @classmethod
+    def together(cls, passes):
+        passes[0].made.append(passes[0].group)
+        return [(None, None)] * len(passes)
+
+
+@pytest.mark.parametrize("minorities", [1, 3])
+def test_a_pass_waits_for_a_bounded_number_of_forwards(minorities):
+    """However many wait for another one, again and again. Those that wait too long are served in turn."""
+    made = []
+
+    def asking(group, times):
+        for _ in range(times):
+            current().ask(Asked(group, made))
+
+    many = [partial(asking, "many", 100)] * 4
+    few = [partial(asking, f"few {i}", 6) for i in range(minorities)]
+    list(in_company([*many, *few], size=len(many) + minorities))
+    assert made.count("many") == 100
+    for i in range(minorities):
+        places = [-1, *(place for place, group in enumerate(made) if group == f"few {i}")]
+        assert len(places) == 7
+        waits = [after - before - 1 for before, after in pairwise(places)]
+        assert max(waits) <= PATIENCE + minorities - 1
+        assert min(waits[:-1]) >= PATIENCE - minorities, "the larger group should be served meanwhile"
 
 
 @pytest.mark.parametrize("family", ["mamba2", "lfm2"])

@@ -24,12 +24,14 @@ from parsedec import LabelJudge, Parse, PrefixVerification, StopReason, drafter,
 from parsedec.boundary import FirstFailure, LongestValid, Smoothed
 from parsedec.errors import ConfigError, JudgeError
 from parsedec.gate import Adaptive, Never
+from parsedec.inner import Decoder
 from parsedec.loop import Once, Rounds
 from parsedec.model import LanguageModel
+from parsedec.sampling import request_generator
 from parsedec.segmenters import EveryTokens, Lines
 from parsedec.session import Session
 from parsedec.streamed import ONE_MODEL, RECODED, Beside, StreamedVerification
-from parsedec.types import Author, JudgePath
+from parsedec.types import Author, JudgePath, Sampling
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.ngram import Ngram
 from parsedec_adapters.pard import Pard
@@ -291,6 +293,51 @@ def test_decisions_do_not_depend_on_when_the_judge_is_done(tiny_target, tiny_dra
         assert min(written) >= in_turn.counters.draft_tokens
 
 
+WARM = {"temperature": 0.9, "top_p": 0.95}
+
+
+@pytest.mark.parametrize("inner", ["none", "ngram", "draft_model"])
+def test_sampled_text_does_not_depend_on_when_the_judge_is_done(tiny_target, tiny_draft, inner, monkeypatch):
+    """Threads, and delays that differ from run to run on both sides; and it is the text of drafts judged when complete.
+    What a speculator is told of refused text does not depend on the delays either."""
+    speculators = {"none": None, "ngram": Ngram(), "draft_model": DraftModel(length=3, model=tiny_draft)}
+    options = {"loop": Rounds(rounds=3), "chunk": 1, "sampling": WARM, "engine": {"inner": speculators[inner]}}
+    lengths = set()
+    for seed in SEEDS:
+        texts, told = set(), set()
+        for delays in ((0, 0), (0.004, 0), (0, 0.002), (0.002, 0.001)):
+            with monkeypatch.context() as patch:
+                slow(patch, tiny.ScriptedJudge, "score", delays[0])
+                slow(patch, drafter.Writing, "step", delays[1])
+                refused = noted(patch)
+                result = answer(tiny_target, tiny_draft, Streamed, seed, overlap="always", **options)
+            texts.add(result.tokens)
+            told.add(tuple(refused))
+            lengths.add((seed, result.counters.draft_tokens))
+        assert len(texts) == len(told) == 1
+        if inner != "ngram":  # it learns less of a draft that is stopped
+            assert texts == {answer(tiny_target, tiny_draft, Completed, seed, **options).tokens}
+    assert len(lengths) > len(SEEDS), "no draft was stopped earlier in one run than in another"
+
+
+def noted(patch):
+    """What decoders are told of refused text from now on."""
+    plain, seen = Decoder.note_refused, []
+    patch.setattr(Decoder, "note_refused", lambda self, tokens: seen.append(tuple(tokens)) or plain(self, tokens))
+    return seen
+
+
+def slow(patch, owner, name, seconds):
+    """Let a method take up to so much longer, a random time each call."""
+    plain, draw = getattr(owner, name), random.Random()
+
+    def delayed(*arguments):
+        time.sleep(seconds * draw.random())
+        return plain(*arguments)
+
+    patch.setattr(owner, name, delayed)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
 def test_a_thread_for_the_judge_changes_nothing(family):
     target, draft = tiny.model(family), tiny.model("llama", seed=5, layers=2)
@@ -459,12 +506,18 @@ class Completed(PrefixVerification):
         return super()._decide(scores, draft)
 
 
-def answer(target, draft, kind, seed=0, *, value=None, prompt=None, new=NEW, stop=(), engine=None, **settings):
+def answer(
+    target, draft, kind, seed=0, *, value=None, prompt=None, new=NEW, stop=(), engine=None, sampling=None, **settings
+):
     settings = {"boundary": RULE, "segmenter": GRID, "judge": tiny.ScriptedJudge(seed=seed, value=value), **settings}
     if prompt is None:
         prompt, _ = tiny.plain_answer(target)
     return Parse(target, draft, outer=kind(**settings), **(engine or {})).generate(
-        prompt, max_new_tokens=new, stop=stop
+        prompt,
+        max_new_tokens=new,
+        stop=stop,
+        sampling=Sampling(**(sampling or {})),
+        generator=request_generator(seed, 0) if sampling else None,
     )
 
 

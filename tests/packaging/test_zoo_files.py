@@ -5,12 +5,10 @@ import json
 import shutil
 import struct
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from parsedec.errors import ParsedecError
-from parsedec.training.checksums import NAME, ZOO, digests, read_checksums, shipped, write_checksums
+from parsedec.training.checksums import NAME, ZOO, digests, shipped, write_checksums
 
 MODELS = sorted(path.parent for path in ZOO.glob("*/config.json"))
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -25,6 +23,11 @@ def header(path):
     return tensors
 
 
+def listed(folder):
+    """What the list says, by path; `sha256sum` writes the digest, two blanks and the path."""
+    return {line[66:]: line[:64] for line in (folder / NAME).read_text().splitlines()}
+
+
 def test_every_file_is_listed_and_unchanged():
     """After a deliberate change: python -m parsedec.training.checksums."""
     recomputed = {
@@ -33,7 +36,7 @@ def test_every_file_is_listed_and_unchanged():
         if path.is_file() and path.name not in ("README.md", NAME)
     }
     assert recomputed, "the zoo is empty"
-    assert read_checksums() == recomputed
+    assert listed(ZOO) == recomputed
 
 
 def test_sha256sum_reads_the_list():
@@ -83,16 +86,9 @@ def test_a_changed_added_or_lost_file_shows(tmp_path):
         f"{hashlib.sha256(data).hexdigest()}  {name}\n"
         for name, data in (("a/config.json", b"{}"), ("model.safetensors", b"weights"))
     )
-    assert read_checksums(tmp_path) == digests(tmp_path)
+    assert listed(tmp_path) == digests(tmp_path)
     (tmp_path / "a" / "config.json").write_text("{ }")
-    assert read_checksums(tmp_path) != digests(tmp_path)
+    assert listed(tmp_path) != digests(tmp_path)
     write_checksums(tmp_path)
     (tmp_path / "more.json").write_text("{}")
-    assert set(digests(tmp_path)) - set(read_checksums(tmp_path)) == {"more.json"}
-
-
-@pytest.mark.parametrize("line", ["", "abc  config.json", "0" * 64 + " config.json", "0" * 64 + "  ", "Z" * 64 + "  a"])
-def test_a_list_of_another_form_is_refused(line, tmp_path):
-    Path(tmp_path / NAME).write_text(f"{'0' * 64}  first\n{line}\n")
-    with pytest.raises(ParsedecError, match=r"line 2 .*Rewrite it"):
-        read_checksums(tmp_path)
+    assert set(digests(tmp_path)) - set(listed(tmp_path)) == {"more.json"}

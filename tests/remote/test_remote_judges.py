@@ -126,6 +126,28 @@ def test_combined_scores_are_the_local_ones_where_labels_are_exact(serve, pair):
         judge.bind(vague)
 
 
+def test_more_labels_than_generative_scoring_compares_are_refused_by_name(serve, pair):
+    """Two of them pass; ten digits, or two pairs behind one question, would fail at the first request."""
+    from fake_server import FakeServer
+
+    zoo = load("zoo:target", dtype="float32", device="cpu")
+    with FakeServer(zoo) as server:
+        remote = connect(server.url, tokenizer="zoo:target", labels="generative_scoring")
+        for judge in (DigitJudge(), ConfidenceJudge(judge=DigitJudge())):
+            with pytest.raises(IncompatibleStack, match=r"judge=digit compares 10 labels .*labels=auto"):
+                Parse(remote, load("zoo:draft", dtype="float32", device="cpu"), judge=judge)
+        assert DigitJudge().bind(connect(server.url, tokenizer="zoo:target")).digit_ids
+    scoring, _ = serve(pair[0], settings={"labels": "generative_scoring"})
+    other = LabelJudge(question="?", labels=("w3", "w4"))
+    weights = {"one": 1.0, "two": -0.5, "bias": 0.1}
+    with pytest.raises(IncompatibleStack, match=r"judge=combined compares 4 labels"):
+        CombinedJudge(judges={"one": LABEL, "two": other}, weights=weights).bind(scoring)
+    apart = CombinedJudge(judges={"one": LABEL, "two": LabelJudge(question="w5")}, weights=weights)
+    outer = PrefixVerification(judge=apart, segmenter=GRID, boundary=FirstFailure(threshold=0.5, full_threshold=0.9))
+    ours, theirs = (Parse(m, pair[1], outer=outer).generate("w1w2", max_new_tokens=NEW) for m in (scoring, pair[0]))
+    same(ours, theirs)
+
+
 def test_judges_that_read_what_a_server_keeps_are_refused_by_name(serve, pair, tmp_path):
     target, draft = pair
     (remote, _), (drafting, _) = serve(target), serve(draft)
@@ -183,7 +205,7 @@ def test_what_runs_the_model_itself_is_refused(serve, pair):
         Parse(remote, outer=HfGenerate())
     drafting, _ = serve(draft)
     with pytest.raises(IncompatibleStack, match=r"outer=hf_generate runs .*tiny at http"):
-        Parse(target, drafting, outer=HfGenerate(assisted=True)).generate("w1w2", max_new_tokens=4)
+        Parse(target, drafting, outer=HfGenerate(assisted=True))
     with pytest.raises(IncompatibleStack, match="equivalence=label reads the logits"):
         LabelEquivalence(labels=("w3", "w4")).bind(remote)
 

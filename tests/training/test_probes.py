@@ -173,6 +173,7 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     assert by["suffix"] > 0.8  # the zoo's target was trained to say so at this very row
     assert by["cut"] > 0.5
     assert read_record(tmp_path / "record.json") == json.loads(json.dumps(record))
+    section_of_the_report(record, tmp_path)
     weights = tmp_path / "probe"
     target, draft = (load(f"zoo:{name}", dtype="float32", device="cpu") for name in ("target", "draft"))
     unseen = instantiate(cfg.calibration)
@@ -196,6 +197,26 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     assert train_probes(settings(tmp_path, "resume=true")) == json.loads(json.dumps(record))
     with pytest.raises(OutputExistsError):
         train_probes(cfg)
+
+
+def section_of_the_report(record, folder):
+    """It shows the probes that the card names, and draws all of them."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    from parsedec.reporting import page, sections
+
+    made = sections.section(sections.sources([(folder / "record.json", record)], folder)[0])
+    shown = {row[0]: row[1:] for row in made.tables[0].cells}
+    assert set(shown) == {"probe, position=suffix", "probe, position=cut", "combined"}
+    for at, fit in record["card"]["probes"].items():
+        (auc,) = (row["auc"] for row in record["probes"] if (row["position"], row["layer"]) == (at, fit["layer"]))
+        layer, area, threshold, _ = shown[f"probe, position={at}"]
+        assert (int(layer), float(area)) == (fit["layer"], pytest.approx(auc, abs=1e-4))
+        assert float(threshold) == pytest.approx(fit["threshold"], rel=1e-3)
+    assert all(f"{name} " in shown["combined"][0] for name in record["card"]["combined"]["weights"])
+    assert f"n = {record['data']['calibration']['prefixes']} prefixes" in made.tables[0].note
+    assert [row[3] for row in made.figures[0].rows] == [row["auc"] for row in sorted(
+        record["probes"], key=lambda row: (row["position"], row["layer"]))]  # fmt: skip
+    assert "position=suffix" in page.write_report([(folder / "record.json", record)], folder / "report").read_text()
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path):

@@ -65,14 +65,14 @@ class Engine:
         return spent, kept + 1
 
 
-def advice(engine, n=N, **changed):
+def advice(engine, n=N, accuracy=None, **changed):
     trials = [engine.trial(i) for i in range(n)]
     predictor = Predictor(trials, FirstFailure(threshold=0.9), LIMIT)
     arms = predictor.parse("lines", [(t, t) for t in (0.5, 0.9)], ["none", "fast"])
     alone = max((predictor.alone(name) for name in ("none", "fast")), key=lambda one: one.speedup)
     separates = separations(predictor, ["lines"], 0)["lines"] | changed
     best = best_parse(arms, DEMANDS)
-    return conclude(predictor, best, alone, separates, DEMANDS), predictor
+    return conclude(predictor, best, alone, separates, DEMANDS, accuracy), predictor
 
 
 def kinds(verdict):
@@ -181,6 +181,19 @@ def test_a_judge_that_lets_errors_through_spoils():
     verdict, _ = advice(Engine(scores=lambda right: 1.0, wrong=0.5, inner=(0.0, 1.0)))
     assert {"spoiling", "blind_judge"} <= kinds(verdict)
     assert not verdict.helps
+
+
+def test_a_pair_that_answers_rightly_less_often_is_not_advised():
+    """However fast it is. What is allowed, and what is not scored, changes nothing."""
+    change = {"requests": 20, "interval": [-0.3, 0.05]}
+    for fine in (None, change | {"change": 19 / 20 - 1}, change | {"change": 0.1}):
+        assert advice(Engine(), accuracy=fine)[0] == advice(Engine())[0]
+    verdict, _ = advice(Engine(), accuracy=change | {"change": -0.1})
+    assert kinds(verdict) == {"less_accurate"}
+    assert not verdict.helps
+    assert verdict.recommended is verdict.alone
+    assert "10 points less often [-30, +5], and 5 are allowed" in verdict.findings[0].text
+    assert "will not help" in headline(verdict)
 
 
 def test_too_few_wrong_drafts_say_nothing_of_the_judge():

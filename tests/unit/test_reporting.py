@@ -310,7 +310,7 @@ def test_a_folder_is_reported_without_what_has_no_section(tmp_path, capsys):
     command = runpy.run_path(str(ROOT / "experiments" / "report.py"))["main"]
     records = {
         "run": read_record(RECORDS / SMALL / "record.json"),
-        "probes": {"schema_version": 1, "title": "judge probes", "probes": []},
+        "other": {"schema_version": 1, "title": "another program's", "fruit": []},
         "newer": {"schema_version": 99},
         "load": LOAD,
     }
@@ -319,13 +319,13 @@ def test_a_folder_is_reported_without_what_has_no_section(tmp_path, capsys):
         (tmp_path / name / "record.json").write_text(json.dumps(record))
     assert command([str(tmp_path)]) == 0
     said = capsys.readouterr().err
-    assert all(str(tmp_path / name / "record.json") in said for name in ("probes", "newer"))
+    assert all(str(tmp_path / name / "record.json") in said for name in ("other", "newer"))
     assert said.count("left out") == 2
     text = (tmp_path / "report.html").read_text()
     Well(text)
     assert "64 clients at once on a server" in text
     assert html.unescape(records["run"]["title"]) in html.unescape(text)
-    for name in ("probes", "newer"):  # named outright, they are errors
+    for name in ("other", "newer"):  # named outright, they are errors
         assert command([str(tmp_path / name / "record.json"), "--output", str(tmp_path / name)]) == 2
         assert command([str(tmp_path / name), "--output", str(tmp_path / name)]) == 2
 

@@ -6,7 +6,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from parsedec.errors import ConfigError
-from parsedec.sampling import Sampler
+from parsedec.sampling import Sampler, request_generator
 from parsedec.types import Sampling
 
 SETTINGS = [
@@ -136,3 +136,10 @@ def test_greedy_takes_the_best_token_and_needs_no_generator():
 def test_sampling_needs_a_generator():
     with pytest.raises(ConfigError, match="Generator"):
         Sampler(Sampling(temperature=1.0))
+
+
+def test_every_request_of_every_seed_has_its_own_generator():
+    seeds = [request_generator(seed, index).initial_seed() for seed in (0, 1, 2, -1, 2**62) for index in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    again = [torch.rand(2, generator=request_generator(3, 5)).tolist() for _ in range(2)]
+    assert again[0] == again[1]

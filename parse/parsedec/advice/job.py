@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from parsedec.advice.measuring import Composed, Prober, chosen
 from parsedec.advice.prediction import ArmChoice, Expected, Predictor, Rehearsal, looped
 from parsedec.advice.trial import Trial
-from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, headline, separations
+from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, falls, headline, separations
 from parsedec.boundary import DEFAULT_THRESHOLD
 from parsedec.calibration.decisions import Pair
 from parsedec.errors import ConfigError
@@ -202,13 +202,15 @@ class Advisor:
         for loop in self.cfg.loops:
             both: Rehearsal = {i: (seconds["once"][i], s) for i, s in seconds[loop].items() if i in seconds["once"]}
             self.looped.append(looped(first, self.predictor, both, arms[loop]))
+        changes = {one: accuracy_change(done["target"], done[one]) for one in done if one != "target"}
         if rehearsed := self._seen_in_rehearsal(first, seconds):
-            own = [one for one in done if one != "target"]
-            self.rehearsed = rehearsed | {"accuracy": {one: accuracy_change(done["target"], done[one]) for one in own}}
+            self.rehearsed = rehearsed | {"accuracy": changes}
+        right = [one for one in self.looped if not falls(changes[one.arm.loop], self.demands)]
         # a loop has to be faster than once by more than noise to be worth a second draft
-        best = max(self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
+        best = max(right or self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
         assert first.arm.segmenter is not None
-        return conclude(self.predictor, best, alone, self.separates[first.arm.segmenter], self.demands)
+        separates = self.separates[first.arm.segmenter]
+        return conclude(self.predictor, best, alone, separates, self.demands, changes[best.arm.loop])
 
     def _seen_in_rehearsal(self, first: Expected, seconds: dict[str, dict[str, float]]) -> dict[str, Any] | None:
         """The best arm as it ran beside the target, and as it was expected to on the same problems. A few problems say

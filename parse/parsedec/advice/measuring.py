@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from parsedec.advice.trial import Decoding, Pass, Trial
-from parsedec.answer import Answer
 from parsedec.calibration.samples import right_prefixes
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, IncompatibleStack, ParsedecError
@@ -25,7 +24,7 @@ from parsedec.judge import judging_session
 from parsedec.meter import Meter
 from parsedec.outer import PrefixVerification
 from parsedec.peers.equivalence import Equivalence
-from parsedec.sampling import Sampler
+from parsedec.sampling import Sampler, request_generator
 from parsedec.segmenters import Segmenter
 from parsedec.tasks.base import Problem, Task
 from parsedec.text import Draft
@@ -113,19 +112,19 @@ class Prober:
     def _alone(self, inner: str, prompt: Any, most: int, index: int) -> Result:
         """An answer of the target with an inner level alone."""
         return self.inners[inner].generate(
-            prompt, max_new_tokens=most, stop=self.limits.stop, sampling=self.sampling, generator=self._generator(index)
+            prompt,
+            max_new_tokens=most,
+            stop=self.limits.stop,
+            sampling=self.sampling,
+            generator=request_generator(self.seed, index),
         )
 
     def _draft(self, problem: Problem, ids: list[int], index: int) -> tuple[Draft, float]:
         """What the draft model writes, as the outer level would ask for it, and the seconds it takes."""
-        target, meter = self.stack.target, Meter(self.stack.target.device)
-        room = target.context_limit - len(ids) - self.outer.judge.suffix_rows
-        limit = min(self.limits.max_new_tokens, room, self.outer.max_draft_tokens or room)
+        meter = Meter(self.stack.target.device)
+        sampler = Sampler(self.sampling, request_generator(self.seed, index))
         with meter.span("draft"):
-            sampler = Sampler(self.sampling, self._generator(index))
-            drafter = self.stack.open_drafter(problem.asked, ids, sampler, self.limits)
-            assert drafter is not None
-            draft = drafter.write(Answer(target, self.limits), max(1, limit))
+            draft = self.stack.write_draft(problem.asked, ids, sampler, self.limits)
         return draft, meter.seconds("draft")
 
     def _judge(self, ids: list[int], draft: Draft, labels: Labels) -> dict[str, Pass]:
@@ -180,9 +179,6 @@ class Prober:
             if 0 < prefix < most:
                 runs.append(_decoding(prefix, self._alone(name, [*ids, *draft.tokens[:prefix]], most - prefix, index)))
         return {name: tuple(decoded[name]) for name in names}
-
-    def _generator(self, index: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
 
 def _decoding(prefix: int, result: Result) -> Decoding:

@@ -15,7 +15,7 @@ from rich.text import Text
 from parsedec.experiment.build import conf_folder
 from parsedec.experiment.record import write_text
 from parsedec.experiment.summary import wilson
-from parsedec.experiment.table import grid, origin, printed, tier
+from parsedec.experiment.table import document, grid, origin, printed, tier
 
 Json = dict[str, Any]
 SHOWN = 8  # arms of PARSE in the table
@@ -224,16 +224,14 @@ def terminal(record: Json) -> RenderableType:
 def markdown(record: Json, run: str) -> str:
     """advice.md."""
     verdict = record["verdict"]
-    text = (
-        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n**{verdict['text']}**\n\n"
-    )
+    parts = [f"**{verdict['text']}**"]
     if verdict["findings"]:
-        text += "What limits it:\n\n" + "".join(f"* {finding['text']}\n" for finding in verdict["findings"]) + "\n"
-    text += f"To run what is advised ({verdict['recommended']['label']}):\n\n    {run}\n\n"
-    text += "which is the same as the models and the task of the command above with\n\n"
-    text += f"    {' '.join(verdict['overrides'])}\n\n"
+        parts += ["What limits it:", "\n".join(f"* {finding['text']}" for finding in verdict["findings"])]
+    parts += [f"To run what is advised ({verdict['recommended']['label']}):", f"    {run}"]
+    parts.append("which is the same as the models and the task of the command above with")
+    parts.append(f"    {' '.join(verdict['overrides'])}")
     if rows := check_rows(record):
-        text += f"## Predicted and measured, {record['checked']['problems']} further problems\n\n"
-        text += grid(CHECK_HEADS, rows) + "\n\n"
-    text += f"## What to expect\n\n{grid(HEADS, arm_rows(record))}\n\n{note(record)}\n\n"
-    return text + f"## Costs\n\n{grid(('', 'measured'), cost_rows(record))}\n"
+        parts.append(f"## Predicted and measured, {record['checked']['problems']} further problems")
+        parts.append(grid(CHECK_HEADS, rows))
+    parts += ["## What to expect", grid(HEADS, arm_rows(record)), note(record)]
+    return document(record, *parts, "## Costs", grid(("", "measured"), cost_rows(record)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ FEWEST = 3  # right and wrong samples below which nothing is said of how well a 
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """gain: least speed-up over the target and over the inner level alone; spoilt: most requests spoilt, as a share."""
+    """gain: least speed-up over the target and over the inner level alone; spoilt: most requests spoilt, as a share,
+    and largest fall of the share of right answers in the rehearsal."""
 
     gain: float
     spoilt: float
@@ -23,7 +24,8 @@ class Demands:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What limits PARSE here. kind: slow_draft, short_answers, refusing_judge, blind_judge, spoiling, inner_alone."""
+    """What limits PARSE here. kind: slow_draft, short_answers, refusing_judge, blind_judge, spoiling, less_accurate,
+    inner_alone."""
 
     kind: str
     text: str
@@ -67,10 +69,23 @@ def blind(separates: dict[str, Any]) -> bool:
     return bool(known and separates["interval"][0] <= 0.5)
 
 
+def falls(accuracy: Mapping[str, Any] | None, demands: Demands) -> bool:
+    """Whether an arm answered rightly less often than the target by more than is allowed; not where nothing is scored.
+
+    accuracy  `job.accuracy_change` of the arm
+    """
+    return accuracy is not None and accuracy["change"] < -demands.spoilt - 1e-9  # 0.95 - 1 is not quite -0.05
+
+
 def conclude(
-    predictor: Predictor, parse: Expected, alone: Expected, separates: dict[str, Any], demands: Demands
+    predictor: Predictor,
+    parse: Expected,
+    alone: Expected,
+    separates: dict[str, Any],
+    demands: Demands,
+    accuracy: Mapping[str, Any] | None = None,
 ) -> Verdict:
-    """The advice. `separates`: of the segmenter of the best arm."""
+    """The advice. `separates`: of the segmenter of the best arm; `accuracy`: its change in the rehearsal, if scored."""
     segmenter = parse.arm.segmenter
     assert segmenter is not None
     findings = []
@@ -99,11 +114,17 @@ def conclude(
         findings.append(Finding("spoiling", (
             f"Every setting tried spoils more than {100 * demands.spoilt:.0f} % of the requests; the best of them "
             f"{100 * (parse.spoilt or 0.0):.0f} %.")))  # fmt: skip
+    if accuracy is not None and falls(accuracy, demands):
+        low, high = accuracy["interval"]
+        findings.append(Finding("less_accurate", (
+            f"Accuracy falls: run beside the target on {accuracy['requests']} of the problems, PARSE was right "
+            f"{-100 * accuracy['change']:.0f} points less often [{100 * low:+.0f}, {100 * high:+.0f}], and "
+            f"{100 * demands.spoilt:.0f} are allowed. More problems (short=…) say it more surely.")))  # fmt: skip
     if parse.speedup < alone.speedup * demands.gain and alone.arm.inner != "none" and alone.speedup >= demands.gain:
         findings.append(Finding("inner_alone", (
             f"inner={alone.arm.inner} alone is {alone.speedup:.2f} times as fast as the target, PARSE with the best "
             f"inner level {parse.speedup:.2f} times - and the former changes no token.")))  # fmt: skip
-    beaten = {"blind_judge", "spoiling", "inner_alone"} & {finding.kind for finding in findings}
+    beaten = {"blind_judge", "spoiling", "less_accurate", "inner_alone"} & {finding.kind for finding in findings}
     helps = parse.speedup >= demands.gain and not beaten
     other = alone if alone.speedup >= demands.gain else plain
     return Verdict(

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from parsedec.experiment.record import write_text
-from parsedec.experiment.table import grid, origin, tier
+from parsedec.experiment.table import document, grid, origin, tier
 
 SHOWN = 12  # rows of the threshold sweep that are printed; the record holds all
 FILE = "calibration.yaml"
@@ -68,9 +68,7 @@ def sentence(record: dict[str, Any]) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """The report as Markdown."""
     found = record["calibration"]
-    parts = [f"# {record['title']}", f"    python experiments/{record['provenance']['command']}"]
-    parts += [f"Goal: {sentence(record)}.", verdict(found)]
-    parts.append(grid(["figure", "value"], rows(found)))
+    parts = [f"Goal: {sentence(record)}.", verdict(found), grid(["figure", "value"], rows(found))]
     if "sweep" in found:
         parts += ["## One threshold for prefixes and complete drafts, on the check", _sweep(found["sweep"]["check"])]
         parts += ["## By position: index of the prefix's last segment", _positions(found["by_position"])]
@@ -81,7 +79,7 @@ def markdown(record: dict[str, Any]) -> str:
         "Intervals are 95 %: Wilson for shares, Clopper and Pearson for the goal's, bootstrap over problems for areas "
         f"and changes. {origin(record)}"
     )
-    return "\n\n".join(parts) + "\n"
+    return document(record, *parts)
 
 
 def verdict(found: dict[str, Any]) -> str:

@@ -12,19 +12,17 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.answer import Answer
-from parsedec.backends import open_session
 from parsedec.calibration.samples import Sample
 from parsedec.calibration.sources import Answers, Question, Source, Steps, right
 from parsedec.chat import prompt_ids
-from parsedec.drafter import Drafter
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
 from parsedec.experiment.build import build_engine, build_model, build_sampling
 from parsedec.experiment.nodes import check_local
+from parsedec.judge import judging_session
 from parsedec.model import LanguageModel
 from parsedec.outer import DraftVerification, TargetOnly
-from parsedec.sampling import Sampler
+from parsedec.sampling import Sampler, request_generator
 from parsedec.text import Draft
 from parsedec.types import Limits
 
@@ -66,6 +64,11 @@ class Scorer:
             )
         else:
             self.outer = outer.bind(self.target)
+            if self.outer.judge.needs.draft_logprobs:
+                raise ConfigError(
+                    f"{type(self.outer.judge).__name__} reads the draft model's probabilities of its own tokens, and "
+                    "labelled steps were written by no draft model. Use another judge, or labels=checker or answers."
+                )
 
     def sample(self, question: Question, index: int) -> Sample:
         """The question's draft, judged; one that cannot be (too long, say) says why."""
@@ -120,28 +123,14 @@ class Scorer:
     @torch.inference_mode()
     def _draft(self, text: str, prompt: list[int], index: int) -> Draft:
         """What the draft model writes, in the target's tokens, as the outer level would ask for it."""
-        engine = self.engine
-        assert engine is not None
-        assert engine.draft is not None
-        assert engine.draft_inner is not None
-        draft_model = engine.draft
-        reads_ours = self.target.same_vocabulary(draft_model) and not draft_model.has_template
-        own = prompt if reads_ours else prompt_ids(draft_model, [{"role": "user", "content": text}])
-        room = self.target.context_limit - len(prompt) - self.outer.judge.suffix_rows
-        limit = min(self.limits.max_new_tokens, room, self.outer.max_draft_tokens or room)
-        if limit < 1 or len(own) >= draft_model.context_limit:
-            raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a draft and its judge.")
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        sampler = Sampler(self.sampling, generator)
-        drafter = Drafter(
-            draft_model, self.target, engine.draft_inner, sampler, own, self.limits.stop, engine.acceptance
-        )
-        return drafter.write(Answer(self.target, self.limits), limit)
+        assert self.engine is not None
+        sampler = Sampler(self.sampling, request_generator(self.seed, index))
+        return self.engine.write_draft(text, prompt, sampler, self.limits)
 
     @torch.inference_mode()
     def _scores(self, prompt: list[int], draft: Draft, cuts: Sequence[int]) -> tuple[float, ...]:
         if not cuts:
             return ()
-        session = open_session(self.target)
+        session = judging_session(self.target, self.outer.judge)
         session.feed(prompt)
         return self.outer.judge.score(session, draft, cuts, cuts).values

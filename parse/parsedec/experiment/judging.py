@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from parsedec.backends import open_session
 from parsedec.experiment.summary import wilson
-from parsedec.experiment.table import grid, origin, tier
+from parsedec.experiment.table import document, grid, origin, tier
 from parsedec.judge import Judge, judging_session
 from parsedec.model import LanguageModel
 from parsedec.training.prefixes import Marked
@@ -243,7 +243,4 @@ def note(record: dict[str, Any]) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    return (
-        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n"
-        f"{grid(HEADS, cells(record))}\n\n{note(record)}\n"
-    )
+    return document(record, grid(HEADS, cells(record)), note(record))

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.experiment.summary import resampled
-from parsedec.experiment.table import grid, origin, printed, tier
+from parsedec.experiment.table import document, grid, origin, printed, tier
 from parsedec.model import LanguageModel
 
 PARTS = ("prefill", "target", "drafter", "speculator", "engine")
@@ -310,8 +310,5 @@ def terminal(record: dict[str, Any]) -> Table:
 
 def markdown(record: dict[str, Any]) -> str:
     """The same with the command that made it, to be committed beside the record."""
-    table = f"{grid(HEADS, rows_of(record))}\n\n" if record["inners"] else ""
-    return (
-        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n{sentence(record)}\n\n"
-        f"{table}{caption(record)}\n"
-    )
+    table = [grid(HEADS, rows_of(record))] if record["inners"] else []
+    return document(record, sentence(record), *table, caption(record))

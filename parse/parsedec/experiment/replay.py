@@ -96,10 +96,7 @@ def terminal(record: dict[str, Any]) -> Table:
 
 def markdown(record: dict[str, Any]) -> str:
     """The same with the command that made it, to be committed beside the record."""
-    return (
-        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n"
-        f"{table.grid(HEADS, rows(record))}\n\n{caption(record)}\n"
-    )
+    return table.document(record, table.grid(HEADS, rows(record)), caption(record))
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

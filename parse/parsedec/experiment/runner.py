@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.record import to_json
 from parsedec.gate import GateHistory
+from parsedec.sampling import request_generator
 from parsedec.tasks.base import Problem, Task
 from parsedec.types import Limits, Result, Sampling
 
@@ -125,7 +124,7 @@ def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -
         "stop": settings.limits.stop,
         "sampling": settings.sampling,
     }
-    generators = [torch.Generator().manual_seed(one.seed * 1_000_003 + one.number) for one in asked]
+    generators = [request_generator(one.seed, one.number) for one in asked]
     prompts, started = [one.problem.asked for one in asked], time.time()
     if settings.batch > 1:
         for i, answer in arm.engine.stream_batch(prompts, size=settings.batch, generators=generators, **options):

@@ -3,7 +3,7 @@ and how deep their guesses were accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -257,15 +257,18 @@ def terminal(record: dict[str, Any]) -> Group:
 def markdown(record: dict[str, Any]) -> str:
     """The same with the command that made it, to be committed beside the record."""
     heads, depths = ["arm", *(name for name, _ in columns(record))], depth_rows(record)
-    text = (
-        f"# {record['title']}\n\n    python experiments/{record['provenance']['command']}\n\n"
-        f"{grid(heads, rows(record))}\n\n{caption(record)}\n"
-    )
+    parts = [grid(heads, rows(record)), caption(record)]
     for title, heads, cells, note in sections(record):
-        text += f"\n## {title}\n\n{grid(heads, cells)}\n\n{note}\n"
+        parts += [f"## {title}", grid(heads, cells), note]
     if depths:
-        text += f"\n## Accepted by depth\n\n{grid(_depth_heads(depths), depths)}\n\n{DEPTH_CAPTION}\n"
-    return text
+        parts += ["## Accepted by depth", grid(_depth_heads(depths), depths), DEPTH_CAPTION]
+    return document(record, *parts)
+
+
+def document(record: Mapping[str, Any], *parts: str) -> str:
+    """Markdown about a record: its title, the command that made it, and `parts`, with blank lines between them."""
+    head = (f"# {record['title']}", f"    python experiments/{record['provenance']['command']}")
+    return "\n\n".join((*head, *parts)) + "\n"
 
 
 def printed(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], note: str) -> Table:

@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from parsedec.errors import ParsedecError
+from parsedec.experiment.html import rendered
 from parsedec.experiment.record import SCHEMA_VERSION, write_text
 
 Json = Mapping[str, Any]
 
+TEMPLATE = Path(__file__).parent / "trace.html.j2"
 OPEN_CARDS = 3  # requests that are unfolded when the page is opened
 PACKAGES_SHOWN = ("parsedec", "torch", "transformers")  # in the header; all of them are in the provenance
 PHASES = ("prefill", "draft", "judge", "decode")
@@ -311,16 +312,7 @@ def render_trace(record: Mapping[str, Any]) -> str:
             f"The record has schema_version={version!r}; this page is made from version "
             f"{SCHEMA_VERSION}. Render it with the parsedec that wrote it, or run again."
         )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for text_filter in (decimal, percent, seconds, plural, wrap_indents):
-        environment.filters[text_filter.__name__] = text_filter
-    return environment.get_template("trace.html.j2").render(page_view(record))
+    return rendered(TEMPLATE, page_view(record), (decimal, percent, seconds, plural, wrap_indents))
 
 
 def write_trace(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

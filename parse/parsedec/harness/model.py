@@ -27,6 +27,7 @@ from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, to_json, write_record
 from parsedec.experiment.summary import summarise
 from parsedec.harness.settings import composed, of_the_harness
+from parsedec.sampling import request_generator
 from parsedec.types import Limits, Message, Sampling
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
                 max_new_tokens=limits.max_new_tokens,
                 stop=limits.stop,
                 sampling=sampling,
-                generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index),
+                generator=request_generator(self.seed, index),
             )
         except ParsedecError as error:
             log.warning("%s: %s", row["id"], error)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.judge.probe import Mixture, read_card
-from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, Scores, scores_of
+from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, Scores, check_labels, scores_of
 from parsedec.model import LanguageModel
 from parsedec.remote.capabilities import Labels
 from parsedec.remote.model import RemoteModel
@@ -64,7 +64,10 @@ class CombinedJudge:
                 f"it shows the {target.can.top} most probable tokens. Use judge=label, or engine=local."
             )
         bound = {name: judge.bind(target) for name, judge in self.judges.items()}
-        return replace(self, judges=bound, mixture=mixture)
+        combined = replace(self, judges=bound, mixture=mixture)
+        for names in combined._passes().values():
+            check_labels(target, "combined", combined._wanted(names) or ())
+        return combined
 
     @property
     def needs(self) -> JudgeNeeds:

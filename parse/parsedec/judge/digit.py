@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parsedec.chat import label_tokens, suffix_text
 from parsedec.errors import ConfigError, JudgeError
-from parsedec.judge.seam import PassJudge, Reading, check_path, choose_path
+from parsedec.judge.seam import PassJudge, Reading, check_labels, check_path, choose_path
 from parsedec.model import LanguageModel
 
 QUESTION = (
@@ -50,6 +50,7 @@ class DigitJudge(PassJudge):
     def bind(self, target: LanguageModel) -> Self:
         suffix = suffix_text(target, self.question or QUESTION) + self.opening
         digits = tuple(label_tokens(target, suffix, DIGITS))
+        check_labels(target, "digit", digits)
         ids = tuple(target.encode(suffix))
         chosen, reason = choose_path(target, ids, self.path)
         return replace(self, suffix=ids, digit_ids=digits, chosen=chosen, reason=reason)

@@ -17,6 +17,7 @@ from parsedec.backends import open_session
 from parsedec.boundary import Thresholds
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.model import LanguageModel
+from parsedec.remote.capabilities import Labels
 from parsedec.remote.model import RemoteModel
 from parsedec.selftest import probe_error
 from parsedec.session import Session
@@ -202,6 +203,15 @@ def check_here(target: LanguageModel, judge: str, reads: str) -> None:
         raise IncompatibleStack(
             f"judge={judge} reads {reads}, and {target.name} does not show them. Use judge=label or judge=digit, or "
             "engine=local."
+        )
+
+
+def check_labels(target: LanguageModel, judge: str, labels: Sequence[int]) -> None:
+    """Refuse a pass that compares more labels than a server's way of showing them has room for."""
+    if isinstance(target, RemoteModel) and target.can.labels is Labels.SCORING and len(labels) > 2:
+        raise IncompatibleStack(
+            f"judge={judge} compares {len(labels)} labels in one pass, and labels=generative_scoring of {target.name} "
+            "scores one against another. Use labels=auto, or judge=label."
         )
 
 

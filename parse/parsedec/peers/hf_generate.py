@@ -19,7 +19,7 @@ from transformers.generation import BaseStreamer
 
 from parsedec.answer import Answer
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.inner import NoSpeculation
+from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.model import LanguageModel
 from parsedec.outer import Work, Written
 from parsedec.remote.model import RemoteModel
@@ -70,12 +70,22 @@ class HfGenerate:
             )
         return self
 
-    def run(self, work: Work) -> Iterator[Written]:
-        if not isinstance(work.target.inner, NoSpeculation):
+    def check_stack(self, target: LanguageModel, draft: LanguageModel | None, inner: InnerSpeculator) -> None:
+        if not isinstance(inner, NoSpeculation):
             raise IncompatibleStack(
-                f"outer=hf_generate decodes by itself and would ignore inner={type(work.target.inner).__name__}. "
-                "Use inner=none; outer.assisted=true speculates with the draft model."
+                f"outer=hf_generate decodes by itself and would ignore inner={type(inner).__name__}. Use inner=none; "
+                "outer.assisted=true speculates with the draft model."
             )
+        if not self.assisted or draft is None:
+            return
+        _check_here(draft)
+        if target.vocab_size == draft.vocab_size and not target.same_vocabulary(draft):
+            raise IncompatibleStack(
+                f"{draft.name} and {target.name} have as many tokens but not the same ones, and Hugging Face's "
+                "assisted generation goes by the number. Choose another draft model."
+            )
+
+    def run(self, work: Work) -> Iterator[Written]:
         session, answer = work.target.session, work.answer
         target, sampler = session.model, work.target.sampler
         assistant = self._assistant(work, target, sampler)
@@ -115,12 +125,6 @@ class HfGenerate:
         if not self.assisted or work.drafter is None:
             return None
         model = work.drafter.model
-        _check_here(model)
-        if target.vocab_size == model.vocab_size and not target.same_vocabulary(model):
-            raise IncompatibleStack(
-                f"{model.name} and {target.name} have as many tokens but not the same ones, and Hugging Face's "
-                "assisted generation goes by the number. Choose another draft model."
-            )
         if target.vocab_size != model.vocab_size and not sampler.greedy:
             raise IncompatibleStack(
                 f"{model.name} has {model.vocab_size} output rows and {target.name} {target.vocab_size}; to sample "

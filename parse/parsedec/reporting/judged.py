@@ -251,6 +251,51 @@ def _tradeoff(axes: Axes, rows: Rows) -> None:
     beside(axes)
 
 
+PROBE_HEADS = ("judge", "layer or weights", "AUC", "threshold", "full threshold")
+
+
+def probe_rows(record: Json) -> list[list[str]]:
+    """What a training of probes recommends: the best layer of each position, and the combined judge's weights."""
+    card, areas = record["card"], {(row["position"], row["layer"]): row["auc"] for row in record["probes"]}
+    rows = [
+        [f"probe, position={at}", str(fit["layer"]), f"{areas[at, fit['layer']]:.4f}", *_bounds(fit)]
+        for at, fit in card["probes"].items()
+    ]
+    if mixture := card.get("combined"):
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in mixture["weights"].items())
+        rows.append(["combined", f"{weights}, bias {mixture['bias']:.3g}", "-", *_bounds(mixture)])
+    return rows
+
+
+def _bounds(fit: Json) -> list[str]:
+    return [f"{fit[name]:.4g}" for name in ("threshold", "full_threshold")]
+
+
+def probe_picture(record: Json, prefix: str) -> Figure:
+    """How well every trained probe tells right from wrong."""
+    n = record["data"]["calibration"]["prefixes"]
+    rows: list[list[Cell]] = [
+        [row["position"], row["layer"], n, row["auc"], row["strength"]]
+        for row in sorted(record["probes"], key=lambda row: (row["position"], row["layer"]))
+    ]
+    return Figure(
+        name=f"{prefix}-layers",
+        title="Where in the large model right and wrong can be told apart",
+        guide="Higher is better at telling right from wrong (0.5 is guessing, 1 perfect); layers further right are "
+        "later ones.",
+        heads=("position", "layer", "n", "auc", "strength"),
+        rows=rows,
+        draw=_layers,
+    )
+
+
+def _layers(axes: Axes, rows: Rows) -> None:
+    series(axes, rows, 1, 3)
+    axes.axhline(0.5, color=FAINT, linewidth=1.5)
+    axes.set(xlabel="layer of the target", ylabel="area under the ROC curve")
+    beside(axes)
+
+
 def evaluation_pictures(found: Json, prefix: str) -> list[Figure]:
     """Of the evaluation of a trained target: its thresholds on unseen problems."""
     rows: list[list[Cell]] = []

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from parsedec.experiment.html import rendered
 from parsedec.experiment.record import write_text
 from parsedec.reporting.figure import drawn
 from parsedec.reporting.sections import Section, sections, sources
 
 PAGE = "report.html"
+TEMPLATE = Path(__file__).parent / "report.html.j2"
 FILES = "report"  # folder of the pictures
 GLOSSARY = {
     "target": ("Target, draft model", "The large model whose answers are wanted, and the small fast one that writes a "
@@ -56,18 +56,12 @@ def heading(made: Sequence[Section]) -> str:
 
 
 def render(made: Sequence[Section], pictures: Mapping[str, Any], title: str) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     used = {word for one in made for word in one.words}
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        sections=made,
-        pictures=pictures,
-        files=FILES,
-        glossary=[entry for word, entry in GLOSSARY.items() if word in used],
-    )
+    values = {
+        "title": title,
+        "sections": made,
+        "pictures": pictures,
+        "files": FILES,
+        "glossary": [entry for word, entry in GLOSSARY.items() if word in used],
+    }
+    return rendered(TEMPLATE, values)

@@ -97,8 +97,8 @@ def section(source: Source) -> Section:
     make = maker(record)
     if make is None:
         raise ParsedecError(
-            f"{source.path} holds none of what a report is made of (arms, advice, calibration, judges, a training, "
-            f"overhead, floors, load); it has {sorted(record)}."
+            f"{source.path} holds none of what a report is made of (arms, advice, calibration, judges, probes, a "
+            f"training, overhead, floors, load); it has {sorted(record)}."
         )
     provenance = record.get("provenance") or {}
     return replace(make(source), status=record.get("status", "finished"), command=provenance.get("command"))
@@ -218,6 +218,16 @@ def _judges(source: Source) -> Section:
     )  # fmt: skip
 
 
+def _probes(source: Source) -> Section:
+    record = source.record
+    unseen, origin = record["data"]["calibration"], f"Tier: {table.tier(record)}. {table.origin(record)}"
+    note = f"n = {unseen['prefixes']} prefixes, {unseen['wrong_prefixes']} of them wrong, which chose these. {origin}"
+    used = TextTable(title="What is used", heads=judged.PROBE_HEADS, cells=judged.probe_rows(record), note=note)
+    return Section(anchor=source.anchor, kind="Probes", title=record["title"], tables=[used],
+                   figures=[judged.probe_picture(record, source.anchor)],
+                   words=frozenset({"target", "judge", "threshold", "n", "auc"}))  # fmt: skip
+
+
 def _training(source: Source) -> Section:
     record, found = source.record, source.record["evaluation"] or {}
     figures = judged.evaluation_pictures(found, source.anchor) + costs.training_pictures(record, source.anchor)
@@ -316,6 +326,7 @@ MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source], Section]], ...] =
     (lambda record: record.get("kind") == "load", _load),
     (lambda record: record.get("kind") == "calibration", _calibration),
     (lambda record: "judges" in (record.get("summary") or {}), _judges),
+    (lambda record: "card" in record and "probes" in record, _probes),
     (lambda record: "history" in record and "evaluation" in record, _training),
     (lambda record: "inners" in record, _overhead),
     (lambda record: "devices" in record and "rows" in record, _floors),

@@ -31,11 +31,11 @@ from parsedec.engine import Parse, Prompt
 from parsedec.errors import ParsedecError
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
+from parsedec.sampling import request_generator
 from parsedec.serve.refusals import OWN, Refusal, closing, given_up
 from parsedec.types import Delta, Result, Sampling
 
 log = logging.getLogger(__name__)
-SEED_STRIDE = 1_000_003  # between the seeds of requests, so that choices of neighbouring seeds differ
 LONGEST_WAIT = 60  # seconds; nobody is told to wait longer
 
 
@@ -67,8 +67,7 @@ class Task:
 
     def generator(self) -> torch.Generator:
         """The source of randomness of this choice; without a seed it is another one each time."""
-        seed = secrets.randbits(62) if self.seed is None else self.seed * SEED_STRIDE + self.choice
-        return torch.Generator().manual_seed(seed % 2**63)
+        return request_generator(secrets.randbits(62) if self.seed is None else self.seed, self.choice)
 
 
 Event = Delta | Exception  # an exception is the last one of its job

@@ -49,6 +49,10 @@ class StaticPass:
     def device(self) -> torch.device:
         return self.session.model.device
 
+    @property
+    def separable(self) -> bool:
+        return True
+
     @classmethod
     @torch.inference_mode()
     def together(cls, passes: Sequence[StaticPass]) -> list[Output]:

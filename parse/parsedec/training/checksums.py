@@ -10,7 +10,6 @@ import hashlib
 from importlib.resources import files
 from pathlib import Path
 
-from parsedec.errors import ParsedecError
 from parsedec.experiment.record import write_text
 
 ZOO = Path(str(files("parsedec") / "zoo"))
@@ -32,21 +31,6 @@ def write_checksums(folder: Path = ZOO) -> Path:
     """Write `folder`/CHECKSUMS."""
     lines = [f"{digest}  {name}\n" for name, digest in digests(folder).items()]
     return write_text("".join(lines), folder / NAME)
-
-
-def read_checksums(folder: Path = ZOO) -> dict[str, str]:
-    """What `folder`/CHECKSUMS says, by path. ParsedecError for a line that `sha256sum` would not have written."""
-    path = folder / NAME
-    listed: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        digest, gap, name = line[:64], line[64:66], line[66:]
-        if gap != "  " or not name or name in listed or set(digest) - set("0123456789abcdef"):
-            raise ParsedecError(
-                f"{path}, line {number} is {line[:80]!r}; expected a sha256 in 64 small hexadecimal digits, two blanks "
-                "and a path that stands there once. Rewrite it: python -m parsedec.training.checksums"
-            )
-        listed[name] = digest
-    return listed
 
 
 def sha256(path: Path) -> str:

@@ -85,12 +85,6 @@ class Head(Protocol):
         """Write the checkpoint that the speculator's loader reads, in the module's dtype."""
 
 
-class NewHead(Protocol):
-    """Makes a head for a target; a recipe names one and its settings (`head`)."""
-
-    def __call__(self, *, target: LanguageModel, answers: Pool, seed: int) -> Head: ...
-
-
 class Distillation:
     """The objective of heads."""
 
