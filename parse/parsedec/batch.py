@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PATIENCE = 8  # forwards that may be made for others while a request waits for its own
+# Forwards that may be made for others while a request waits for its own. Fewer would cost more forwards in all: 8 took
+# 7 % more than no bound on a batch of sixteen whose drafts end at different times, 32 no more.
+PATIENCE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

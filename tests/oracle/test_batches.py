@@ -339,16 +339,16 @@ class Asked:
 @pytest.mark.parametrize("minorities", [1, 3])
 def test_a_pass_waits_for_a_bounded_number_of_forwards(minorities):
     """However many wait for another one, again and again. Those that wait too long are served in turn."""
-    made = []
+    made, rounds = [], 8 * PATIENCE
 
     def asking(group, times):
         for _ in range(times):
             current().ask(Asked(group, made))
 
-    many = [partial(asking, "many", 100)] * 4
+    many = [partial(asking, "many", rounds)] * 4
     few = [partial(asking, f"few {i}", 6) for i in range(minorities)]
     list(in_company([*many, *few], size=len(many) + minorities))
-    assert made.count("many") == 100
+    assert made.count("many") == rounds
     for i in range(minorities):
         places = [-1, *(place for place, group in enumerate(made) if group == f"few {i}")]
         assert len(places) == 7
