@@ -14,7 +14,15 @@ from parsedec.answer import Answer
 from parsedec.batch import Batch, BatchResult
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, ParsedecError, PromptError, TargetLost
+from parsedec.errors import (
+    ChatTemplateError,
+    ConfigError,
+    IncompatibleStack,
+    ParsedecError,
+    PromptError,
+    TargetLost,
+    TargetRefused,
+)
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import InnerSpeculator, NoSpeculation
@@ -204,9 +212,10 @@ class Parse:
                 piece = Delta(text=text.push(*tokens) if spelt else "", tokens=tuple(tokens), author=author)
                 with meter.away():
                     yield piece
-        except TargetLost as lost:
-            answer.stop = StopReason.SERVER_LOST
-            lost.partial = self._result(ids, work)
+        except (TargetLost, TargetRefused) as failed:
+            lost = isinstance(failed, TargetLost)
+            answer.stop = StopReason.SERVER_LOST if lost else StopReason.SERVER_REFUSED
+            failed.partial = self._result(ids, work)
             raise
         self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))

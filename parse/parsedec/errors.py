@@ -57,3 +57,10 @@ class TargetLost(ServerError):
     """The target's server went away in the middle of a request. `partial` is the answer as far as it had come."""
 
     partial: Result | None = None
+
+
+class TargetRefused(ServerRefused):
+    """The target's server will not serve a request of ours, and would not if it were asked again. `partial` is the
+    answer as far as it had come."""
+
+    partial: Result | None = None

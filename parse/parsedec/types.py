@@ -26,6 +26,7 @@ class StopReason(StrEnum):
     TOKEN_LIMIT = "token_limit"
     CONTEXT_LIMIT = "context_limit"
     SERVER_LOST = "server_lost"
+    SERVER_REFUSED = "server_refused"
 
 
 class Author(StrEnum):
