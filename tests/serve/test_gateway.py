@@ -225,7 +225,7 @@ class Slow:
     def __init__(self, words=1000):
         self.words, self.go, self.closed, self.begun = words, threading.Semaphore(0), 0, []
 
-    def stream(self, prompt, *, max_new_tokens=256, stop=(), sampling=None, generator=None):
+    def stream(self, prompt, *, max_new_tokens=256, stop=(), sampling=None, generator=None, top=None):
         self.begun.append(prompt[-1]["content"])
         try:
             for i in range(self.words):
