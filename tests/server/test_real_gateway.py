@@ -19,13 +19,13 @@ from serving import process
 
 openai = pytest.importorskip("openai", reason="the official client; pip install -e '.[dev]'")
 pytestmark = pytest.mark.server
-GAP, BEST_SHARE = 0.5, 0.9  # nats, share of tokens
+GAP, TIES = 0.5, 0.1  # nats; share of tokens that need not be the best one, one at least
 LIMIT_S = 120.0  # for what takes a few seconds where nothing else runs
-QUESTIONS = (
+QUESTIONS = (  # with answers that are encoded again into the tokens that were written
     "What is the capital of France?",
-    "List three animals that can swim, one per line.",
+    "Count from one to ten in words.",
     "How many legs has a spider?",
-    "Write one sentence about the sea.",
+    "What is 2 + 2?",
 )
 
 
@@ -62,7 +62,7 @@ def is_its_own(local, question, text):
     with torch.inference_mode():
         logits = local.hf(input_ids=torch.tensor([[*ids, *tokens]])).logits[0, len(ids) - 1 : -1]
     gaps = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-    return float(gaps.max()) < GAP and float((gaps == 0).float().mean()) >= BEST_SHARE
+    return float(gaps.max()) < GAP and int((gaps > 0).sum()) <= max(1, TIES * len(tokens))
 
 
 def text_of(stream):
@@ -163,7 +163,7 @@ def test_settings_of_a_request_reach_the_server(client, local):
     stop = whole[len(whole) // 2 :][:5]
     stopped = client.chat.completions.create(**asked(QUESTIONS[1]), stop=stop).choices[0]
     assert (stopped.finish_reason, stop in stopped.message.content) == ("stop", False)
-    assert is_its_own(local, QUESTIONS[1], stopped.message.content)
+    assert whole.startswith(stopped.message.content)
 
 
 def test_a_client_that_leaves_frees_the_gateway_and_the_server_behind_it(client, gateway, server, kind):
