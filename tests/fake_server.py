@@ -19,6 +19,9 @@ OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp"}
 VERSIONS = {"/version": "vllm", "/get_server_info": "sglang", "/props": "llamacpp"}
 
 
+REFUSED = {"error": {"message": "this adapter is not allowed", "type": "BadRequestError", "code": 400}}
+
+
 class Refused(Exception):
     pass
 
@@ -27,7 +30,8 @@ class FakeServer:
     """`with FakeServer(model) as server: connect(server.url, …)`.
 
     faults   for the next requests that generate, one each: "500", "busy", "malformed", "slow", "reset", "reset_stream",
-             "broken_stream", "empty"; None for one that goes well
+             "broken_stream", "empty", "400" (refused), "refused_stream" (refused in a stream that has begun); None for
+             one that goes well
     logprobs  whether it shows log-probabilities
     pace_s   seconds a token takes
     """
@@ -149,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         """Faults that need no model."""
         if fault in ("500", "busy"):
             self.reply({"error": "for now"}, 500 if fault == "500" else 429)
+        elif fault == "400":
+            self.reply(REFUSED, 400)
         elif fault == "malformed":
             self.reply("<html>no JSON</html>")
         elif fault == "empty":
@@ -180,6 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         if many and fake.flavour == "plain":
             raise Refused("one prompt at a time")
         if body.get("stream"):
+            if fake.flavour == "llamacpp":
+                return self.stream(self.whole_characters(prompts[0], body), fault, wrap=lambda event: event)
             return self.stream((self.choice(s, body) for s in self.steps(prompts[0], body)), fault)
         choices = []
         for index, ids in enumerate(prompts):
@@ -199,6 +207,18 @@ class Handler(BaseHTTPRequestHandler):
             yield [(token, logprobs, "length" if count == body["max_tokens"] else None)]
         if count < body["max_tokens"]:
             yield [(None, None, "length")]
+
+    def whole_characters(self, ids, body):
+        """Events of llama.cpp: text waits until its last character is whole, and comes with the last token alone."""
+        held, count, finish = [], 0, None
+        for part in self.steps(ids, body):
+            held += [step for step in part if step[0] is not None]
+            count, finish = count + len([step for step in part if step[0] is not None]), part[-1][2]
+            text = self.fake.model.decode([token for token, _, _ in held])
+            if finish != "stop" and held and not text.endswith("\ufffd"):
+                yield {"choices": [self.choice([(*held[-1][:2], None)], body) | {"text": text}]}
+                held = []
+        yield {"choices": [{"index": 0, "text": "", "finish_reason": finish}], "usage": {"completion_tokens": count}}
 
     def choice(self, steps, body):
         fake, model = self.fake, self.fake.model
@@ -284,6 +304,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reset()
             if fault == "broken_stream" and i == 3:
                 self.wfile.write(b"data: {not json\n\n")
+                return None
+            if fault == "refused_stream" and i == 3:
+                self.wfile.write(f"data: {json.dumps(REFUSED)}\n\n".encode())
                 return None
             if fault == "slow_stream" and i == 3:
                 self.fake.released.wait(self.fake.slow_s)

@@ -14,7 +14,15 @@ from parsedec.answer import Answer
 from parsedec.batch import Batch, BatchResult
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
-from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, ParsedecError, PromptError, TargetLost
+from parsedec.errors import (
+    ChatTemplateError,
+    ConfigError,
+    IncompatibleStack,
+    ParsedecError,
+    PromptError,
+    TargetLost,
+    TargetRefused,
+)
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import InnerSpeculator, NoSpeculation
@@ -22,6 +30,7 @@ from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
@@ -125,15 +134,41 @@ class Parse:
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
+        top: int | None = None,
     ) -> Iterator[Delta]:
         """As `generate`, piece by piece: every piece is sure to stand. The last one carries the result.
 
-        What is wrong with the request is raised here; the work begins with the first piece that is asked for.
+        top  the pieces have `shown`: the target's log-probability of each token, and of the `top` most probable ones
+
+        What is wrong with the request is raised here; the work begins with the first piece that is asked for. Raises
+        IncompatibleStack where log-probabilities are asked for and not defined (`no_logprobs`).
         """
-        return self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, True)
+        if top is not None and self.no_logprobs is not None:
+            raise IncompatibleStack(f"no log-probabilities: {self.no_logprobs}. Leave `top` out, or use outer=none.")
+        limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
+        return self._begin(prompt, limits, sampling, generator, True, top)
+
+    @property
+    def no_logprobs(self) -> str | None:
+        """Why the tokens of an answer have no log-probabilities; None where they have.
+
+        A draft's tokens were judged as text and kept as they were: the target chose none of them. What it thinks of
+        them is another question than what it would have written, and takes rows that a judge pass may not have.
+        """
+        if not isinstance(self.outer, TargetOnly):
+            return "an answer has two authors, and the parts the draft model wrote were never sampled from the target"
+        if isinstance(self.target, RemoteModel):
+            return "the tokens are chosen on a model server, which is asked for no log-probabilities of them"
+        return None
 
     def _begin(
-        self, prompt: Prompt, limits: Limits, sampling: Sampling | None, generator: torch.Generator | None, spelt: bool
+        self,
+        prompt: Prompt,
+        limits: Limits,
+        sampling: Sampling | None,
+        generator: torch.Generator | None,
+        spelt: bool,
+        top: int | None = None,
     ) -> Iterator[Delta]:
         """`spelt`: each piece has its text; decoding it takes longer than all else the engine does in a step."""
         sampler = Sampler(sampling or Sampling(), generator)
@@ -141,7 +176,7 @@ class Parse:
         if self.target.shared:
             ranks.check_same(self.target, (ids, limits, sampler.settings))
             ranks.share_generator(self.target, generator)
-        return self._answer(ids, self.open_drafter(prompt, ids, sampler, limits), sampler, limits, spelt)
+        return self._answer(ids, self.open_drafter(prompt, ids, sampler, limits), sampler, limits, spelt, top)
 
     def generate_batch(
         self,
@@ -187,11 +222,18 @@ class Parse:
         return batch.answers(self)
 
     def _answer(
-        self, ids: list[int], drafter: Drafter | None, sampler: Sampler, limits: Limits, spelt: bool
+        self,
+        ids: list[int],
+        drafter: Drafter | None,
+        sampler: Sampler,
+        limits: Limits,
+        spelt: bool,
+        top: int | None = None,
     ) -> Iterator[Delta]:
         answer, meter = Answer(self.target, limits), Meter(self.target.device, clock())
         layers = self.judge_needs.hidden_layers
         target = open_decoder(self.target, self.inner, sampler, Tally(), self.acceptance, layers)
+        target.top = top
         if self.outer.prefill:
             with meter.span("prefill"):
                 target.session.feed(ids)
@@ -204,12 +246,14 @@ class Parse:
             for author, tokens in self.outer.run(work):
                 meter.saw_token()
                 if spelt:
-                    piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author)
+                    shown, target.shown = tuple(target.shown[: len(tokens)]), []  # beyond the end nothing was written
+                    piece = Delta(text=text.push(*tokens), tokens=tuple(tokens), author=author, shown=shown)
                     with meter.away():
                         yield piece
-        except TargetLost as lost:
-            answer.stop = StopReason.SERVER_LOST
-            lost.partial = self._result(ids, work)
+        except (TargetLost, TargetRefused) as failed:
+            lost = isinstance(failed, TargetLost)
+            answer.stop = StopReason.SERVER_LOST if lost else StopReason.SERVER_REFUSED
+            failed.partial = self._result(ids, work)
             raise
         self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))

@@ -64,6 +64,13 @@ class TargetLost(ServerError):
     partial: Result | None = None
 
 
+class TargetRefused(ServerRefused):
+    """The target's server will not serve a request of ours, and would not if it were asked again. `partial` is the
+    answer as far as it had come."""
+
+    partial: Result | None = None
+
+
 def without_frames(error: BaseException) -> BaseException:
     """The same error with its chain of causes, but without tracebacks: their frames hold the caches of its request."""
     seen: set[int] = set()

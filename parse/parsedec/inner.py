@@ -19,7 +19,7 @@ from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.staged import token_logprobs
-from parsedec.types import Author, Needs, Outcome, Seen, StopReason, Tree
+from parsedec.types import Author, Needs, Outcome, Seen, Shown, StopReason, Tree
 
 
 class InnerSpeculator(Protocol):
@@ -114,6 +114,8 @@ class Decoder:
         self.notes: set[str] = set()  # what a reader of the trace should know
         self.acceptance: Acceptance = acceptance or Siblings()
         self.logprobs: list[float] | None = None  # of the tokens written, if somebody has set it to a list
+        self.top: int | None = None  # how many of the most probable tokens `shown` has; None: nobody asks for it
+        self.shown: list[Shown] = []
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of
         self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
@@ -162,6 +164,12 @@ class Decoder:
         """Note the log-probability of tokens[i] under logits[rows[i]], if somebody asks for them."""
         if self.logprobs is not None:
             self.logprobs += token_logprobs(logits[list(rows)], tokens).tolist()
+        if self.top is not None:
+            seen = logits[list(rows)].float().log_softmax(-1)  # [N, V]
+            best, ids = (part.tolist() for part in seen.topk(min(self.top, seen.shape[-1])))
+            own = [float(seen[i, token]) for i, token in enumerate(tokens)]
+            tops = [tuple(zip(*row, strict=True)) for row in zip(ids, best, strict=True)]
+            self.shown += [Shown(*entry) for entry in zip(tokens, own, tops, strict=True)]
 
     def _seen(self, start: int) -> Seen:
         """What the speculator asked to see of the rows from `start` on: its layers are the session's first."""

@@ -26,6 +26,7 @@ class StopReason(StrEnum):
     TOKEN_LIMIT = "token_limit"
     CONTEXT_LIMIT = "context_limit"
     SERVER_LOST = "server_lost"
+    SERVER_REFUSED = "server_refused"
 
 
 class Author(StrEnum):
@@ -339,14 +340,27 @@ class Result:
         return self.new_tokens / self.times.wall_s if self.times.wall_s > 0 else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A token as the target saw it when it was written, at temperature 1, nats.
+
+    top  the most probable tokens in its place and their log-probabilities, the likeliest first
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """One event of `Parse.stream`: text that is sure to stand, and who wrote it.
 
-    The last event carries the finished `result` and may have no text.
+    The last event carries the finished `result` and may have no text. `shown`: one entry a token, where asked for.
     """
 
     text: str
     tokens: tuple[int, ...]
     author: Author
     result: Result | None = None
+    shown: tuple[Shown, ...] = ()

@@ -12,7 +12,7 @@ import tiny
 from fake_server import FakeServer
 from parsedec import Parse, PrefixVerification
 from parsedec.boundary import FirstFailure
-from parsedec.errors import ServerError, TargetLost
+from parsedec.errors import ServerError, TargetLost, TargetRefused
 from parsedec.remote import connect
 from parsedec.segmenters import EveryTokens
 from parsedec.types import Author, StopReason
@@ -132,6 +132,33 @@ def test_lost_target_gives_back_what_was_finished(pair, fault):
     assert partial.tokens == expected.tokens[:kept]
     assert (partial.stop, partial.new_tokens) == (StopReason.SERVER_LOST, kept)
     assert generate().tokens == expected.tokens, "the engine stays usable"
+
+
+@pytest.mark.parametrize(("fault", "when"), [("400", "judge"), ("400", "write"), ("refused_stream", "write")])
+def test_a_refusal_is_named_and_not_asked_again(pair, fault, when):
+    """The target's server is there and says no: its words are in the error, and what was finished is kept."""
+    target, _, generate, expected = pair
+    before = len(target.seen)
+    target.faults.extend([fault] if when == "judge" else [None, fault])
+    with pytest.raises(TargetRefused, match=r"\(400\): this adapter is not allowed\. What was finished") as refused:
+        generate()
+    assert not isinstance(refused.value, TargetLost)
+    assert (refused.value.status, len(target.seen) - before) == (400, 1 if when == "judge" else 2)
+    partial, kept = refused.value.partial, expected.counters.kept_draft_tokens
+    written = {"judge": 0, "write": kept + (3 if fault == "refused_stream" else 0)}[when]
+    assert (partial.tokens, partial.stop) == (expected.tokens[:written], StopReason.SERVER_REFUSED)
+    assert generate().tokens == expected.tokens, "the engine stays usable"
+
+
+def test_a_refused_draft_is_named_and_its_server_asked_for_the_next(pair):
+    _, draft, generate, expected = pair
+    before = len(draft.seen)
+    draft.faults.append("400")
+    result = generate()
+    assert any("(400): this adapter is not allowed" in note for note in result.notes)
+    assert all(span.author is Author.TARGET for span in result.spans)
+    assert len(draft.seen) - before == 1
+    assert generate().tokens == expected.tokens
 
 
 def test_target_killed_and_restarted(pair):

@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, joint, load
-from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost
+from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost, TargetRefused
 from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
 from parsedec.serve.desk import Desk, FairQueue, Job, Task
 from parsedec.serve.refusals import Refusal, refusal
@@ -225,7 +225,7 @@ class Slow:
     def __init__(self, words=1000):
         self.words, self.go, self.closed, self.begun = words, threading.Semaphore(0), 0, []
 
-    def stream(self, prompt, *, max_new_tokens=256, stop=(), sampling=None, generator=None):
+    def stream(self, prompt, *, max_new_tokens=256, stop=(), sampling=None, generator=None, top=None):
         self.begun.append(prompt[-1]["content"])
         try:
             for i in range(self.words):
@@ -378,6 +378,7 @@ def test_a_failing_engine_fails_its_request_alone():
     [
         (TargetLost("http://10.0.0.7:9 was lost"), 503, "5", True),
         (ServerRefused("http://10.0.0.7:9 answered 401", 401), 502, None, True),
+        (TargetRefused("http://10.0.0.7:9 refused the request (400)", 400), 502, None, True),
         (JudgeError("the weights at http://10.0.0.7:9 are unusable"), 500, None, True),
         (PromptError("the prompt is too long"), 400, None, False),
     ],

@@ -98,7 +98,7 @@ class Server:
                     break
                 event = _json(data, self.url)
                 if "error" in event:
-                    raise ServerError(f"{self.url} broke off its answer: {event['error']}.")
+                    raise _broken_off(self.url, event["error"])
                 yield event
             if not finished:
                 raise ServerError(f"{self.url} closed a stream before its end ([DONE]).")
@@ -187,11 +187,31 @@ def _client(connection: Connection) -> httpx.Client:
 
 
 def _refusal(where: str, status: int, text: str) -> ServerError:
-    shown = " ".join(text.split())[:300]
+    shown = _said(text)
     if status >= 500 or status in BUSY:
         return ServerError(f"{where} answered {status}: {shown}")
     hint = " Check the key: api_key_env." if status in (401, 403) else ""
     return ServerRefused(f"{where} refused the request ({status}): {shown}.{hint}", status)
+
+
+def _said(text: str) -> str:
+    """What a server says of an error: the message in its JSON, where it has one."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = text
+    for name in ("error", "message", "detail"):  # {"error": {"message": …}}, as OpenAI; {"detail": …}, as FastAPI
+        told = told.get(name, told) if isinstance(told, dict) else told
+    return " ".join(str(told).split())[:300]
+
+
+def _broken_off(url: str, error: object) -> ServerError:
+    """An error in a stream that had begun. Some servers say there, and not by the status, that they refuse."""
+    status = error.get("code") if isinstance(error, dict) else None
+    said = _said(json.dumps({"error": error}))
+    if isinstance(status, int) and 400 <= status < 500 and status not in BUSY:
+        return ServerRefused(f"{url} refused the request ({status}): {said}.", status)
+    return ServerError(f"{url} broke off its answer: {said}.")
 
 
 def _json(text: str | bytes, url: str) -> Any:

@@ -15,20 +15,19 @@ from torch import Tensor
 
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
-from parsedec.errors import IncompatibleStack, PromptError, ServerError, ServerRefused, TargetLost
+from parsedec.errors import IncompatibleStack, PromptError, ServerError, ServerRefused, TargetLost, TargetRefused
 from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.remote import wire
 from parsedec.remote.capabilities import Labels, TokensBack
 from parsedec.remote.model import RemoteModel
+from parsedec.remote.reading import reader
 from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.staged import JudgeRows, check_cuts
-from parsedec.text import encoded_behind
 from parsedec.types import Author, JudgePath, StopReason
 
-UNSETTLED = 8  # last tokens of encoded text that more text may still change
 MOST_PROMPTS = 64  # in one request
 NOTHING = -1e9  # log-probability of what counts as impossible; finite, since judges refuse scores that are no numbers
 COUNTED = "target_calls and draft_calls are requests to servers; the rows they compute are not known and count as 0"
@@ -83,7 +82,7 @@ class RemoteSession(Session):
         try:
             found = [f for i in range(0, len(items), at_once) for f in self._ask(items[i : i + at_once], wanted)]
         except ServerError as error:
-            raise _lost(self.model, error) from error
+            raise _failed(self.model, error) from error
         logits = torch.full((len(probes), self.model.vocab_size), -math.inf)  # [K, V]
         for row, shown in zip(logits, found, strict=False):  # nothing was found where nothing was wanted
             row[list(wanted)] = torch.tensor(self._logprobs(shown, wanted))
@@ -186,7 +185,7 @@ class RemoteDecoder(Decoder):
                         server.note_lost()
                     self._give_up(answer, str(error))
                 else:
-                    raise _lost(self.model, error) from error
+                    raise _failed(self.model, error) from error
 
     def _stream(self, answer: Answer, author: Author) -> Iterator[list[int]]:
         """One completion behind the committed tokens; yields what became part of the answer."""
@@ -197,11 +196,10 @@ class RemoteDecoder(Decoder):
             seed = int(torch.randint(1 << 31, (), generator=self.sampler.generator))
         new, came, finish = min(answer.remaining, session.room), 0, None
         session.calls += 1
-        text = EncodedText(model, session.tokens)
-        prompt = model.prompt(session.tokens)
+        tokens_of, prompt = reader(model, session.tokens, self.notes), model.prompt(session.tokens)
         with closing(wire.stream(model.server, model.can, prompt, new, settings, seed)) as pieces:
             for piece in pieces:
-                tokens = text.push(piece.text, final=bool(piece.finish)) if piece.tokens is None else [*piece.tokens]
+                tokens = tokens_of.push(piece)
                 if piece.finish == "stop" and model.end_token is not None:
                     tokens.append(model.end_token)  # not taken if the server had sent it already
                 taken, finish = answer.extend(tokens, author), piece.finish
@@ -213,8 +211,8 @@ class RemoteDecoder(Decoder):
                     return
         if finish == "stop":  # of a model without an end token
             answer.stop = StopReason.END_TOKEN
-        elif finish == "length" and came < (1 if model.can.tokens_back is TokensBack.TEXT else new):
-            answer.stop = StopReason.CONTEXT_LIMIT  # the server's own
+        elif finish == "length":
+            answer.stop = _limit(came, new, piece.count, self.model.can.tokens_back)
         elif finish is None and not came:
             raise ServerError(f"{model.server.url} ended a stream with neither text nor a reason.")
 
@@ -223,28 +221,22 @@ class RemoteDecoder(Decoder):
         self.notes.add(f"the draft model did not finish a draft, and the target went on alone: {reason}")
 
 
-class EncodedText:
-    """Tokens of a text that arrives in pieces, from a server that names no ids; the last ones wait till sure."""
+def _limit(came: int, new: int, count: int | None, way: TokensBack) -> StopReason | None:
+    """Why a completion of `new` tokens ended for its length, of which `came` arrived here; None: it is to go on.
 
-    def __init__(self, model: LanguageModel, before: Sequence[int]) -> None:
-        self._model = model
-        self._before = list(before)
-        self._text = ""
-        self._sent: list[int] = []
-
-    def push(self, text: str, *, final: bool) -> list[int]:
-        self._text += text
-        tokens = encoded_behind(self._model, self._text, self._before)
-        if tokens[: len(self._sent)] != self._sent:  # more text has changed what was sent: encode what is behind that
-            rest = self._text[len(self._model.decode(self._sent)) :]
-            tokens = self._sent + encoded_behind(self._model, rest, [*self._before, *self._sent])
-        sure = len(tokens) if final else max(len(self._sent), len(tokens) - UNSETTLED)
-        new = tokens[len(self._sent) : sure]
-        self._sent += new
-        return new
+    The server counts what it wrote, and fewer is its own limit. Tokens that it counts and does not show are the
+    beginning of a character; asking on does not bring it if there is no room for its end.
+    """
+    if count is None:
+        return StopReason.CONTEXT_LIMIT if came < (1 if way is TokensBack.TEXT else new) else None
+    if count < new:
+        return StopReason.CONTEXT_LIMIT
+    return None if came else StopReason.TOKEN_LIMIT
 
 
-def _lost(model: LanguageModel, error: ServerError) -> TargetLost:
-    return TargetLost(
-        f"the target {model.name} was lost in the middle of a request: {error} What was finished is in `partial`."
-    )
+def _failed(model: LanguageModel, error: ServerError) -> TargetLost | TargetRefused:
+    """What becomes of a request whose target cannot go on, and will not come back in time."""
+    where = "What was finished is in `partial`."
+    if isinstance(error, ServerRefused):
+        return TargetRefused(f"the target {model.name} did not take a request. {error} {where}", error.status)
+    return TargetLost(f"the target {model.name} was lost in the middle of a request: {error} {where}")

@@ -23,11 +23,15 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an answer: ids (None where the server gives none), text, and why it ended, if it did."""
+    """A part of an answer: ids (None where the server gives none), text, and why it ended, if it did.
+
+    count  tokens of the whole answer as the server counts them, where it says so
+    """
 
     tokens: tuple[int, ...] | None
     text: str
     finish: str | None
+    count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ def stream(
     body = completion(can, [prompt], new, sampling, seed) | {"stream": True}
     for event in server.events("/v1/completions", body):
         for choice in entries(event, "choices"):
-            yield piece(choice, can.tokens_back)
+            yield piece(choice, can.tokens_back, (event.get("usage") or {}).get("completion_tokens"))
 
 
 def labels(server: Server, can: Capabilities, prompts: Prompts, ids: Sequence[int]) -> list[Found]:
@@ -133,7 +137,7 @@ def asked(can: Capabilities, ids: Sequence[int]) -> dict[str, Any]:
     return {"logprobs": can.top} | names
 
 
-def piece(choice: Mapping[str, Any], tokens_back: TokensBack) -> Piece:
+def piece(choice: Mapping[str, Any], tokens_back: TokensBack, count: object = None) -> Piece:
     """A choice, or a streamed part of one."""
     text, finish = choice.get("text", ""), choice.get("finish_reason")
     if not isinstance(text, str) or not isinstance(finish, str | None):
@@ -141,7 +145,7 @@ def piece(choice: Mapping[str, Any], tokens_back: TokensBack) -> Piece:
     if finish not in (None, "stop", "length"):
         raise ServerError(f"a server ended its answer with finish_reason {finish!r}; expected stop or length.")
     with reading(choice):
-        return Piece(_tokens(choice, tokens_back), text, finish)
+        return Piece(_tokens(choice, tokens_back), text, finish, count if isinstance(count, int) else None)
 
 
 def logprobs(choice: Mapping[str, Any]) -> Found:

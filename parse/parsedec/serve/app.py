@@ -14,9 +14,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from parsedec.model import LanguageModel
 from parsedec.serve.asked import Asked, ChatAsked, Defaults, TextAsked, tasks_of
 from parsedec.serve.desk import Desk, Engine, Event, Ticket
 from parsedec.serve.guard import Guard
+from parsedec.serve.logprobs import Book
 from parsedec.serve.metrics import Metrics
 from parsedec.serve.refusals import Refusal, refusal
 from parsedec.serve.replies import DONE, Reply, event
@@ -58,7 +60,9 @@ class Gateway:
             sampling=sampling or Sampling(),
             max_tokens=settings.max_tokens,
             max_choices=settings.max_choices,
+            no_logprobs=getattr(engine, "no_logprobs", "its engine knows none"),
         )
+        self._speaks: LanguageModel | None = getattr(engine, "target", None)
         self.fingerprint = fingerprint
         self.created = int(time.time())
         keys = settings.keys
@@ -125,10 +129,11 @@ class Gateway:
         tasks = tasks_of(asked, self.defaults)
         prompts = len(tasks) // (asked.n or 1)
         ticket = self.desk.submit(tasks, _client(request))
-        reply = Reply(chat=chat, model=self.model, fingerprint=self.fingerprint)
+        book = Book(self._speaks) if self._speaks and tasks[0].top is not None else None
+        reply = Reply(chat=chat, model=self.model, fingerprint=self.fingerprint, book=book)
         try:
             if not asked.stream:
-                results = await _unless_gone(request, _collected(ticket))
+                results = await _unless_gone(request, _collected(ticket, reply))
                 if results is None:
                     return Response(status_code=LEFT)
                 return JSONResponse(reply.whole(results, prompts))
@@ -161,13 +166,14 @@ class EventStream(StreamingResponse):
             self.ticket.drop()
 
 
-async def _collected(ticket: Ticket) -> list[Result]:
+async def _collected(ticket: Ticket, reply: Reply) -> list[Result]:
     """The results of all choices in order. Raises Refusal for the first error."""
     results: dict[int, Result] = {}
     while len(results) < len(ticket.jobs):
         index, told = await ticket.next()
         if isinstance(told, Exception):
             raise refusal(told)
+        reply.note(index, told)
         if told.result is not None:
             results[index] = told.result
     return [results[i] for i in sorted(results)]
@@ -183,6 +189,7 @@ async def _events(ticket: Ticket, reply: Reply, first: tuple[int, Event], usage:
         opened.add(index)
         if opening:
             yield event(opening)
+        reply.note(index, told)
         if told.text:
             yield event(reply.piece(index, told))
         if told.result is not None:

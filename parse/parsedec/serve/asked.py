@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from parsedec.errors import ConfigError
 from parsedec.serve.desk import Task
@@ -18,6 +18,7 @@ from parsedec.serve.refusals import Refusal
 from parsedec.types import Limits, Message, Sampling
 
 MOST_STOPS = 16
+MOST_TOP = 5  # log-probabilities of other tokens
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # not supported; these values, and null, ask for nothing
     "audio": (),
     "best_of": (1,),
@@ -26,7 +27,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # not supported; these values, and null
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
@@ -43,10 +43,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # not supported; these values, and null
     "web_search_options": (),
 }
 TAKEN = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "user"}
-WHY = {
-    "logprobs": "an answer has two authors, and the parts the draft model wrote were never sampled from the target",
-    "echo": "only what was written is returned",
-}
+WHY = {"echo": "only what was written is returned"}
 
 
 def _unicode(text: str) -> str:
@@ -59,6 +56,7 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+Top = Annotated[StrictInt, Field(ge=0, le=MOST_TOP)]
 
 
 class StreamOptions(BaseModel):
@@ -105,6 +103,11 @@ class Asked(BaseModel):
     def most_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def top(self) -> int | None:
+        """How many log-probabilities are asked for besides each token's own; None: not even that."""
+        raise NotImplementedError
+
     def prompts(self) -> list[tuple[Any, bool]]:
         """The prompts, each with whether it is text to be read as it is."""
         raise NotImplementedError
@@ -131,6 +134,15 @@ class ChatAsked(Asked):
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Top | None = None
+
+    @property
+    def top(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            said = "'top_logprobs' is only for requests with logprobs=true."
+            raise Refusal(400, said, code="invalid_value", param="top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def most_tokens(self) -> int | None:
@@ -144,6 +156,11 @@ class TextAsked(Asked):
     """The body of /v1/completions: text that the model goes on with, or its token ids; one prompt or several."""
 
     prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
+    logprobs: Top | None = None
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[tuple[Any, bool]]:
         if isinstance(self.prompt, str):
@@ -157,12 +174,13 @@ class TextAsked(Asked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What holds where a client says nothing, and how much it may ask for."""
+    """What holds where a client says nothing, and how much it may ask for. `no_logprobs`: why it may not for those."""
 
     limits: Limits
     sampling: Sampling
     max_tokens: int
     max_choices: int
+    no_logprobs: str | None = None
 
 
 def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
@@ -176,6 +194,10 @@ def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
             code="invalid_value",
             param="max_tokens" if asked.max_tokens == most else "max_completion_tokens",
         )
+    top = asked.top
+    if top is not None and defaults.no_logprobs:
+        said = f"'logprobs' is not supported by this server: {defaults.no_logprobs}. Leave it out."
+        raise Refusal(400, said, code="unsupported_parameter", param="logprobs")
     prompts, n = asked.prompts(), asked.n or 1
     if n * len(prompts) > defaults.max_choices:
         raise Refusal(
@@ -190,6 +212,7 @@ def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
         stop=_stops(asked.stop, defaults.limits.stop),
         sampling=_sampling(asked, defaults.sampling),
         seed=asked.seed,
+        top=top,
     )
     return [
         replace(task, prompt=prompt, text=text, choice=i * n + j)

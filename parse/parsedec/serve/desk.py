@@ -50,12 +50,14 @@ class Engine(Protocol):
         stop: Sequence[str] = ...,
         sampling: Sampling | None = ...,
         generator: torch.Generator | None = ...,
+        top: int | None = ...,
     ) -> Iterator[Delta]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One answer to be written, as `Parse.stream` takes it. `text`: the prompt is not a message but text as it is."""
+    """One answer to be written, as `Parse.stream` takes it. `text`: the prompt is not a message but text as it is;
+    `top`: so many log-probabilities are asked for besides each token's own."""
 
     prompt: Prompt
     text: bool = False
@@ -64,6 +66,7 @@ class Task:
     sampling: Sampling
     seed: int | None = None
     choice: int = 0
+    top: int | None = None
 
     def generator(self) -> torch.Generator:
         """The source of randomness of this choice; without a seed it is another one each time."""
@@ -372,6 +375,7 @@ def _stream(engine: Engine, task: Task) -> Generator[Delta]:
         stop=task.stop,
         sampling=task.sampling,
         generator=None if task.sampling.greedy else task.generator(),
+        top=task.top,
     )
 
 

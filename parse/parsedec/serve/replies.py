@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from parsedec.serve.logprobs import Book
 from parsedec.types import Delta, Result, StopReason
 
 DONE = "data: [DONE]\n\n"
@@ -62,6 +63,7 @@ class Reply:
     chat: bool
     model: str
     fingerprint: str
+    book: Book | None = None  # log-probabilities, where they are asked for
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -81,11 +83,16 @@ class Reply:
             return None
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
+    def note(self, index: int, delta: Delta) -> None:
+        """Every event of a choice passes here: its tokens may come before their text."""
+        if self.book:
+            self.book.push(index, delta)
+
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """A chunk with text that stands, and who wrote it."""
         told = {"author": delta.author.value, "tokens": len(delta.tokens)}
         body = {"delta": {"content": delta.text, "parsedec": told}} if self.chat else _text(delta.text, told)
-        return self._chunk({"index": index, **body, "finish_reason": None})
+        return self._chunk({"index": index, **body, "finish_reason": None}, self._logprobs(index))
 
     def last(self, index: int, result: Result) -> dict[str, Any]:
         """The chunk that ends a choice."""
@@ -101,8 +108,11 @@ class Reply:
     def _kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self._frame(self._kind, [{**choice, "logprobs": None}])
+    def _logprobs(self, index: int) -> dict[str, Any] | None:
+        return self.book.page(index, chat=self.chat) if self.book else None
+
+    def _chunk(self, choice: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._frame(self._kind, [{**choice, "logprobs": logprobs}])
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -118,7 +128,7 @@ class Reply:
         said = {"role": "assistant", "content": result.text, "refusal": None}
         body = {"message": said} if self.chat else {"text": result.text}
         told = _told(result) | {"spans": [{"author": s.author.value, "text": s.text} for s in result.spans]}
-        ended = {"finish_reason": FINISHED[result.stop], "logprobs": None, "parsedec": told}
+        ended = {"finish_reason": FINISHED[result.stop], "logprobs": self._logprobs(index), "parsedec": told}
         return {"index": index, **body, **ended}
 
 
