@@ -83,11 +83,13 @@ zoo: setup  ## train the embedded models and heads again, about three hours of o
 	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
 	$(TRAIN) recipe=zoo_base output=$(ZOO)/base recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
 	$(TRAIN) recipe=zoo_target output=$(ZOO)/target recipe.init=$(ZOO)/base/model recipe.drafts.model=$(ZOO)/draft/model recipe.evaluation.draft=$(ZOO)/draft/model
+	mkdir -p $(ZOO)/judge && cp -n $(ZOO)/target/drafts.json $(ZOO)/judge/  # the same drafts, not sampled again
+	$(TRAIN) recipe=zoo_judge output=$(ZOO)/judge recipe.init=$(ZOO)/target/model recipe.drafts.model=$(ZOO)/draft/model recipe.evaluation.draft=$(ZOO)/draft/model
 	for head in eagle3 medusa parallelspec; do \
-	  $(TRAIN) recipe=zoo_$$head output=$(ZOO)/$$head recipe.target=$(ZOO)/target/model || exit 1; done
+	  $(TRAIN) recipe=zoo_$$head output=$(ZOO)/$$head recipe.target=$(ZOO)/judge/model || exit 1; done
 	$(BIN)/python experiments/train_probe.py resume=true output=$(ZOO)/probe \
-	  target.source=$(ZOO)/target/model draft.model.source=$(ZOO)/draft/model
-	$(TRAIN) recipe=zoo_pard output=$(ZOO)/pard recipe.target=$(ZOO)/target/model recipe.head.init=$(ZOO)/draft/model
+	  target.source=$(ZOO)/judge/model draft.model.source=$(ZOO)/draft/model
+	$(TRAIN) recipe=zoo_pard output=$(ZOO)/pard recipe.target=$(ZOO)/judge/model recipe.head.init=$(ZOO)/draft/model
 
 checksums: setup  ## write down the checksums of the embedded files, after they have changed
 	$(BIN)/python -m parsedec.training.checksums

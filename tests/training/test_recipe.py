@@ -37,6 +37,7 @@ HEAD = ["recipe.positions=600", "recipe.optimisation.steps=8"]
 SETTINGS = {
     "zoo_base": MODEL,
     "zoo_target": [*MODEL, *JUDGING],
+    "zoo_judge": [*MODEL, *JUDGING],
     "zoo_draft": MODEL,
     "zoo_eagle3": [*HEAD, "recipe.head.passes=2"],
     "zoo_medusa": HEAD,
@@ -91,7 +92,7 @@ def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
     model = load(tmp_path / "model")
     assert model.dtype is torch.bfloat16
     taken_over = load(composed(recipe, tmp_path).recipe.shape.tokenizer).judge_card
-    if recipe == "zoo_target":  # the one that judges
+    if recipe in ("zoo_target", "zoo_judge"):  # those that judge
         assert taken_over is not None
         taken_over = replace(taken_over, threshold=0.5, full_threshold=0.5)  # the only threshold tried
     assert model.judge_card == taken_over
