@@ -105,7 +105,7 @@ def test_answers_whole_and_streamed_are_the_models_own(client, local):
         chunks = list(
             client.chat.completions.create(**asked(question), stream=True, stream_options={"include_usage": True})
         )
-        assert len(chunks) > 10, "it comes in pieces"
+        assert len(chunks) > 5, "it comes in pieces; a busy server may put several tokens in one"
         assert is_its_own(local, question, text_of(chunks))
         assert abs(chunks[-1].usage.completion_tokens - len(local.encode(text_of(chunks)))) <= 1
     bare = client.completions.create(model="smol", prompt="The capital of France is", max_tokens=4)
