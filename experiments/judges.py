@@ -54,12 +54,17 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         problems = task.problems()
         written = write_answers(draft, prompts(draft, problems), max_new_tokens=cfg.max_new_tokens, batch=cfg.batch)
         marked = from_task(target, draft, task, problems, [[answer] for answer in written])
+    unknown = {part for parts in cfg.combinations.values() for part in parts} - set(judges)
+    if unknown:
+        raise ConfigError(f"combinations name judges {sorted(unknown)}; this run has {sorted(judges)}.")
     if not judges or not marked:
         raise ConfigError(f"{len(judges)} judges and {len(marked)} drafts; expected some of both.")
     if draft is not None and any(judge.needs.draft_logprobs for judge in judges.values()):
         marked = with_logprobs(marked, draft)
     with progress(len(marked)) as step:
         said, steps = judging.measure(target, judges, marked, step)
+    for name, parts in cfg.combinations.items():
+        said[str(name)] = judging.cross_fitted([said[part] for part in parts], marked)
     card = next(iter(judges.values())).card
     threshold = card.threshold if card else DEFAULT_THRESHOLD
     summary = judging.summarise(said, steps, marked, kept_share=cfg.kept_share, threshold=threshold, seed=cfg.seed)

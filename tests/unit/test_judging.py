@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parsedec.errors import ConfigError
 from parsedec.experiment import judging
 from parsedec.text import Draft
 from parsedec.training.prefixes import Marked
@@ -87,6 +88,37 @@ def test_a_better_judge_is_seen_to_be_better_and_chance_is_not():
     assert summary["judges"]["first"]["decode_steps"] == pytest.approx(2.0)
     assert summary["kept_share"] == pytest.approx(judging.share_kept(marked, scores, 0.7))
     assert all(row["at"]["kept_share"] <= summary["kept_share"] + 1e-9 for row in summary["judges"].values())
+
+
+def test_f1_is_processbenchs():
+    marked, _ = drafts(2)
+    marked = [Marked(m.problem, m.prompt, None, m.draft, m.cuts, right) for m, right in zip(marked, [
+        (True, False, False), (True, True, True)], strict=True)]  # fmt: skip
+    assert judging.localised(marked, [(0.9, 0.1, 0.9), (0.9, 0.9, 0.6)], 0.5)["f1"] == 1.0
+    assert judging.localised(marked, [(0.9, 0.1, 0.9), (0.9, 0.9, 0.2)], 0.5)["f1"] == 0.0
+    marked, scores = drafts(40, seed=3)
+    found = judging.localised(marked, scores, 0.5)
+    shares = (found["exact"] / found["wrong_drafts"], found["passed"])
+    assert found["f1"] == pytest.approx(2 / sum(1 / share for share in shares))
+
+
+def test_a_combination_is_scored_on_problems_it_was_not_fitted_on():
+    """Two judges with independent noise together beat either; one that is fitted to nothing but noise tells nothing."""
+    marked, first = drafts(400, seed=1)
+    second = [tuple(float(1 / (1 + np.exp(-good - noise))) for good, noise in zip(one.right, row, strict=True))
+              for one, row in zip(marked, np.random.default_rng(5).normal(size=(400, 3)), strict=True)]  # fmt: skip
+    parts = [judging.Verdicts(scores=rows, rows=[9] * 400, seconds=[0.1] * 400) for rows in (first, second)]
+    both = judging.cross_fitted(parts, marked)
+    assert (both.rows[0], both.seconds[0], both.path) == (18, pytest.approx(0.2), "cross-fitted")
+    ones = np.ones((1, 400))
+    area = {name: judging._areas(marked, rows, ones)[0] for name, rows in
+            (("first", first), ("second", second), ("both", both.scores))}  # fmt: skip
+    assert area["both"] > max(area["first"], area["second"]) + 0.03
+    noise = [tuple(row) for row in np.random.default_rng(7).uniform(size=(400, 3)).tolist()]
+    blind = judging.cross_fitted([judging.Verdicts(scores=noise, rows=[9] * 400, seconds=[0.1] * 400)], marked)
+    assert judging._areas(marked, blind.scores, ones)[0] == pytest.approx(0.5, abs=0.06)
+    with pytest.raises(ConfigError, match="parts"):
+        judging.cross_fitted([judging.Verdicts(scores=first[:3], rows=[9] * 3, seconds=[0.1] * 3)], marked[:3])
 
 
 def test_the_command_measures_judges_on_labelled_steps(tmp_path):

@@ -19,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from parsedec.backends import open_session
+from parsedec.errors import ConfigError
 from parsedec.experiment.summary import wilson
 from parsedec.experiment.table import document, grid, origin, tier
 from parsedec.judge import Judge, judging_session
+from parsedec.judge.combined import log_odds
 from parsedec.model import LanguageModel
 from parsedec.training.prefixes import Marked
 
@@ -75,6 +77,43 @@ def measure(
     return said, steps
 
 
+def cross_fitted(parts: Sequence[Verdicts], marked: Sequence[Marked], *, folds: int = 5) -> Verdicts:
+    """What a logistic regression over the log-odds of several judges says of drafts it was not fitted on.
+
+    Problems are divided into `folds` parts; each part's scores come from a fit to the others. What it takes is the sum
+    over the judges, an upper bound: judge=combined reads several off one pass.
+    Raises ConfigError where there are fewer problems than parts, or a fit would see one verdict only.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    right = np.array([good for one in marked for good in one.right])
+    counts = [len(one.cuts) for one in marked]
+    problems = np.repeat([one.problem for one in marked], counts)
+    if len(set(problems)) < folds:
+        raise ConfigError(
+            f"combinations of judges are fitted on {folds - 1} of {folds} parts of the problems, and there are "
+            f"{len(set(problems))} problems; give more, or leave `combinations` empty."
+        )
+    flat = torch.tensor([[v for row in part.scores for v in row] for part in parts])
+    features = np.stack([log_odds(row).double().numpy() for row in flat], axis=1)  # [P, judges]
+    scores = np.empty(len(right))
+    for train, unseen in GroupKFold(folds).split(features, right, problems):
+        if right[train].all() or not right[train].any():
+            raise ConfigError("combinations of judges need right and wrong prefixes in every part; give more drafts.")
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features[train], right[train])
+        scores[unseen] = model.predict_proba(features[unseen])[:, 1]
+    each = np.split(scores, np.cumsum(counts)[:-1])
+    return Verdicts(
+        scores=[tuple(map(float, one)) for one in each],
+        rows=[sum(rows) for rows in zip(*(part.rows for part in parts), strict=True)],
+        seconds=[sum(taken) for taken in zip(*(part.seconds for part in parts), strict=True)],
+        path="cross-fitted",
+    )
+
+
 def summarise(
     said: Mapping[str, Verdicts],
     steps: Sequence[float],
@@ -100,6 +139,7 @@ def summarise(
     for name, verdicts in said.items():
         point, spread = areas[name]
         at = threshold_keeping(marked, verdicts.scores, wanted)
+        curve = [localised(marked, verdicts.scores, t) for t in _curve(verdicts.scores)]
         pass_s = float(np.median(verdicts.seconds))
         judges[name] = {
             "path": verdicts.path,
@@ -108,7 +148,8 @@ def summarise(
             "auc_difference": point - against[0],
             "auc_difference_interval": _interval(spread - against[1]),
             "at": localised(marked, verdicts.scores, at),
-            "curve": [localised(marked, verdicts.scores, t) for t in _curve(verdicts.scores)],
+            "curve": curve,
+            "f1": max(one["f1"] for one in curve),
             "rows": sum(verdicts.rows) / len(verdicts.rows),
             "pass_s": pass_s,
             "decode_steps": pass_s / step,
@@ -126,15 +167,25 @@ def summarise(
 
 
 def localised(marked: Sequence[Marked], scores: Sequence[Sequence[float]], threshold: float) -> dict[str, Any]:
-    """Where the first-failure rule puts the boundary: at the first error of the wrong drafts, or not behind it."""
+    """Where the first-failure rule puts the boundary: at the first error of the wrong drafts, or not behind it.
+
+    passed  share of the right drafts that are kept whole
+    f1      harmonic mean of that and the share of wrong drafts whose error is found exactly (ProcessBench's measure,
+            arXiv 2412.06559)
+    """
     kept = [leading(values, threshold) for values in scores]
     wrong = [(k, one.first_wrong) for k, one in zip(kept, marked, strict=True) if one.first_wrong < len(one.cuts)]
+    whole = [k == len(one.cuts) for k, one in zip(kept, marked, strict=True) if one.first_wrong >= len(one.cuts)]
+    found = sum(k == error for k, error in wrong) / len(wrong) if wrong else 0.0
+    passed = sum(whole) / len(whole) if whole else 0.0
     return {
         "threshold": threshold,
         "kept_share": share_kept(marked, scores, threshold),
         "wrong_drafts": len(wrong),
         "exact": sum(k == error for k, error in wrong),
         "never_later": sum(k <= error for k, error in wrong),
+        "passed": passed,
+        "f1": 2 * found * passed / (found + passed) if found + passed else 0.0,
     }
 
 
@@ -197,7 +248,7 @@ def _now(model: LanguageModel) -> float:
 
 HEADS = (
     "judge", "pass", "AUC", "less the first's", "threshold", "kept", "first error exactly", "never later",
-    "rows a pass", "ms a pass", "decode steps",
+    "best F1", "rows a pass", "ms a pass", "decode steps",
 )  # fmt: skip
 
 
@@ -218,6 +269,7 @@ def _row(judge: dict[str, Any]) -> list[str]:
         f"{100 * at['kept_share']:.1f} %",
         _percent(at["exact"], at["wrong_drafts"]),
         _percent(at["never_later"], at["wrong_drafts"]),
+        f"{100 * judge['f1']:.1f} %" if "f1" in judge else "-",  # records made before it was taken have none
         f"{judge['rows']:.0f}",
         f"{1000 * judge['pass_s']:.1f}",
         f"{judge['decode_steps']:.2f}",
@@ -238,7 +290,8 @@ def note(record: dict[str, Any]) -> str:
         f"Tier: {tier(record)}. {summary['drafts']} drafts of {summary['draft_tokens']:.0f} tokens on average, "
         f"{summary['prefixes']} prefixes, {summary['wrong_prefixes']} of them wrong. Each judge at the threshold at "
         f"which at most {100 * summary['kept_share']:.1f} % of the draft tokens stand; 95 % intervals (bootstrap over "
-        f"drafts; Wilson). A decode step takes {1000 * summary['decode_step_s']:.2f} ms; medians. {origin(record)}"
+        f"drafts; Wilson). Best F1: ProcessBench's, at the judge's own best threshold. A decode step "
+        f"takes {1000 * summary['decode_step_s']:.2f} ms; medians. {origin(record)}"
     )
 
 
