@@ -78,7 +78,7 @@ golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR ma
 
 ZOO := outputs/zoo
 TRAIN := $(BIN)/python experiments/train.py resume=true
-zoo: setup  ## train the embedded models and heads again, about three hours of one core; goes on after a kill
+zoo: setup  ## train the embedded models and heads again, about four hours of one core; goes on after a kill
 	test -d $(ZOO)/tokenizer/tokenizer || $(BIN)/python experiments/tokenizer.py output=$(ZOO)/tokenizer
 	$(TRAIN) recipe=zoo_draft output=$(ZOO)/draft recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
 	$(TRAIN) recipe=zoo_base output=$(ZOO)/base recipe.shape.tokenizer=$(ZOO)/tokenizer/tokenizer
