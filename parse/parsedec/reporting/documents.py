@@ -39,6 +39,11 @@ class Figures:
         chosen = [known.index(head) for head in heads]
         return table.grid(list(heads), [[row[i] for i in chosen] for row in table.rows(record)])
 
+    def body(self, name: str, file: str = "table.md") -> str:
+        """What the command wrote beside its record, without heading and command."""
+        paragraphs = (self.records / name / file).read_text(encoding="utf-8").strip().split("\n\n")
+        return "\n\n".join(paragraphs[2:])
+
     def command(self, name: str) -> str:
         """What made a record."""
         return f"python experiments/{self.record(name)['provenance']['command']}"
