@@ -288,7 +288,7 @@ def test_unknown_setting_of_a_run_is_refused(config, setting):
 @pytest.mark.parametrize("member", EXPERIMENTS)
 def test_experiment_composes_for_the_command_in_its_header(member):
     header = (CONF / f"{member}.yaml").read_text()
-    command = re.search(rf"experiments/(run|compare|replay|floors)\.py experiment={Path(member).stem}\b", header)
+    command = re.search(rf"experiments/(run|compare|judges|replay|floors)\.py experiment={Path(member).stem}\b", header)
     assert command, "no command in its header"
     config = {"run": "config", "compare": "compare", "replay": "replay", "floors": "floors"}[command[1]]
     cfg, default = (composed(*overrides, config=config) for overrides in ([member.replace("/", "=")], []))

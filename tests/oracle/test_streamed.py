@@ -461,7 +461,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_the_embedded_pair_answers_as_outer_parse_does():
-    target, draft = load("zoo:target"), load("zoo:draft")
+    target, draft = (load(f"zoo:{name}", dtype="float32") for name in ("target", "draft"))
     prompt = "Tom has 12 coins. Ana gives Tom 30 coins. Tom loses 5 coins. How many coins does Tom have now?"
     for threshold in (0.5, 0.9):
         boundary = FirstFailure(threshold=threshold, full_threshold=1.0)

@@ -233,7 +233,8 @@ def test_judge_card_is_read(tmp_path):
     card = load(folder).judge_card
     assert (card.question, list(card.labels)) == ("Right?", ["yes", "no"])
     assert (card.threshold, card.full_threshold) == (0.8, 0.7)
-    assert load(ZOO).judge_card is None
+    (folder / "judge.json").unlink()
+    assert load(folder).judge_card is None
 
 
 @WITHOUT_CUDA

@@ -263,8 +263,8 @@ class Desk:
         for job in late:
             job.tell(closing())
             self.drop(job)
-        while self._jobs and time.perf_counter() < until + 5:
-            await asyncio.sleep(0.02)
+        for thread in self._threads:  # they end when nothing is left; the models are then at rest
+            await asyncio.to_thread(thread.join, max(0.0, until + 5 - time.perf_counter()))
         return len(late)
 
     # what follows runs in the desk's own threads
