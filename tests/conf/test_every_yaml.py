@@ -290,7 +290,9 @@ def test_experiment_composes_for_the_command_in_its_header(member):
     header = (CONF / f"{member}.yaml").read_text()
     command = re.search(rf"experiments/(run|compare|judges|replay|floors)\.py experiment={Path(member).stem}\b", header)
     assert command, "no command in its header"
-    config = {"run": "config", "compare": "compare", "replay": "replay", "floors": "floors"}[command[1]]
+    config = {"run": "config", "compare": "compare", "judges": "judges", "replay": "replay", "floors": "floors"}[
+        command[1]
+    ]
     cfg, default = (composed(*overrides, config=config) for overrides in ([member.replace("/", "=")], []))
     assert set(cfg) == set(default)  # it sets what is there and adds nothing
     assert cfg != default
