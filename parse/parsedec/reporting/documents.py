@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from parsedec.calibration import report as calibration
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
 from parsedec.experiment.record import read_record
@@ -55,6 +56,17 @@ class Figures:
     def speed(self, name: str, arm: str) -> str:
         row = self.compared(name, arm)
         return f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+
+    def change(self, name: str, arm: str) -> str:
+        """How much more often an arm is right than the baseline, in points."""
+        row = self.compared(name, arm)
+        middle, low, high = (100 * row[f"accuracy_change{end}"] for end in ("", "_low", "_high"))
+        return f"{middle:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+    def calibrated(self, name: str) -> str:
+        """The goal of a calibration, the thresholds, and whether they kept it on problems that chose nothing."""
+        record = self.record(name)
+        return f"{calibration.sentence(record)}. {calibration.verdict(record['calibration'])}"
 
     def longer(self, name: str, arm: str) -> str:
         """How much more time an arm takes than the baseline."""
