@@ -31,7 +31,7 @@ def read_all(given: list[Path]) -> list[Found]:
     such a one is said and left out."""
     found: dict[Path, Json] = {}
     for path in given:
-        below = sorted(path.rglob("record.json")) if path.is_dir() else [path]
+        below = sorted([*path.rglob("record.json"), *path.rglob("record.json.gz")]) if path.is_dir() else [path]
         if not below:
             raise ParsedecError(f"there is no record.json below {path}. Expected the folder of a run or of a sweep.")
         for one in below:

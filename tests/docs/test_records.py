@@ -1,5 +1,7 @@
 """The committed records and the tables beside them say the same, and the documents' figures are theirs."""
 
+import gzip
+import json
 import re
 import subprocess
 import sys
@@ -7,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment import overhead
-from parsedec.experiment.record import read_record
+from parsedec.experiment.record import read_record, write_record
 from parsedec.experiment.summary import summarise
 from parsedec.experiment.table import markdown
 from parsedec.reporting.documents import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = sorted(ROOT.glob("experiments/records/*/record.json"))
+RECORDS = sorted(ROOT.glob("experiments/records/*/record.json*"))  # large ones are packed by gzip
 TABLES = [path for path in RECORDS if path.with_name("table.md").is_file()]
 OVERHEAD = [path for path in TABLES if path.parent.name == "overhead"]
 COMPARED = [path for path in TABLES if "comparison" in read_record(path)]
@@ -68,5 +70,17 @@ def test_a_table_of_a_page_is_made_anew_and_an_unknown_column_refused():
 
 @pytest.mark.parametrize("path", RECORDS, ids=name_of)
 def test_records_hold_no_paths_of_a_machine(path):
-    text = path.read_text()
+    text = json.dumps(read_record(path))
     assert not re.search(r'"/(home|root|tmp|work|Users)/', text)
+
+
+def test_a_packed_record_is_read_by_its_plain_name(tmp_path):
+    path = tmp_path / "record.json"
+    write_record({"schema_version": 1, "title": "ä"}, path)
+    plain = read_record(path)
+    path.with_name("record.json.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert read_record(path) == read_record(path.with_name("record.json.gz")) == plain
+    path.with_name("record.json.gz").write_bytes(b"no gzip")
+    with pytest.raises(ParsedecError, match="cannot read"):
+        read_record(path)

@@ -170,7 +170,7 @@ def test_links_lead_to_the_requests_of_the_trace(report, record):
     assert all(order[int(number) - 1] == html.unescape(name) for number, name in links)
 
 
-@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/record.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/record.json*")), ids=lambda path: path.parent.name)
 def test_every_record_here_becomes_a_section_with_pictures(path):
     source = sections.sources([(path, read_record(path))], path.parent)[0]
     made = sections.section(source)

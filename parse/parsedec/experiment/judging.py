@@ -287,7 +287,7 @@ def note(record: dict[str, Any]) -> str:
     """What a reader needs to weigh the figures."""
     summary = record["summary"]
     return (
-        f"Tier: {tier(record)}. {summary['drafts']} drafts of {summary['draft_tokens']:.0f} tokens on average, "
+        f"Tier: {tier(record)}. n = {summary['drafts']} drafts of {summary['draft_tokens']:.0f} tokens on average, "
         f"{summary['prefixes']} prefixes, {summary['wrong_prefixes']} of them wrong. Each judge at the threshold at "
         f"which at most {100 * summary['kept_share']:.1f} % of the draft tokens stand; 95 % intervals (bootstrap over "
         f"drafts; Wilson). Best F1: ProcessBench's, at the judge's own best threshold. A decode step "

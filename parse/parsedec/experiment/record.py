@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,10 +78,12 @@ def write_text(text: str, path: Path) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record, if this version can read it."""
+    """A record, if this version can read it: `path`, or what gzip made of it."""
+    packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        plain_file = path != packed and (path.exists() or not packed.exists())
+        record = json.loads(path.read_bytes() if plain_file else gzip.decompress(packed.read_bytes()))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ParsedecError(
             f"cannot read the record {path}: {error}. Expected a record.json written by a run."
         ) from error
