@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from parsedec.advice import report as advice
 from parsedec.calibration import report as calibration
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
@@ -67,6 +68,15 @@ class Figures:
         """The goal of a calibration, the thresholds, and whether they kept it on problems that chose nothing."""
         record = self.record(name)
         return f"{calibration.sentence(record)}. {calibration.verdict(record['calibration'])}"
+
+    def advised(self, names: Sequence[str]) -> str:
+        """What the advisor predicted and what was then measured, a row for each record."""
+        rows = []
+        for name in names:
+            record = self.record(name)
+            seed, problems = record["config"]["task"]["seed"], record["checked"]["problems"]
+            rows += [[str(seed), *row, str(problems)] for row in advice.check_rows(record)]
+        return table.grid(["task.seed", *advice.CHECK_HEADS, "n"], rows)
 
     def longer(self, name: str, arm: str) -> str:
         """How much more time an arm takes than the baseline."""
