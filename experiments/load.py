@@ -99,7 +99,13 @@ def main(cfg: DictConfig) -> None:
     path = Path(HydraConfig.get().runtime.output_dir) / "record.json"
     earlier_record(path, plain(cfg), resume=None)
     with announced(path):
-        head = {"schema_version": SCHEMA_VERSION, "kind": "load", "provenance": provenance(), "config": plain(cfg)}
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "load",
+            "title": f"{cfg.clients} clients at once on a server",
+            "provenance": provenance(),
+            "config": plain(cfg),
+        }
         summary = measure(cfg, list(HydraConfig.get().overrides.task))
         write_record({**head, "summary": summary}, path)
         for name, value in summary.items():

@@ -19,6 +19,7 @@ from parsedec.reporting.figure import (
     Rows,
     bars_height,
     beside,
+    dots,
     lines,
     names,
     numbers,
@@ -130,3 +131,48 @@ def _floors(axes: Axes, rows: Rows) -> None:
     lines(axes, names(rows), "milliseconds a pass")
     axes.set_xscale("log")
     beside(axes)
+
+
+def advice_pictures(record: Json, prefix: str) -> list[Figure]:
+    """What an advice expects of its best arms and of the inner levels alone, and what was measured then."""
+    alone = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"] is None), key=lambda arm: -arm["speedup"])
+    n = record["costs"]["problems"]
+    rows: list[list[Cell]] = [
+        [f"{arm['label']}: expected", n, arm["speedup"], *arm["interval"]] for arm in (*record["looped"], *alone)
+    ]
+    checked = record.get("checked", {})
+    rows += [
+        [f"{row['arm']}: measured", checked["problems"], row["measured"], *row["measured_interval"]]
+        for row in checked.get("rows", [])
+    ]
+    return [
+        Figure(
+            name=f"{prefix}-expected",
+            title="How many times faster than the large model alone",
+            guide="Further right is faster, and the bar is the range that chance in the choice of questions leaves; "
+            "what was measured belongs to other questions than what was expected from.",
+            heads=("arm", "n", "speedup", "low", "high"),
+            rows=rows,
+            draw=lambda axes, drawn: dots(axes, drawn, 2, 3, 4, "times faster, in seconds for the same questions"),
+            height=bars_height(len(rows)),
+        )
+    ]
+
+
+def load_pictures(found: Json, prefix: str) -> list[Figure]:
+    """How long clients waited; nothing where none got an answer."""
+    waited = {"first text": found.get("first_piece_s"), "whole answer": found.get("answer_s")}
+    rows: list[list[Cell]] = [[name, found["requests"], at["p50"], at["p95"]] for name, at in waited.items() if at]
+    if not rows:
+        return []
+    return [
+        Figure(
+            name=f"{prefix}-waits",
+            title="How long clients waited",
+            guide="The mark is what half of the clients waited at most, the bar ends at what 95 in 100 did.",
+            heads=("until", "n", "p50_s", "p95_s"),
+            rows=rows,
+            draw=lambda axes, drawn: dots(axes, drawn, 2, 2, 3, "seconds"),
+            height=bars_height(len(rows)),
+        )
+    ]

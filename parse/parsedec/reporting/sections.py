@@ -304,7 +304,7 @@ def _advice(source: Source) -> Section:
                                    note=f"n = {further} further problems."))  # fmt: skip
     said = [verdict["text"], *(finding["text"] for finding in verdict["findings"])]
     words = frozenset({"target", "kept", "judge", "threshold", "arm", "interval", "n", "auc"})
-    return replace(empty, said=said, tables=tables, words=words)
+    return replace(empty, said=said, tables=tables, words=words, figures=costs.advice_pictures(record, source.anchor))
 
 
 def _load(source: Source) -> Section:
@@ -313,7 +313,8 @@ def _load(source: Source) -> Section:
     return Section(
         anchor=source.anchor,
         kind="Load",
-        title=f"{found['clients']} clients at once on a server",
+        title=source.record.get("title") or f"{found['clients']} clients at once on a server",
+        figures=costs.load_pictures(found, source.anchor),
         tables=[TextTable(title="What the clients saw", heads=["figure", "value"], cells=cells,
                           note=f"n = {found['requests']} requests. Names say the units.")],
         words=frozenset({"tok/s", "n"}),
