@@ -26,12 +26,13 @@ def main() -> int:
     if sys.argv[1:] not in ([], ["--check"]):
         print(__doc__.strip())
         return 2
-    stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
-    for path in stale:
-        print(f"{path.relative_to(ROOT)}: {'not what the records say' if sys.argv[1:] else 'written'}")
-        if not sys.argv[1:]:
-            write_text(documents()[path], path)
-    return 1 if stale and sys.argv[1:] else 0
+    check = bool(sys.argv[1:])
+    stale = {path: text for path, text in documents().items() if path.read_text(encoding="utf-8") != text}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'not what the records say' if check else 'written'}")
+        if not check:
+            write_text(text, path)
+    return 1 if stale and check else 0
 
 
 if __name__ == "__main__":

@@ -38,9 +38,12 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 
     check_local(cfg)
+    chosen = {**cfg.judges, **(cfg.trained if cfg.probes is not None else {})}
+    unknown = {part for parts in cfg.combinations.values() for part in parts} - set(chosen)
+    if unknown:
+        raise ConfigError(f"combinations name judges {sorted(unknown)}; this run has {sorted(chosen)}.")
     target = build_model(cfg.target)
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
-    chosen = {**cfg.judges, **(cfg.trained if cfg.probes is not None else {})}
     judges = {
         str(name): instantiate(compose("judges", overrides=[*overrides, *own]).judge).bind(target)
         for name, own in chosen.items()
@@ -54,13 +57,12 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         problems = task.problems()
         written = write_answers(draft, prompts(draft, problems), max_new_tokens=cfg.max_new_tokens, batch=cfg.batch)
         marked = from_task(target, draft, task, problems, [[answer] for answer in written])
-    unknown = {part for parts in cfg.combinations.values() for part in parts} - set(judges)
-    if unknown:
-        raise ConfigError(f"combinations name judges {sorted(unknown)}; this run has {sorted(judges)}.")
     if not judges or not marked:
         raise ConfigError(f"{len(judges)} judges and {len(marked)} drafts; expected some of both.")
     if draft is not None and any(judge.needs.draft_logprobs for judge in judges.values()):
         marked = with_logprobs(marked, draft)
+    if cfg.combinations:
+        judging.divided(marked)  # what would stop them is said before the long part
     with progress(len(marked)) as step:
         said, steps = judging.measure(target, judges, marked, step)
     for name, parts in cfg.combinations.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,6 @@ def _is_member(override: str) -> bool:
 
 def arm_rows(record: Json) -> list[list[str]]:
     """The best arm and its loops, the fastest arms of PARSE, and the inner levels alone."""
-    alone = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"] is None), key=lambda a: -a["speedup"])
     parse = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"]), key=lambda a: -a["speedup"])
     demand = record["config"]["spoilt"]
     first = record["looped"][0]["label"]
@@ -109,7 +108,12 @@ def arm_rows(record: Json) -> list[list[str]]:
     shown = [arm for arm in rest if arm["spoilt"] <= demand][:SHOWN] or rest[:SHOWN]
     marked = [{**arm, "label": f"{arm['label']} (best)" if arm["label"] == first else arm["label"]}
               for arm in record["looped"]]  # fmt: skip
-    return [_arm_row(arm, record["costs"]["problems"]) for arm in (*marked, *shown, *alone)]
+    return [_arm_row(arm, record["costs"]["problems"]) for arm in (*marked, *shown, *alone(record))]
+
+
+def alone(record: Mapping[str, Any]) -> list[Json]:
+    """The inner levels without PARSE, the fastest first."""
+    return sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"] is None), key=lambda arm: -arm["speedup"])
 
 
 def _arm_row(arm: Json, n: int) -> list[str]:

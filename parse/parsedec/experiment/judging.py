@@ -28,6 +28,7 @@ from parsedec.model import LanguageModel
 from parsedec.training.prefixes import Marked
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
 RESAMPLES = 2000
 STEPS = 4  # one-token steps timed per draft
 CURVE = 25  # thresholds of a curve
@@ -77,35 +78,44 @@ def measure(
     return said, steps
 
 
-def cross_fitted(parts: Sequence[Verdicts], marked: Sequence[Marked], *, folds: int = 5) -> Verdicts:
-    """What a logistic regression over the log-odds of several judges says of drafts it was not fitted on.
+def divided(marked: Sequence[Marked], folds: int = 5) -> list[tuple[Indices, Indices]]:
+    """Prefixes to fit a combination of judges on, and those it then scores: a pair for each part of the problems.
 
-    Problems are divided into `folds` parts; each part's scores come from a fit to the others. What it takes is the sum
-    over the judges, an upper bound: judge=combined reads several off one pass.
     Raises ConfigError where there are fewer problems than parts, or a fit would see one verdict only.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     right = np.array([good for one in marked for good in one.right])
-    counts = [len(one.cuts) for one in marked]
-    problems = np.repeat([one.problem for one in marked], counts)
+    problems = np.repeat([one.problem for one in marked], [len(one.cuts) for one in marked])
     if len(set(problems)) < folds:
         raise ConfigError(
             f"combinations of judges are fitted on {folds - 1} of {folds} parts of the problems, and there are "
             f"{len(set(problems))} problems; give more, or leave `combinations` empty."
         )
+    parts = list(GroupKFold(folds).split(right, groups=problems))
+    if any(right[train].all() or not right[train].any() for train, _ in parts):
+        raise ConfigError("combinations of judges need right and wrong prefixes in every part; give more drafts.")
+    return parts
+
+
+def cross_fitted(parts: Sequence[Verdicts], marked: Sequence[Marked]) -> Verdicts:
+    """What a logistic regression over the log-odds of several judges says of drafts it was not fitted on.
+
+    Each part's scores come from a fit to the others. What it takes is the sum over the judges, an upper bound:
+    judge=combined reads several off one pass. Raises ConfigError as `divided` does.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    right = np.array([good for one in marked for good in one.right])
     flat = torch.tensor([[v for row in part.scores for v in row] for part in parts])
-    features = np.stack([log_odds(row).double().numpy() for row in flat], axis=1)  # [P, judges]
+    features = log_odds(flat).double().numpy().T  # [P, judges]
     scores = np.empty(len(right))
-    for train, unseen in GroupKFold(folds).split(features, right, problems):
-        if right[train].all() or not right[train].any():
-            raise ConfigError("combinations of judges need right and wrong prefixes in every part; give more drafts.")
+    for train, unseen in divided(marked):
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features[train], right[train])
         scores[unseen] = model.predict_proba(features[unseen])[:, 1]
-    each = np.split(scores, np.cumsum(counts)[:-1])
+    each = np.split(scores, np.cumsum([len(one.cuts) for one in marked])[:-1])
     return Verdicts(
         scores=[tuple(map(float, one)) for one in each],
         rows=[sum(rows) for rows in zip(*(part.rows for part in parts), strict=True)],

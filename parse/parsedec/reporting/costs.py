@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from parsedec.advice import report
 from parsedec.reporting.curves import depth_figure
 from parsedec.reporting.figure import (
     COLOURS,
@@ -135,10 +136,10 @@ def _floors(axes: Axes, rows: Rows) -> None:
 
 def advice_pictures(record: Json, prefix: str) -> list[Figure]:
     """What an advice expects of its best arms and of the inner levels alone, and what was measured then."""
-    alone = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"] is None), key=lambda arm: -arm["speedup"])
     n = record["costs"]["problems"]
     rows: list[list[Cell]] = [
-        [f"{arm['label']}: expected", n, arm["speedup"], *arm["interval"]] for arm in (*record["looped"], *alone)
+        [f"{arm['label']}: expected", n, arm["speedup"], *arm["interval"]]
+        for arm in (*record["looped"], *report.alone(record))
     ]
     checked = record.get("checked", {})
     rows += [

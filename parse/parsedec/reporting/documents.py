@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ BLOCK = re.compile(r"(<!-- table (?P<name>\w+): (?P<heads>[^>]+?) -->\n).*?(<!--
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of the records in a folder, as text."""
+    """The figures of the records in a folder, as text. Each record is read once."""
 
     records: Path
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def record(self, name: str) -> dict[str, Any]:
-        return read_record(self.records / name / "record.json")
+        if name not in self._read:
+            self._read[name] = read_record(self.records / name / "record.json")
+        return self._read[name]
 
     def table(self, name: str, heads: Sequence[str]) -> str:
         """A comparison's arms as Markdown; heads are names of columns of its own table."""
