@@ -42,10 +42,14 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
     record, (page, config) = advised(folder, "check.n=1", "loops=['rounds loop.rounds=2']", "gain=0.1")
     assert record["status"] == "finished"
     assert json.loads((folder / "record.json").read_text()) == record
-    assert [len(runs) for runs in record["rehearsal"].values()] == [1, 1, 1]
-    marks = {name: runs[0]["correct"] for name, runs in record["rehearsal"].items()}
-    assert {name: seen["change"] for name, seen in record["rehearsed"]["accuracy"].items()} == {
-        name: mark - marks["target"] for name, mark in marks.items() if name != "target"}  # fmt: skip
+    assert {name: len(runs) for name, runs in record["rehearsal"].items()} == dict.fromkeys(
+        ["target", "once", "rounds loop.rounds=2", "inner alone"], 3)  # fmt: skip
+    right = {name: sum(run["correct"] for run in runs) / 3 for name, runs in record["rehearsal"].items()}
+    assert {name: seen["change"] for name, seen in record["rehearsed"]["accuracy"].items()} == pytest.approx(
+        {name: share - right["target"] for name, share in right.items() if name not in ("target", "inner alone")}
+    )
+    assert record["rehearsed"]["luck"] >= 1
+    assert [arm["rehearsed"] for arm in record["looped"]] == [3, 3]
     assert {trial["tokens"] > 20 for trial in record["trials"]} == {True}
     row = next(row for row in record["checked"]["rows"] if row["arm"] == record["verdict"]["parse"]["label"])
     seconds = {name: runs[0]["result"]["times"]["wall_s"] for name, runs in record["check"].items()}
@@ -116,7 +120,7 @@ def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tm
     (folder / "record.json").write_text(json.dumps(record | {"status": "interrupted"}))
     again, _ = advised(folder, *small, "resume=true")
     assert {name: ["of" in one for one in runs] for name, runs in again["rehearsal"].items()} == {
-        "target": [True], "once": [False]}  # fmt: skip
+        "target": [True, True], "once": [False, False]}  # fmt: skip
     assert "loop=something_else" not in again["arm_overrides"]["rehearsal"]["once"]
 
     def loaded(*_):

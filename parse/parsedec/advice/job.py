@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from parsedec.advice.measuring import Composed, Prober, chosen
-from parsedec.advice.prediction import ArmChoice, Expected, Predictor, Rehearsal, looped
+from parsedec.advice.prediction import ArmChoice, Expected, Predictor, observed
 from parsedec.advice.trial import Trial
-from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, falls, headline, separations
+from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, falls, headline, luck_of_choice, separations
 from parsedec.boundary import DEFAULT_THRESHOLD
 from parsedec.calibration.decisions import Pair
 from parsedec.errors import ConfigError
@@ -34,6 +35,7 @@ from parsedec.types import Limits
 log = logging.getLogger(__name__)
 SAVE_EVERY_S = 5.0
 PARTS = ("rehearsal", "check")  # in which arms are run
+ALONE = "inner alone"
 Requests = dict[str, list[dict[str, Any]]]  # by arm
 
 
@@ -111,7 +113,7 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
     with saved(notes):
         measure_all(prober, problems, cfg.short, notes)
         advisor = Advisor(cfg, prober, task, notes, composed)
-        verdict = advisor.advise(problems[: cfg.short])
+        verdict = advisor.advise(problems[: cfg.rehearse])
         notes.results = advisor.results(verdict)
         if held_out:
             notes.results["checked"] = advisor.check(verdict, held_out)
@@ -137,6 +139,8 @@ def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem]
     """The problems that are measured, and those behind them for the check."""
     require_int("n", cfg.n, 1)
     require_int("short", cfg.short, 1, cfg.n)
+    if cfg.rehearse is not None:
+        require_int("rehearse", cfg.rehearse, 1, cfg.n)
     require_int("check.n", cfg.check.n, 0)
     if cfg.n + cfg.check.n > len(problems):
         raise ConfigError(
@@ -182,28 +186,28 @@ class Advisor:
         self.alone = [self.predictor.alone(name) for name in inners]
         pairs = self._pairs()
         self.arms = [arm for name in prober.segmenters for arm in self.predictor.parse(name, pairs, inners)]
+        self.luck = 1.0
         self.looped: list[Expected] = []
         self.rehearsed: dict[str, Any] | None = None
         self.separates = separations(self.predictor, list(prober.segmenters), cfg.seed)
 
     def advise(self, problems: Sequence[Problem]) -> Verdict:
-        """The verdict, after the best arm and its loops were rehearsed on some of the measured problems."""
+        """The verdict, after the best arm, its loops and the best inner level alone ran on the measured problems."""
         first = best_parse(self.arms, self.demands)
+        self.luck = luck_of_choice(self.arms, self.predictor, self.demands)
         alone = max(self.alone, key=lambda one: one.speedup)
-        arms = {"target": ArmChoice(inner="none"), "once": first.arm}
-        for loop in self.cfg.loops:
-            arms[loop] = ArmChoice(
-                inner=first.arm.inner, segmenter=first.arm.segmenter, thresholds=first.arm.thresholds, loop=loop
-            )
-        done = self._run("rehearsal", arms, problems)
-        seconds = {name: {r["id"]: r["result"]["times"]["wall_s"] for r in runs if r["result"]}
-                   for name, runs in done.items()}  # fmt: skip
-        self.looped = [first]
-        for loop in self.cfg.loops:
-            both: Rehearsal = {i: (seconds["once"][i], s) for i, s in seconds[loop].items() if i in seconds["once"]}
-            self.looped.append(looped(first, self.predictor, both, arms[loop]))
-        changes = {one: accuracy_change(done["target"], done[one]) for one in done if one != "target"}
-        if rehearsed := self._seen_in_rehearsal(first, seconds):
+        arms = {"once": first.arm} | {loop: replace(first.arm, loop=loop) for loop in self.cfg.loops}
+        asked = {"target": ArmChoice(inner="none"), **arms}
+        if alone.arm.inner != "none":
+            asked[ALONE] = alone.arm
+        done = self._run("rehearsal", asked, problems)
+        self.looped = [observed(first, arm, done["target"], done[name], self.luck) for name, arm in arms.items()]
+        if ALONE in done:
+            ran = observed(alone, alone.arm, done["target"], done[ALONE])
+            self.alone = [ran if one is alone else one for one in self.alone]
+            alone = ran
+        changes = {name: accuracy_change(done["target"], done[name]) for name in arms}
+        if rehearsed := self._seen_in_rehearsal(first, done):
             self.rehearsed = rehearsed | {"accuracy": changes}
         right = [one for one in self.looped if not falls(changes[one.arm.loop], self.demands)]
         # a loop has to be faster than once by more than noise to be worth a second draft
@@ -212,18 +216,19 @@ class Advisor:
         separates = self.separates[first.arm.segmenter]
         return conclude(self.predictor, best, alone, separates, self.demands, changes[best.arm.loop])
 
-    def _seen_in_rehearsal(self, first: Expected, seconds: dict[str, dict[str, float]]) -> dict[str, Any] | None:
-        """The best arm as it ran beside the target, and as it was expected to on the same problems. A few problems say
-        less than all that were measured, so nothing is corrected by it."""
-        places = {trial.id: i for i, trial in enumerate(self.predictor.trials)}
-        both = [i for i in seconds["once"] if i in seconds["target"] and i in places]
-        if not both:
+    def _seen_in_rehearsal(self, first: Expected, done: Requests) -> dict[str, Any] | None:
+        """The best arm as it ran beside the target, and as it was predicted from costs on the same problems."""
+        found = compare(done["target"], done["once"])
+        answered = {r["id"] for r in done["target"] if r["result"]} & {r["id"] for r in done["once"] if r["result"]}
+        both = [i for i, trial in enumerate(self.predictor.trials) if trial.id in answered]
+        if found is None or not both:
             return None
-        expected = [(self.predictor.target[places[i]], first.seconds[places[i]]) for i in both]
+        taken = sum(first.seconds[i] for i in both)
         return {
             "problems": len(both),
-            "measured": sum(seconds["target"][i] for i in both) / sum(seconds["once"][i] for i in both),
-            "predicted": float(sum(target for target, _ in expected) / sum(arm for _, arm in expected)),
+            "measured": found["time_ratio"],
+            "predicted": float(self.predictor.target[both].sum() / taken),
+            "luck": self.luck,
         }
 
     def check(self, verdict: Verdict, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -358,10 +363,10 @@ def overrides_of(arm: ArmChoice) -> list[str]:
 
 
 def _slim(one: Expected) -> dict[str, Any]:
-    """An expectation without its seconds by problem, which the trials give."""
+    """An expectation without what it is by problem, which the trials give."""
     data: dict[str, Any] = to_json(one)
-    del data["seconds"]
-    return data | {"label": one.arm.label}
+    del data["seconds"], data["spoils"]
+    return data | {"label": one.arm.label, "spoilt": one.spoilt}
 
 
 def _mean(marks: Sequence[bool]) -> float:

@@ -24,7 +24,7 @@ from parsedec.boundary import BoundaryRule
 from parsedec.calibration.decisions import Pair, decide, kept_tokens, prefix_losses
 from parsedec.calibration.samples import Sample
 from parsedec.experiment.analysis import expected_seconds
-from parsedec.experiment.summary import resampled
+from parsedec.experiment.summary import compare, resampled, summarise
 
 Floats = NDArray[np.float64]
 
@@ -68,10 +68,11 @@ class Expected:
     """What is to be expected of an arm.
 
     speedup      the target's seconds over the arm's, with a 95 % interval (bootstrap over problems)
-    seconds      of the arm by problem [n], target: of the target alone
+    seconds      of the arm by problem [n], as predicted
     kept_share   of the drafts' tokens, their end tokens included
-    spoilt       share of requests in which something wrong is kept; None without drafts
+    spoils       whether something wrong is kept, by problem [n]; empty without drafts
     parts        mean seconds by phase
+    rehearsed    on how many problems the arm was run; 0: speedup, kept_share and parts are predicted from costs
     """
 
     arm: ArmChoice
@@ -79,8 +80,14 @@ class Expected:
     interval: tuple[float, float]
     seconds: tuple[float, ...]
     kept_share: float | None = None
-    spoilt: float | None = None
+    spoils: tuple[bool, ...] = ()
     parts: Mapping[str, float]
+    rehearsed: int = 0
+
+    @property
+    def spoilt(self) -> float | None:
+        """Share of requests in which something wrong is kept; None without drafts."""
+        return sum(self.spoils) / len(self.spoils) if self.spoils else None
 
 
 def fit_pace(trials: Sequence[Trial], inner: str) -> Pace:
@@ -172,7 +179,7 @@ class Predictor:
                 )
                 arm = ArmChoice(inner=inner, segmenter=segmenter, thresholds=pair)
                 one = self._expected(arm, seconds, self.draft, judge)
-                found.append(replace(one, kept_share=share, spoilt=float(spoilt.mean())))
+                found.append(replace(one, kept_share=share, spoils=tuple(map(bool, spoilt))))
         return found
 
     def written(self, kept: NDArray[Any], closed: NDArray[np.bool_]) -> Floats:
@@ -195,13 +202,10 @@ class Predictor:
         worth = (self.drafted * self.paces[inner].pace * self.token_s).sum()
         return float((self.draft + judge).sum() / worth) if worth else np.inf
 
-    def interval(self, seconds: Sequence[float], others: Sequence[Floats] = ()) -> tuple[float, float]:
-        """95 % of the resampled ratios of sums, times independent ratios [R] of other problems."""
-        ratios = self.target[self.draws].sum(1) / np.asarray(seconds)[self.draws].sum(1)
-        for other in others:
-            ratios = ratios * other
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        return float(low), float(high)
+    def resampled(self, seconds: Sequence[float]) -> Floats:
+        """Speed-ups [R] on resampled problems, of an arm's seconds [n]."""
+        ratios: Floats = self.target[self.draws].sum(1) / np.asarray(seconds)[self.draws].sum(1)
+        return ratios
 
     def _spoilt(
         self, samples: Sequence[Sample], whole: NDArray[np.bool_], kept: NDArray[Any], segmenter: str, pair: Pair
@@ -217,27 +221,34 @@ class Predictor:
     def _expected(self, arm: ArmChoice, seconds: Floats, draft: Floats, judge: Floats) -> Expected:
         parts = {"prefill": self.prefill, "draft": draft, "judge": judge}
         parts["decode"] = seconds - self.prefill - draft - judge
+        low, high = np.percentile(self.resampled(tuple(seconds)), [2.5, 97.5])
         return Expected(
             arm=arm,
             speedup=float(self.target.sum() / seconds.sum()),
-            interval=self.interval(tuple(seconds)),
+            interval=(float(low), float(high)),
             seconds=tuple(float(s) for s in seconds),
             parts={name: float(part.mean()) for name, part in parts.items()},
         )
 
 
-def looped(once: Expected, predictor: Predictor, runs: Rehearsal, arm: ArmChoice) -> Expected:
-    """What is to be expected of `arm`, which is that of `once` with another loop: what it took against `once` in a
-    rehearsal, times what is expected of that."""
-    rows = np.array(list(runs.values()))
-    if not len(rows):
-        return replace(once, arm=arm)
-    draws = resampled(len(rows), 1, len(predictor.draws))
-    sums = rows[draws].sum(1)  # [R, 2]
-    factor = float(rows[:, 0].sum() / rows[:, 1].sum())
-    interval = predictor.interval(once.seconds, [sums[:, 0] / sums[:, 1]])
-    seconds = tuple(s / factor for s in once.seconds)
-    return replace(once, arm=arm, speedup=once.speedup * factor, interval=interval, seconds=seconds)
+def observed(
+    one: Expected, arm: ArmChoice, target: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], luck: float = 1.0
+) -> Expected:
+    """What is to be expected of an arm that was run beside the target, divided by what it owes to having been chosen.
 
-
-Rehearsal = Mapping[str, tuple[float, float]]  # problem -> seconds of the arm without a loop, and of that with one
+    one     what was predicted of it, or of the arm it varies; that stands where no problem was answered by both
+    target  requests of the target alone, own: of the arm
+    """
+    found, summary = compare(target, own), summarise(own)
+    if found is None:
+        return replace(one, arm=arm)
+    answered = sum(1 for request in own if request.get("result"))
+    return replace(
+        one,
+        arm=arm,
+        speedup=found["time_ratio"] / luck,
+        interval=(found["time_ratio_low"] / luck, found["time_ratio_high"] / luck),
+        kept_share=summary["kept_share"],
+        parts={phase: summary[f"{phase}_s"] / answered for phase in one.parts},
+        rehearsed=found["problems"],
+    )

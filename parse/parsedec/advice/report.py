@@ -151,6 +151,8 @@ def cost_rows(record: Json) -> list[list[str]]:
     if seen := record["rehearsed"]:
         rows.append([f"best arm on {seen['problems']} of the problems, predicted / run",
                      f"{seen['predicted']:.2f} / {seen['measured']:.2f}"])  # fmt: skip
+        if "luck" in seen:  # records before it was estimated have none
+            rows.append(["of which the choice of the best accounts for", f"{100 * (seen['luck'] - 1):.1f} %"])
         rows += [[f"accuracy against the target alone, best arm {name if name != 'once' else ''}".rstrip(), text]
                  for name, text in rehearsed_accuracy(record).items()]  # fmt: skip
     rows += [[f"inner={name}", f"left out: {reason}"] for name, reason in costs["left_out_inners"].items()]
@@ -204,11 +206,16 @@ def note(record: Json) -> str:
         f"Tier: {tier(record)}. n = {record['costs']['problems']}, seed {config['seed']}, at most "
         f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems; Wilson). "
         "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
-        f"something wrong is kept ({shown}). Milliseconds a request, of a loop those of its first round. Loops: from "
-        f"how they ran on {config['short']} of the problems beside loop=once. Every interval is its own arm's: the "
-        "best was chosen on these same problems, which no interval counts, so check.n=… measures it on others. A "
+        f"something wrong is kept ({shown}). Milliseconds a request. The best, its loops and the best inner level "
+        f"alone are as they ran{_where(record)}, the others as costs predict; what the best owes to having been "
+        "chosen on these same problems is estimated (bootstrap) and taken off. check.n=… measures it on others. A "
         f"threshold with a promise is for experiments/calibrate.py to find. {origin(record)}"
     )
+
+
+def _where(record: Json) -> str:
+    seen = record["rehearsed"]
+    return f" on {seen['problems']} of the problems" if seen else ""
 
 
 def terminal(record: Json) -> RenderableType:
