@@ -8,7 +8,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow test-gpu test-weights test-server test-vllm bench golden zoo checksums clean
+.PHONY: help setup demo check test test-slow test-gpu test-weights test-server test-vllm bench bench-gpu golden zoo checksums clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -72,6 +72,15 @@ bench: setup  ## the figures of the README on the embedded models, about half an
 	$(BIN)/python experiments/compare.py runtime=cpu task.seed=1 arms=inner
 	$(BIN)/python experiments/compare.py runtime=cpu task.seed=1 task.n=100 arms=refused
 	$(BIN)/python experiments/compare.py runtime=cpu arms=thresholds
+
+# Where packages are there already: make -o setup bench-gpu GPU_PYTHON=python3, with PYTHONPATH=parse:adapters:tests
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu: setup  ## the CUDA tests, passes against their floors, replays of Qwen3 32B / 1.7B: one GPU of 141 GB, half an hour
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) experiments/floors.py experiment=floors_qwen3
+	for kept in 0.95 0.85 0.6; do \
+	  $(GPU_PYTHON) experiments/replay.py experiment=replay_qwen3_32b judge.kept=$$kept judge.whole=0 judge.spread=0 || exit 1; done
+	$(GPU_PYTHON) experiments/replay.py experiment=replay_qwen3_32b
 
 golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR make golden
 	$(BIN)/python experiments/golden.py $(if $(ROOT),root=$(ROOT))

@@ -1,5 +1,6 @@
 """What a user can get wrong is refused before work begins, in words that say what to do about it."""
 
+import io
 import json
 import re
 import shutil
@@ -11,11 +12,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 import parsedec
 import tiny
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError, ParsedecError, PromptError
+from parsedec.experiment import cli
 from parsedec.experiment.cli import expand_shorthand, explain, known_settings
 from parsedec.experiment.job import run_job
 from parsedec.experiment.runner import Arm
@@ -382,3 +385,15 @@ def test_every_error_of_ours_can_be_caught_as_one():
 def test_context_limit_of_a_model_in_memory():
     with pytest.raises(ConfigError, match=r"context_limit=513 for tiny llama; expected 2 to 512"):
         LanguageModel.wrap(TARGET.hf, TARGET.tokenizer, name="tiny llama", context_limit=513)
+
+
+@pytest.mark.parametrize(
+    ("every", "told"), [(0.0, ["1 of 3, a; about 0 min left", "2 of 3, b; about 0 min left"]), (99.0, [])]
+)
+def test_long_work_is_told_of_where_there_is_no_terminal(every, told, monkeypatch, caplog):
+    monkeypatch.setattr(cli, "stderr", Console(file=io.StringIO()))
+    monkeypatch.setattr(cli, "TOLD_EVERY_S", every)
+    with caplog.at_level("INFO"), cli.progress(3) as step:
+        step("a")
+        step("b")
+    assert caplog.messages == told

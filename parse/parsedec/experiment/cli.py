@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parsedec.errors import ParsedecError
 from parsedec.experiment.calibrated import read_calibration
 
+log = logging.getLogger(__name__)
 USAGE, INTERRUPTED = 2, 130
+TOLD_EVERY_S = 60.0
 # tables need room; a pipe has no width of its own
 stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
@@ -119,7 +122,10 @@ def announced(record_path: Path) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, nothing elsewhere; call what it yields with a label after each step."""
+    """A bar on a terminal, a line a minute elsewhere; call what it yields with a label after each step."""
+    if not stderr.is_terminal:
+        yield _told(total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -127,9 +133,26 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+    with Progress(*columns, console=stderr) as bar:
         task = bar.add_task("requests", total=total)
         yield lambda label: bar.update(task, advance=1, description=label)
+
+
+def _told(total: int) -> Callable[[str], None]:
+    """Steps counted in the log, where nobody can see a bar: after a minute and every minute from then on."""
+    began = told = time.monotonic()
+    done = 0
+
+    def step(label: str) -> None:
+        nonlocal told, done
+        done += 1
+        now = time.monotonic()
+        if now - told >= TOLD_EVERY_S:
+            told = now
+            left = (total - done) * (now - began) / done
+            log.info("%d of %d, %s; about %.0f min left", done, total, label, left / 60)
+
+    return step
 
 
 def _quoted(value: str) -> str:
