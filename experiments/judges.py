@@ -49,7 +49,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         for name, own in chosen.items()
     }
     if cfg.steps.path is not None:
-        marked = from_steps(target, draft, cfg.steps.path, cfg.steps.n)
+        marked = from_steps(target, draft, cfg.steps.path, cfg.steps.n, cfg.steps.shuffle)
     elif draft is None:
         raise ConfigError("draft=none, and no step-labelled file is given; set draft, or steps.path to a file.")
     else:

@@ -87,6 +87,9 @@ def test_labelled_steps_end_at_their_cuts(tmp_path, tiny_target):
     assert list(first.prompt) == prompt_ids(tiny_target, [{"role": "user", "content": "?"}])
     assert list(rights([first, second])) == [True, False, False, True, True]
     assert len(from_steps(tiny_target, None, written(tmp_path, STEPS), n=1)) == 1
+    mixed = [one.problem for one in from_steps(tiny_target, None, written(tmp_path, STEPS), shuffle=1)]
+    assert sorted(mixed) == sorted(one.problem for one in (first, second, third))
+    assert mixed[0] != first.problem
     long = {"problem": "?", "steps": ["w1" * 600], "label": -1}
     assert len(from_steps(tiny_target, None, written(tmp_path, [long, STEPS[0]]))) == 1
 

@@ -96,6 +96,8 @@ def test_f1_is_processbenchs():
         (True, False, False), (True, True, True)], strict=True)]  # fmt: skip
     assert judging.localised(marked, [(0.9, 0.1, 0.9), (0.9, 0.9, 0.6)], 0.5)["f1"] == 1.0
     assert judging.localised(marked, [(0.9, 0.1, 0.9), (0.9, 0.9, 0.2)], 0.5)["f1"] == 0.0
+    for one, scores in zip(marked, [(0.9, 0.1, 0.9), (0.9, 0.9, 0.6)], strict=True):  # one kind alone says nothing
+        assert judging.localised([one], [scores], 0.5)["f1"] is None
     marked, scores = drafts(40, seed=3)
     found = judging.localised(marked, scores, 0.5)
     shares = (found["exact"] / found["wrong_drafts"], found["passed"])

@@ -19,7 +19,7 @@ from parsedec.boundary import BoundaryRule
 from parsedec.calibration.decisions import decide, kept_tokens, prefix_losses
 from parsedec.calibration.risk import Goal, upper_bound
 from parsedec.calibration.samples import Sample
-from parsedec.experiment.summary import resampled, wilson
+from parsedec.experiment.summary import harmonic, resampled, wilson
 
 BINS = 10
 DEEPEST = 12  # rows of the heat map; later segments share the last
@@ -101,14 +101,12 @@ def localisation(samples: Sequence[Sample], rule: BoundaryRule) -> dict[str, Any
     sound = [stop == cuts for stop, first, cuts in stops if first == cuts]
     exact = _share(sum(stop == first for stop, first in wrong), len(wrong))
     untouched = _share(sum(sound), len(sound))
-    a, b = exact["share"], untouched["share"]
-    f1 = None if a is None or b is None else 2 * a * b / (a + b) if a + b else 0.0
     return {
         "threshold": rule.floor,
         "exact": exact,
         "never_later": _share(sum(stop <= first for stop, first in wrong), len(wrong)),
         "untouched": untouched,
-        "f1": f1,
+        "f1": harmonic(exact["share"], untouched["share"]),
     }
 
 

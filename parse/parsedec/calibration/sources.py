@@ -123,6 +123,7 @@ class Steps(Source):
     path        JSONL for the fit, in a form of `tasks.steps`
     check_path  the same for the check; null: `held_out` of `path`
     n, check_n  problems taken of each; null: all
+    shuffle     seed of a random order in which they are taken; null: the order of the file
     held_out    share of the problems held out where `check_path` is null
     separator   stands between two steps of the judged text
     """
@@ -135,6 +136,7 @@ class Steps(Source):
     check_path: str | Path | None = None
     n: int | None = None
     check_n: int | None = None
+    shuffle: int | None = 0
     held_out: float = 0.5
     separator: str = BETWEEN
 
@@ -142,8 +144,10 @@ class Steps(Source):
         require_share(self.held_out)
 
     def questions(self, seed: int) -> list[Question]:
-        fit = StepFile(path=self.path, n=self.n)
-        check = None if self.check_path is None else StepFile(path=self.check_path, n=self.check_n)
+        fit = StepFile(path=self.path, n=self.n, shuffle=self.shuffle)
+        check = None
+        if self.check_path is not None:
+            check = StepFile(path=self.check_path, n=self.check_n, shuffle=self.shuffle)
         return divided(fit, check, self.held_out, seed)
 
     def draft(self, target: LanguageModel, problem: Problem) -> tuple[Draft, list[int], list[bool]]:

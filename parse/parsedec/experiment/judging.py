@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from parsedec.backends import open_session
 from parsedec.errors import ConfigError
-from parsedec.experiment.summary import wilson
+from parsedec.experiment.summary import harmonic, wilson
 from parsedec.experiment.table import document, grid, origin, tier
 from parsedec.judge import Judge, judging_session
 from parsedec.judge.combined import log_odds
@@ -159,7 +159,7 @@ def summarise(
             "auc_difference_interval": _interval(spread - against[1]),
             "at": localised(marked, verdicts.scores, at),
             "curve": curve,
-            "f1": max(one["f1"] for one in curve),
+            "f1": max((one["f1"] for one in curve if one["f1"] is not None), default=None),
             "rows": sum(verdicts.rows) / len(verdicts.rows),
             "pass_s": pass_s,
             "decode_steps": pass_s / step,
@@ -179,15 +179,15 @@ def summarise(
 def localised(marked: Sequence[Marked], scores: Sequence[Sequence[float]], threshold: float) -> dict[str, Any]:
     """Where the first-failure rule puts the boundary: at the first error of the wrong drafts, or not behind it.
 
-    passed  share of the right drafts that are kept whole
+    passed  share of the right drafts that are kept whole; None where there is none
     f1      harmonic mean of that and the share of wrong drafts whose error is found exactly (ProcessBench's measure,
-            arXiv 2412.06559)
+            arXiv 2412.06559); None where there are not both kinds of drafts
     """
     kept = [leading(values, threshold) for values in scores]
     wrong = [(k, one.first_wrong) for k, one in zip(kept, marked, strict=True) if one.first_wrong < len(one.cuts)]
     whole = [k == len(one.cuts) for k, one in zip(kept, marked, strict=True) if one.first_wrong >= len(one.cuts)]
-    found = sum(k == error for k, error in wrong) / len(wrong) if wrong else 0.0
-    passed = sum(whole) / len(whole) if whole else 0.0
+    found = sum(k == error for k, error in wrong) / len(wrong) if wrong else None
+    passed = sum(whole) / len(whole) if whole else None
     return {
         "threshold": threshold,
         "kept_share": share_kept(marked, scores, threshold),
@@ -195,7 +195,7 @@ def localised(marked: Sequence[Marked], scores: Sequence[Sequence[float]], thres
         "exact": sum(k == error for k, error in wrong),
         "never_later": sum(k <= error for k, error in wrong),
         "passed": passed,
-        "f1": 2 * found * passed / (found + passed) if found + passed else 0.0,
+        "f1": harmonic(found, passed),
     }
 
 
@@ -279,7 +279,7 @@ def _row(judge: dict[str, Any]) -> list[str]:
         f"{100 * at['kept_share']:.1f} %",
         _percent(at["exact"], at["wrong_drafts"]),
         _percent(at["never_later"], at["wrong_drafts"]),
-        f"{100 * judge['f1']:.1f} %" if "f1" in judge else "-",  # records made before it was taken have none
+        "-" if judge.get("f1") is None else f"{100 * judge['f1']:.1f} %",  # older records have none
         f"{judge['rows']:.0f}",
         f"{1000 * judge['pass_s']:.1f}",
         f"{judge['decode_steps']:.2f}",

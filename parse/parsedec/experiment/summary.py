@@ -95,6 +95,13 @@ def wilson(hits: float, n: int, z: float = 1.96) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
+def harmonic(a: float | None, b: float | None) -> float | None:
+    """Harmonic mean: 0 where both are 0, None where one is not known."""
+    if a is None or b is None:
+        return None
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
 def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
     """Bootstrap draws over n problems: indices [resamples, n]."""
     return np.random.default_rng(seed).integers(n, size=(resamples, n))

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from parsedec.backends import open_session
 from parsedec.chat import prompt_ids
 from parsedec.model import LanguageModel
 from parsedec.tasks.base import Problem, Task
-from parsedec.tasks.steps import BETWEEN, read_steps, step_ends
+from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
 from parsedec.text import Draft
 from parsedec.training.answers import mark
 from parsedec.training.generation import Written
@@ -70,12 +69,16 @@ def from_task(
 
 
 def from_steps(
-    target: LanguageModel, draft: LanguageModel | None, path: str | Path, n: int | None = None
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    path: str | Path,
+    n: int | None = None,
+    shuffle: int | None = None,
 ) -> list[Marked]:
-    """The first n solutions of a step-labelled file, cut where their steps end. Those too long for the target are
-    left out."""
+    """n solutions of a step-labelled file, cut where their steps end, in a random order (`shuffle` is its seed) or in
+    the file's. Those too long for the target are left out."""
     marked, long = [], 0
-    for problem in islice(read_steps(path), n):
+    for problem in StepFile(path=path, n=n, shuffle=shuffle).problems():
         messages = [{"role": "user", "content": problem.prompt}]
         prompt = tuple(prompt_ids(target, messages))
         tokens = target.encode(BETWEEN.join(problem.meta["steps"]), plain=True)

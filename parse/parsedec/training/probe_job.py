@@ -93,7 +93,7 @@ def labelled(
 ) -> tuple[list[Marked], list[Marked]]:
     """Drafts to train on, and those of other problems to choose and calibrate on."""
     if cfg.steps.path is not None:
-        every = from_steps(target, draft, cfg.steps.path, cfg.steps.n)
+        every = from_steps(target, draft, cfg.steps.path, cfg.steps.n, cfg.steps.shuffle)
         train, unseen = parted(every, cfg.steps.train_share)
         if draft is not None:
             train, unseen = with_logprobs(train, draft), with_logprobs(unseen, draft)
