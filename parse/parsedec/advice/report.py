@@ -34,8 +34,9 @@ def write_reports(record: Json, folder: Path, overrides: Sequence[str]) -> list[
 
 
 def command(folder: Path) -> str:
-    """What runs the advised configuration."""
-    return f"python experiments/run.py --config-dir {folder} experiment={NAME}"
+    """What runs the advised configuration, from where the advisor ran."""
+    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return f"python experiments/run.py --config-dir {near} experiment={NAME}"
 
 
 def configuration(record: Json, overrides: Sequence[str]) -> str:
