@@ -1,4 +1,4 @@
-"""Write docs/figures.md, and the tables of README.md, from the records: python experiments/figures.py [--check]
+"""Write the pages of docs/ that have a template, and the tables of README.md, from the records: python experiments/figures.py [--check]
 
 With --check nothing is written, and the exit status is 1 if a document does not say what the records do.
 """
@@ -16,10 +16,8 @@ RECORDS = ROOT / "experiments" / "records"
 def documents() -> dict[Path, str]:
     """Every document that holds figures, as the records want it."""
     readme = ROOT / "README.md"
-    return {
-        ROOT / "docs" / "figures.md": rendered(ROOT / "docs" / "figures.md.j2", RECORDS),
-        readme: with_tables(readme.read_text(encoding="utf-8"), RECORDS),
-    }
+    pages = {template.with_suffix(""): rendered(template, RECORDS) for template in (ROOT / "docs").glob("*.md.j2")}
+    return {**pages, readme: with_tables(readme.read_text(encoding="utf-8"), RECORDS)}
 
 
 def main() -> int:
