@@ -317,7 +317,7 @@ def test_memory_of_the_eager_backend(monkeypatch):
 def test_flex_is_compiled_once_a_bucket(monkeypatch):
     """Blocks of other sizes in the same bucket find the compiled code."""
     torch._dynamo.reset()
-    monkeypatch.setattr(flex, "uncompiled", torch.compile(flex.uncompiled, dynamic=False, recompile_limit=8))
+    monkeypatch.setattr(flex, "uncompiled", flex.compiled())
     counts = []
     for block in (Block(100, 40, (20, 101, 140), 9), Block(120, 50, (21, 99), 9), Block(300, 40, (20, 101, 340), 9)):
         buffers, q, k, v = random_pass(block)
