@@ -10,8 +10,8 @@ from torch import Tensor
 from parsedec.model import LanguageModel
 
 # Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32. In
-# bfloat16 it grows with depth: 64 random layers of Qwen3 32B, two kernels of the same attention, reached 0.35. A mask or
-# cache that is not honoured is off by one and more.
+# bfloat16 it grows with depth: 64 random layers of Qwen3 32B, two kernels of the same attention, reached 0.35. A mask
+# or cache that is not honoured is off by one and more.
 HALF = 0.6
 ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: HALF, torch.float16: HALF}
 

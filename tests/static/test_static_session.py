@@ -20,7 +20,7 @@ from parsedec.session import Session
 from parsedec.static import session as static
 from parsedec.static.memory import FIRST_CAPACITY, Lease, Pool
 from parsedec.static.session import StaticSession
-from parsedec.static.steps import Steps
+from parsedec.static.steps import Steps, column_bucket
 from parsedec.static.weights import join_weights, joined, read_weights, static_obstacle
 from parsedec.types import JudgePath, Tree
 from parsedec_adapters.draft_model import DraftModel
@@ -113,7 +113,12 @@ def test_steps_grow_into_the_next_bucket(monkeypatch, tiny_target):
         logits = session.feed([token])
     walks.close(logits, walks.plain(tiny_target, ids)[0][-1])
     used = session._lease._buffers.graphs
-    assert {(rows, columns) for rows, columns, *_ in used} == {(1, 512)}, "the steps of the larger buffers"
+    assert {(rows, columns) for rows, columns, *_ in used} == {(1, 384)}, "the steps of the larger buffers"
+
+
+def test_buckets_of_columns():
+    assert [column_bucket(n) for n in (1, 256, 257, 385, 513, 769, 1025, 1537, 2049)] == [
+        256, 256, 384, 512, 768, 1024, 1536, 2048, 3072]  # fmt: skip
 
 
 @pytest.mark.slow

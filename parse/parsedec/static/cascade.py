@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 GROUP = 128  # rows of a group of probes, about: fewer leave less behind the first cut, more fill the processor
 PAGE = 256  # columns of a page: flash attention asks for a multiple of it
 CAUSAL = (-1, 0)  # varlen_attn's name for it; rows stand at the right end of their columns
-# Before torch 2.13 varlen_attn knows neither pages nor lengths nor shared heads; the operator under it knows the last two
+# Before torch 2.13 varlen_attn knows neither pages nor lengths nor shared heads; the operator under it knows the latter
 PAGED = "block_table" in inspect.signature(varlen_attn).parameters
 HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = 2e-2  # of half precision, for outputs of size one

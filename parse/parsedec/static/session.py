@@ -54,10 +54,12 @@ class Machine:
     @classmethod
     def of(cls, weights: Weights) -> Machine:
         network, graphs = Network(weights), weights.device.type == "cuda"
-        if graphs and torch.backends.cuda.cudnn_sdp_enabled():
+        if graphs and torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
             # on Hopper torch takes cuDNN's attention before all others, and plans it anew for every length of a text
             torch.backends.cuda.enable_cudnn_sdp(False)
-            log.info("the static backend turns cuDNN's attention off for this process: it is slow on lengths that change")
+            log.info(
+                "the static backend turns cuDNN's attention off for this process: it is slow on lengths that change"
+            )
         plain = Steps(network, compiled=False) if graphs else None
         steps = {False: plain, True: Steps(network, compiled=True)}
         return cls(network, Pool(weights), BLOCK[weights.device.type], steps)

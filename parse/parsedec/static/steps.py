@@ -2,11 +2,11 @@
 
 A step reads a chain or a tree of a few tokens behind the cache. Rows are padded to a bucket and attention runs over a
 bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay where
-they are. What is compiled is one layer, which all layers then run: compiling all of them together gains nothing, since no
-operation reaches over the end of a layer, and takes as many times as long as there are layers.
+they are. What is compiled is one layer, which all layers then run: compiling all of them together gains little, since
+few operations reach over the end of a layer, and takes as many times as long as there are layers.
 
-On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on: the host then
-launches one graph instead of some hundred kernels. Elsewhere the same code is called directly.
+On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on: the host then launches one
+graph instead of some hundred kernels. Elsewhere the same code is called directly.
 
 Shapes in this file:  R rows of a bucket, T columns of a bucket, V vocabulary, L taps, H hidden.
 """
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
 COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
-LEAST_COLUMNS = 256  # buckets of columns are this many and its doubles
+LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
 
@@ -64,10 +64,7 @@ class Steps:
         count, start = len(ids), lease.rows
         rows = next(bucket for bucket in (COMPILED_ROWS if self.compiled else ROWS) if bucket >= count)
         buffers = lease.writable(rows)
-        columns = LEAST_COLUMNS
-        while columns < start + rows:
-            columns *= 2
-        key = (rows, min(columns, buffers.capacity), taps, self.compiled)
+        key = (rows, min(column_bucket(start + rows), buffers.capacity), taps, self.compiled)
         step: Step | None = buffers.graphs.get(key)
         if step is None:
             step = buffers.graphs[key] = Step(self, buffers, rows, key[1], taps)
@@ -98,6 +95,14 @@ class Steps:
             return None
         self.captures += 1
         return graph.replay, outputs
+
+
+def column_bucket(count: int) -> int:
+    """The smallest bucket of at least so many columns. One row's attention takes as long as its bucket is wide."""
+    columns = LEAST_COLUMNS
+    while columns < count:
+        columns = columns * 4 // 3 if columns & (columns - 1) else columns * 3 // 2
+    return columns
 
 
 class Step:

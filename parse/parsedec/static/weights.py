@@ -240,7 +240,7 @@ def join_weights(hf: Any) -> None:
                 if parts[0] is None or joined(parts) is not None or any(part.is_inference() for part in parts):
                     continue
                 whole = torch.cat(parts)
-                for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                for part, place in zip(parts, whole.split_with_sizes([len(part) for part in parts]), strict=True):
                     part.data = place
 
 
