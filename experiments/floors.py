@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: spinning ones are erratic
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,37 @@ from parsedec.experiment.cli import run_command
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def measure_all(cfg: DictConfig) -> dict[str, Any]:
-    """Rows of every shape, one model in memory at a time."""
+def measure_all(cfg: DictConfig, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Rows of every shape, one model in memory at a time. What there is so far is saved after each."""
     from dataclasses import asdict
 
     import torch
     from hydra.utils import instantiate
 
-    from parsedec.experiment.cli import progress
-    from parsedec.experiment.floors import JudgeSize, measure
+    from parsedec.experiment.cli import progress, stderr
+    from parsedec.experiment.floors import JudgeSize, cells, measure
     from parsedec.experiment.nodes import check_local
 
     check_local(cfg)
     sizes = [JudgeSize(**size) for size in cfg.judge_passes]
-    rows, devices = [], {}
+    rows: list[Any] = []
+    devices: dict[str, Any] = {}
+    measured = {"devices": devices, "rows": rows}
     with progress(len(cfg.shapes) * (2 + len(sizes) * len(cfg.kernels))) as step:
         for source in cfg.shapes:
             model = instantiate(cfg.target, source=source)
-            devices[source], made = measure(
+            device, made = measure(
                 model, context=cfg.context, nodes=cfg.nodes, sizes=sizes, kernels=cfg.kernels, repeats=cfg.repeats,
                 after_each=step)  # fmt: skip
             rows += made
+            devices[source] = asdict(device)
+            save(measured)
+            stderr.print(*(" | ".join(line) for line in cells({"rows": made})), sep="\n")
             del model
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    return {"devices": {name: asdict(device) for name, device in devices.items()}, "rows": rows}
+    return measured
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="floors")
@@ -70,7 +76,7 @@ def main(cfg: DictConfig) -> None:
     apply_runtime(cfg)
     head = {"schema_version": SCHEMA_VERSION, "title": cfg.title, "config": config, "provenance": provenance()}
     with announced(path):
-        record = head | measure_all(cfg)
+        record = head | measure_all(cfg, lambda measured: write_record(head | measured, path))
         write_record(record, path)
         write_text(markdown(record), path.with_name("table.md"))
         if cfg.plot:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from parsedec.model import LanguageModel
 
-# Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32;
-# deep models in bfloat16 reach a tenth. A mask or cache that is not honoured is off by about one.
-ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.3}
+# Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32. In
+# bfloat16 it grows with depth: 64 random layers of Qwen3 32B, two kernels of the same attention, reached 0.35. A mask
+# or cache that is not honoured is off by one and more.
+HALF = 0.6
+ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: HALF, torch.float16: HALF}
 
 
 def excess(model: LanguageModel, ours: Tensor, plain: Tensor) -> float | None:
     """Largest difference of two computations of the same logits, if it is more than rounding explains."""
     ours, plain = ours.float(), plain.float()
-    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, 0.3) * float(plain.std())
+    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, HALF) * float(plain.std())
     return None if error <= allowed else error
 
 

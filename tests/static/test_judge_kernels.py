@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention.varlen import AuxRequest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle.test_judge_pass as judging
@@ -189,6 +190,7 @@ def flash_as_documented(
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_calls_of_flash_attention_are_right(monkeypatch, block, heads):
     """What is asked of it, with a stand-in that does what its documentation says: the kernel itself needs CUDA."""
+    monkeypatch.setattr(cascade, "PAGED", True)
     monkeypatch.setattr(cascade, "varlen_attn", flash_as_documented)
     monkeypatch.setattr(cascade, "fused_for", lambda buffers, suffix: True)
     buffers, q, k, v = random_pass(block, heads=heads[0], shared=heads[1])
@@ -198,11 +200,41 @@ def test_calls_of_flash_attention_are_right(monkeypatch, block, heads):
     torch.testing.assert_close(attend(0, q, k, v).double(), expected, rtol=0, atol=1e-5)
 
 
+def operator_of_torch_2_11(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
+    window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None):  # fmt: skip
+    """aten::_flash_attention_forward over sequences of their own length, a loop: columns begin where `cum_seq_k` says,
+    and are as many as `seqused_k` says."""
+    assert not dropout_p
+    used = cum_seq_k.diff() if seqused_k is None else seqused_k
+    outs, weights = [], []
+    for i, (start, stop) in enumerate(itertools.pairwise(cum_seq_q)):
+        columns = slice(int(cum_seq_k[i]), int(cum_seq_k[i] + used[i]))
+        one = torch.tensor([0, stop - start]), torch.tensor([0, used[i]])
+        out, weight = flash_as_documented(
+            query[start:stop], key[columns], value[columns], *one, max_q, max_k, return_aux=AuxRequest(lse=True),
+            scale=scale, window_size=(-1, 0) if is_causal else (-1, -1), enable_gqa=True)  # fmt: skip
+        outs.append(out)
+        weights.append(weight)
+    return torch.cat(outs), torch.cat(weights, 1), None, None, None
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_calls_of_flash_attention_are_right_without_pages(monkeypatch, block):
+    monkeypatch.setattr(cascade, "PAGED", False)
+    monkeypatch.setattr(cascade, "flash_forward", operator_of_torch_2_11)
+    monkeypatch.setattr(cascade, "fused_for", lambda buffers, suffix: True)
+    buffers, q, k, v = random_pass(block, heads=4, shared=2)
+    expected = exact_attention(buffers, q, k, v, block, 0.3)
+    torch.testing.assert_close(CascadeRows(buffers, block, 0.3)(0, q, k, v).double(), expected, rtol=0, atol=1e-5)
+
+
 def test_flash_attention_is_used_only_if_its_numbers_are_right(monkeypatch, caplog):
     def broken(*arguments, window_size=(-1, -1), **more):
         return flash_as_documented(*arguments, window_size=(-1, -1), **more)
 
     for stand_in, agrees in ((flash_as_documented, True), (broken, False)):
+        monkeypatch.setattr(cascade, "PAGED", True)
         monkeypatch.setattr(cascade, "varlen_attn", stand_in)
         assert cascade._flash_agrees.__wrapped__(CPU, torch.bfloat16, 2, 16) is agrees
     assert "differs by" in caplog.text
@@ -285,7 +317,7 @@ def test_memory_of_the_eager_backend(monkeypatch):
 def test_flex_is_compiled_once_a_bucket(monkeypatch):
     """Blocks of other sizes in the same bucket find the compiled code."""
     torch._dynamo.reset()
-    monkeypatch.setattr(flex, "uncompiled", torch.compile(flex.uncompiled, dynamic=False, recompile_limit=8))
+    monkeypatch.setattr(flex, "uncompiled", flex.compiled())
     counts = []
     for block in (Block(100, 40, (20, 101, 140), 9), Block(120, 50, (21, 99), 9), Block(300, 40, (20, 101, 340), 9)):
         buffers, q, k, v = random_pass(block)

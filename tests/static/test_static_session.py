@@ -20,8 +20,8 @@ from parsedec.session import Session
 from parsedec.static import session as static
 from parsedec.static.memory import FIRST_CAPACITY, Lease, Pool
 from parsedec.static.session import StaticSession
-from parsedec.static.steps import Steps
-from parsedec.static.weights import read_weights, static_obstacle
+from parsedec.static.steps import Steps, column_bucket
+from parsedec.static.weights import join_weights, joined, read_weights, static_obstacle
 from parsedec.types import JudgePath, Tree
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.medusa import Medusa
@@ -113,7 +113,12 @@ def test_steps_grow_into_the_next_bucket(monkeypatch, tiny_target):
         logits = session.feed([token])
     walks.close(logits, walks.plain(tiny_target, ids)[0][-1])
     used = session._lease._buffers.graphs
-    assert {(rows, columns) for rows, columns, *_ in used} == {(1, 512)}, "the steps of the larger buffers"
+    assert {(rows, columns) for rows, columns, *_ in used} == {(1, 384)}, "the steps of the larger buffers"
+
+
+def test_buckets_of_columns():
+    assert [column_bucket(n) for n in (1, 256, 257, 385, 513, 769, 1025, 1537, 2049)] == [
+        256, 256, 384, 512, 768, 1024, 1536, 2048, 3072]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -357,6 +362,35 @@ def test_weights_are_read_where_they_are():
     after = open_session(model).feed([5, 6, 7])
     assert judging.max_error(before, after) > 0.1
     walks.close(after, walks.plain(model, [5, 6, 7])[0][-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_joined_stay_the_modules_own(family):
+    """As on CUDA, on a model that is not packed on the CPU."""
+    hf = copy.deepcopy(tiny.model(family).hf).double()
+    model = dataclasses.replace(tiny.model(family), hf=hf, backend="static")
+    before, parameters = copy.deepcopy(hf.state_dict()), list(hf.parameters())
+    assert len(read_weights(hf).layers[0].qkv) == 3
+    join_weights(hf)
+    assert all(one is other for one, other in zip(hf.parameters(), parameters, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in hf.state_dict().items())
+    layer = read_weights(hf).layers[-1]
+    assert (len(layer.qkv), len(layer.gate_up)) == (1, 1)
+    for scale in (1.0, 1.1):  # the second time after a change in place
+        with torch.no_grad():
+            hf.model.layers[0].self_attn.k_proj.weight.mul_(scale)
+            hf.model.layers[1].mlp.up_proj.weight.mul_(scale)
+        ids = walks.tokens(30)
+        session = open_session(model)
+        session.feed(ids[:20])
+        walks.close(session.feed(ids[20:]), walks.plain(model, ids)[0][-1])
+
+
+def test_joined_parts_lie_one_behind_another():
+    whole = torch.randn(7, 3)
+    assert torch.equal(joined([whole[:2], whole[2:3], whole[3:]]), whole)
+    for parts in ([whole[:2], whole[3:]], [whole[2:], whole[:2]], [whole[:2], whole[2:].clone()], [whole.t()]):
+        assert joined(parts) is None
 
 
 def test_an_unknown_backend_is_refused(tiny_target):

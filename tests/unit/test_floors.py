@@ -64,6 +64,23 @@ def test_a_record_and_its_table(model):
         assert cell[7] == f"{100 * share:.0f} %"
 
 
+def test_a_pass_that_cannot_run_is_said_and_costs_no_other(model, monkeypatch, caplog):
+    def short_of_memory(base, size):
+        def call():
+            raise torch.OutOfMemoryError("no room")
+
+        return call
+
+    monkeypatch.setattr(floors, "judging", short_of_memory)
+    _, rows = measure(
+        model, context=16, nodes=8, sizes=[JudgeSize(draft=12, probes=3, suffix=4)], kernels=["cascade"], repeats=1,
+        after_each=lambda name: None)  # fmt: skip
+    assert [bool(row["seconds"]) for row in rows] == [True, True, False]
+    assert "OutOfMemoryError: no room" in rows[2]["error"]
+    assert "no room" in caplog.text
+    assert [cell[3] == "failed" for cell in floors.cells({"rows": rows})] == [False, False, True]
+
+
 @pytest.mark.parametrize("size", [(4, 5, 3), (4, 0, 3), (4, 2, 0)])
 def test_impossible_passes_are_refused(size):
     with pytest.raises(ConfigError, match="probes"):

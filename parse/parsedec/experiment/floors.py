@@ -11,6 +11,7 @@ Shapes: R rows of a pass, N draft rows, K probes, S rows a probe.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from parsedec.model import LanguageModel
 from parsedec.reference import random_tokens
 from parsedec.session import Session
 from parsedec.types import Tree
+
+log = logging.getLogger(__name__)
 
 WARM_UPS = 2  # passes before those that count; graphs are captured and buckets compiled in them
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes: beyond every cache
@@ -172,41 +175,57 @@ def measure(
     repeats: int,
     after_each: Callable[[str], None],
 ) -> tuple[Device, list[Row]]:
-    """The device, and a row for every pass of the model: seconds of each repeat, and the floor."""
+    """The device, and a row for every pass of the model: seconds of each repeat, and the floor.
+
+    A pass that cannot be run - too little memory, a kernel that cannot be compiled - has a row that says so.
+    """
     device = Device.measured(model.device, model.dtype, repeats)
     weights, width, rows = weights_of(model), model.dtype.itemsize, []
     for name, count, call in passes(model, context, nodes, sizes, kernels):
-        for _ in range(WARM_UPS):
-            call()
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-        seconds = [seconds_of(call, model.device) for _ in range(repeats)]
-        peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
         floor, bound = device.floor(weights, width, count)
-        rows.append(
-            {"shape": model.name, "pass": name, "rows": count, "seconds": seconds, "floor_s": floor, "bound": bound}
-            | {"peak_bytes": peak}
-        )
+        row = {"shape": model.name, "pass": name, "rows": count, "floor_s": floor, "bound": bound}
+        try:
+            row |= _timed(call, model.device, repeats)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the other passes are worth having
+            log.warning("%s, %s was not measured: %s: %s", model.name, name, type(error).__name__, error)
+            row |= {"seconds": [], "peak_bytes": None, "error": f"{type(error).__name__}: {error}"}
+        rows.append(row)
         after_each(f"{model.name} {name}")
     return device, rows
 
 
+def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Row:
+    """Seconds of each repeat, and the most memory they took."""
+    began = perf_counter()
+    for _ in range(WARM_UPS):
+        call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = [seconds_of(call, device) for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"seconds": seconds, "peak_bytes": peak, "prepared_s": perf_counter() - began - sum(seconds)}
+
+
 def cells(record: Mapping[str, Any]) -> list[list[str]]:
     """Cells of the table, a list per pass; seconds are medians."""
-    steps = {row["shape"]: median(row["seconds"]) for row in record["rows"] if row["pass"] == "decode"}
+    steps = {
+        row["shape"]: median(row["seconds"]) for row in record["rows"] if row["pass"] == "decode" and row["seconds"]
+    }
+    return [_cells(row, steps.get(row["shape"])) for row in record["rows"]]
+
+
+def _cells(row: Row, step: float | None) -> list[str]:
+    middle = median(row["seconds"]) if row["seconds"] else None
     return [
-        [
-            row["shape"].removeprefix("replay:"),
-            row["pass"],
-            str(row["rows"]),
-            f"{1000 * (middle := median(row['seconds'])):.2f}",
-            f"{middle / steps[row['shape']]:.2f}",
-            f"{1000 * row['floor_s']:.2f}",
-            row["bound"],
-            f"{100 * row['floor_s'] / middle:.0f} %",
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.1f}",
-        ]
-        for row in record["rows"]
+        row["shape"].removeprefix("replay:"),
+        row["pass"],
+        str(row["rows"]),
+        "failed" if middle is None else f"{1000 * middle:.2f}",
+        "-" if middle is None or step is None else f"{middle / step:.2f}",
+        f"{1000 * row['floor_s']:.2f}",
+        row["bound"],
+        "-" if middle is None else f"{100 * row['floor_s'] / middle:.0f} %",
+        "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.1f}",
     ]
 
 
@@ -238,6 +257,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Milliseconds of every pass, with the range of its repeats, and its floor."""
     bars = []
     for row in record["rows"]:
+        if not row["seconds"]:
+            continue
         middle, low, high = (1000 * of(row["seconds"]) for of in (median, min, max))
         name = f"{row['shape'].removeprefix('replay:')}: {row['pass']}"
         bars.append(Bar(name, middle, low, high, 1000 * row["floor_s"]))

@@ -60,6 +60,10 @@ class BucketRows:
     def __init__(self, columns: tuple[Tensor, ...], slots: Tensor, scale: float, mask: Tensor) -> None:
         self._columns, self._slots, self._scale, self._mask = columns, slots, scale, mask
 
+    def only(self, layer: int) -> BucketRows:
+        """The attention of one layer, as if it were the only one: what is compiled for it fits all others."""
+        return BucketRows(self._columns[2 * layer : 2 * layer + 2], self._slots, self._scale, self._mask)
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
         keys.index_copy_(2, self._slots, k.transpose(0, 1)[None])

@@ -18,10 +18,12 @@ g = A / G, d head size.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 GROUP = 128  # rows of a group of probes, about: fewer leave less behind the first cut, more fill the processor
 PAGE = 256  # columns of a page: flash attention asks for a multiple of it
 CAUSAL = (-1, 0)  # varlen_attn's name for it; rows stand at the right end of their columns
+# Before torch 2.13 varlen_attn knows neither pages nor lengths nor shared heads; the operator under it knows the latter
+PAGED = "block_table" in inspect.signature(varlen_attn).parameters
 HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = 2e-2  # of half precision, for outputs of size one
 
@@ -147,11 +151,12 @@ class Pages:
     """A block for flash attention with sequences of their own length (torch.nn.attention.varlen), on CUDA.
 
     The cache is read as pages of PAGE columns. All probes have the same pages; each uses the columns before its cut.
+    Where there are no pages (PAGED), each probe's columns begin with the first one of the text.
 
     states          [M, G, C / PAGE, PAGE, d] the cache of all layers
     table           [K, pages] int32, the same for every probe
     used            [K] int32, columns each probe sees
-    starts          [K + 1] int32, where the rows of each probe begin
+    starts          [K + 1] int32, where the rows of each probe begin;  first  [K + 1] zeros
     draft_rows, draft_columns   [2] int32, of the one sequence the draft is
     """
 
@@ -159,6 +164,7 @@ class Pages:
     table: Tensor
     used: Tensor
     starts: Tensor
+    first: Tensor
     draft_rows: Tensor
     draft_columns: Tensor
     drafted: int
@@ -179,6 +185,7 @@ class Pages:
             table=pages.repeat(len(cuts), 1).to(device),
             used=numbers(*cuts),
             starts=numbers(*(suffix * i for i in range(len(cuts) + 1))),
+            first=numbers(*([0] * (len(cuts) + 1))),
             draft_rows=numbers(0, drafted),
             draft_columns=numbers(0, before + drafted),
             drafted=drafted,
@@ -190,14 +197,16 @@ class Pages:
     def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [R, A, d] against text [1, G, T, d] and the block's own k and v [R, G, d]: [R, A * d]."""
         n, out = self.drafted, torch.empty_like(q)
+        keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)  # [T, G, d]
         if n:
-            keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)  # [T, G, d]
             sizes = n, self.text
             out[:n] = _flash(q[:n], keys, values, self.draft_rows, self.draft_columns, sizes, scale, causal=True)[0]
         if len(q) > n:
-            keys, values = self.states[2 * layer : 2 * layer + 2].permute(0, 2, 3, 1, 4)  # [pages, PAGE, G, d]
+            table, first = (self.table, None) if PAGED else (None, self.first)
+            if PAGED:
+                keys, values = self.states[2 * layer : 2 * layer + 2].permute(0, 2, 3, 1, 4)  # [pages, PAGE, G, d]
             sizes = self.suffix, self.longest
-            shared = _flash(q[n:], keys, values, self.starts, None, sizes, scale, used=self.used, table=self.table)
+            shared = _flash(q[n:], keys, values, self.starts, first, sizes, scale, used=self.used, table=table)
             sizes = self.suffix, self.suffix
             own = _flash(q[n:], k[n:], v[n:], self.starts, self.starts, sizes, scale, causal=True)
             out[n:] = merged([shared, own])
@@ -218,6 +227,11 @@ def _flash(
     table: Tensor | None = None,
 ) -> Part:
     """Sequences of rows q [R, A, d] against columns of their own: out [R, A, d] and weights [R, A]."""
+    if not PAGED:
+        out, weight, *_ = flash_forward(
+            q, keys, values, row_starts, column_starts, *longest, 0.0, causal, False, scale=scale, seqused_k=used
+        )
+        return out, weight.t()  # made as [A, R] (torch 2.11)
     made = varlen_attn(
         q,
         keys,
@@ -243,6 +257,11 @@ def fused_for(buffers: Buffers, suffix: int) -> bool:
     states = buffers.states
     fits = states.device.type == "cuda" and states.dtype in HALF and buffers.capacity % PAGE == 0
     return fits and suffix > 0 and _flash_agrees(states.device, states.dtype, states.shape[2], states.shape[-1])
+
+
+def flash_forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(*arguments, **named)
+    return made
 
 
 @cache

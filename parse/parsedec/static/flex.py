@@ -51,8 +51,11 @@ class FlexRows:
 @cache
 def compiled() -> Callable[..., Tensor]:
     """One function for all buckets; each is compiled when it is first met."""
-    compiling: Callable[..., Callable[..., Tensor]] = torch.compile  # its overloads leave the limit out (torch 2.13)
-    return compiling(uncompiled, dynamic=False, recompile_limit=BUCKETS)
+    from torch._dynamo import config  # takes a second to import
+
+    # only torch.compile of 2.13 takes the limit itself
+    made: Callable[..., Tensor] = config.patch(recompile_limit=BUCKETS)(torch.compile(uncompiled, dynamic=False))
+    return made
 
 
 def uncompiled(q: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:

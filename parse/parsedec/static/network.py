@@ -8,7 +8,7 @@ L taps, K rows logits are wanted for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -24,6 +24,10 @@ class Attend(Protocol):
     """Attention of one pass: (layer, q [R, A, d], k [R, G, d], v [R, G, d]) -> [R, A * d]."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
+
+
+Angles = tuple[Tensor, Tensor]
+EachLayer = Callable[[int, Layer, Tensor, Angles, Attend], Tensor]  # as Network.layer
 
 
 class Positions:
@@ -74,19 +78,21 @@ class Network:
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         attend: Attend,
         keep: Tensor | int,
         taps: tuple[int, ...] = (),
+        each: EachLayer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embedded rows [R, H] to logits [K, V] of the last `keep` rows or of the rows `keep`, and taps [R, L, H].
 
         `taps` are indices as in `output_hidden_states`: 0 the embeddings, the last one behind the final norm.
+        `each` is what runs a layer, in place of `layer`.
         """
-        weights, rows = self.weights, x.shape[0]
+        weights, rows, run = self.weights, x.shape[0], each or self.layer
         shown = {0: x}
         for i, layer in enumerate(weights.layers):
-            x = self._layer(i, layer, x, angles, attend)
+            x = run(i, layer, x, angles, attend)
             shown[i + 1] = x
         final = len(weights.layers)
         if final in taps:
@@ -100,14 +106,15 @@ class Network:
         logits = weights.head(x)
         return logits, torch.stack([shown[i] for i in taps], dim=1) if taps else None
 
-    def _layer(self, i: int, layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def layer(self, i: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Decoder layer i: rows [R, H] to rows [R, H]."""
         q, k, v = self._heads(layer, layer.before_attention(x), angles)
         x = layer.o.added_to(x, attend(i, q, k, v))
         y = layer.before_mlp(x)
         gate, up = layer.gate_up[0](y).chunk(2, -1) if len(layer.gate_up) == 1 else [part(y) for part in layer.gate_up]
         return layer.down.added_to(x, silu(gate).mul_(up))
 
-    def _heads(self, layer: Layer, y: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, layer: Layer, y: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """q [R, A, d], k [R, G, d], v [R, G, d], normed and turned."""
         rows, heads, shared = y.shape[0], self.weights.query_heads, self.weights.kv_heads
         if len(layer.qkv) > 1:
@@ -123,7 +130,7 @@ class Network:
         return q, k, v
 
 
-def _turned(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def _turned(x: Tensor, angles: Angles) -> Tensor:
     """Heads [R, A, d] turned to the positions of their rows."""
     cos, sin = angles
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

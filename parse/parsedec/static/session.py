@@ -11,6 +11,7 @@ Shapes in this file:  R rows, N draft rows, K probes, S suffix rows a probe, V v
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -33,7 +34,9 @@ from parsedec.static.steps import ROWS, Steps
 from parsedec.static.weights import Weights, read_weights
 from parsedec.types import Tree
 
-BLOCK = {"cpu": 512, "cuda": 1024}  # most rows at a time: enough to be bound by arithmetic, few enough to mask
+log = logging.getLogger(__name__)
+
+BLOCK = {"cpu": 512, "cuda": 2048}  # most rows at a time: enough to be bound by arithmetic, few enough to mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,12 @@ class Machine:
     @classmethod
     def of(cls, weights: Weights) -> Machine:
         network, graphs = Network(weights), weights.device.type == "cuda"
+        if graphs and torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
+            # on Hopper torch takes cuDNN's attention before all others, and plans it anew for every length of a text
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            log.info(
+                "the static backend turns cuDNN's attention off for this process: it is slow on lengths that change"
+            )
         plain = Steps(network, compiled=False) if graphs else None
         steps = {False: plain, True: Steps(network, compiled=True)}
         return cls(network, Pool(weights), BLOCK[weights.device.type], steps)

@@ -2,8 +2,11 @@
 
 A step reads a chain or a tree of a few tokens behind the cache. Rows are padded to a bucket and attention runs over a
 bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay where
-they are. On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on: the host then
-launches one graph instead of some hundred kernels. Elsewhere the same code is called directly.
+they are. What is compiled is one layer, which all layers then run: compiling all of them together gains little, since
+few operations reach over the end of a layer, and takes as many times as long as there are layers.
+
+On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on: the host then launches one
+graph instead of some hundred kernels. Elsewhere the same code is called directly.
 
 Shapes in this file:  R rows of a bucket, T columns of a bucket, V vocabulary, L taps, H hidden.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,12 +25,14 @@ from torch.nn.functional import embedding
 
 from parsedec.static.attention import BucketRows
 from parsedec.static.memory import Buffers, Lease
-from parsedec.static.network import Network
+from parsedec.static.network import Angles, Attend, Network
+from parsedec.static.weights import Layer
 
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
-LEAST_COLUMNS = 256  # buckets of columns are this many and its doubles
+COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
+LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
 
@@ -36,7 +42,7 @@ Output = tuple[Tensor, Tensor | None]
 class Steps:
     """The steps of one network.
 
-    compiled  run them through torch.compile, which takes a while at the first use of every bucket
+    compiled  run their layers through torch.compile, which takes a while at the first use of every bucket
     """
 
     def __init__(self, network: Network, *, compiled: bool) -> None:
@@ -56,12 +62,9 @@ class Steps:
         positions  None: plainly onwards;  sees  [rows, rows] bool, which rows see which; None: those before them
         """
         count, start = len(ids), lease.rows
-        rows = next(bucket for bucket in ROWS if bucket >= count)
+        rows = next(bucket for bucket in (COMPILED_ROWS if self.compiled else ROWS) if bucket >= count)
         buffers = lease.writable(rows)
-        columns = LEAST_COLUMNS
-        while columns < start + rows:
-            columns *= 2
-        key = (rows, min(columns, buffers.capacity), taps, self.compiled)
+        key = (rows, min(column_bucket(start + rows), buffers.capacity), taps, self.compiled)
         step: Step | None = buffers.graphs.get(key)
         if step is None:
             step = buffers.graphs[key] = Step(self, buffers, rows, key[1], taps)
@@ -94,6 +97,14 @@ class Steps:
         return graph.replay, outputs
 
 
+def column_bucket(count: int) -> int:
+    """The smallest bucket of at least so many columns. One row's attention takes as long as its bucket is wide."""
+    columns = LEAST_COLUMNS
+    while columns < count:
+        columns = columns * 4 // 3 if columns & (columns - 1) else columns * 3 // 2
+    return columns
+
+
 class Step:
     """A step for one bucket on one set of buffers.
 
@@ -122,9 +133,6 @@ class Step:
         self._sees.copy_(self._chain)
         self._sees_chain = True
         self._staging = torch.zeros(2 * rows + 1, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._call: Callable[[], Output] = (
-            torch.compile(self._body, dynamic=False, fullgraph=True) if steps.compiled else self._body
-        )
         self._graph: tuple[Callable[[], object], Output] | None = None
         self._tried = False
 
@@ -133,11 +141,11 @@ class Step:
         if not self._tried:
             self._tried = True
             with _many_shapes() if self._steps.compiled else nullcontext():
-                self._graph = self._steps.captured(self._call)
+                self._graph = self._steps.captured(self._body)
                 if self._graph is None:
-                    return self._call()
+                    return self._body()
         if self._graph is None:
-            return self._call()
+            return self._body()
         replay, outputs = self._graph
         replay()
         return outputs
@@ -161,15 +169,45 @@ class Step:
 
     def _body(self) -> Output:
         """The step on its inputs; nothing in it depends on the host."""
-        network, rows = self._network, self.rows
-        ids, positions, start = self._numbers.split_with_sizes((rows, rows, 1))
-        column = self._column - start  # 0 for the first of the rows' own columns
-        own = self._sees.index_select(1, column.clamp(0, rows - 1))  # [R, T]
-        # no index_copy into an expanded row: compiled, the copies of that row share their memory (torch 2.13, CPU)
-        mask = torch.where(column < 0, self._shown, torch.where(column < rows, own, self._hidden))
-        angles = (self._cos.index_select(0, positions), self._sin.index_select(0, positions))
-        attend = BucketRows(self._views, start + self._row, network.weights.scale, mask)
-        return network.forward(embedding(ids, network.weights.embedding), angles, attend, rows, self.taps)
+        network, weights = self._network, self._network.weights
+        inputs = (self._numbers, self._sees, self._row, self._column, self._shown, self._hidden)
+        tables = (weights.embedding, self._cos, self._sin)
+        x, angles, slots, mask = (_compiled(_opened) if self._steps.compiled else _opened)(*inputs, *tables)
+        attend = BucketRows(self._views, slots, weights.scale, mask)
+        each = partial(_one_of_many, network) if self._steps.compiled else None
+        return network.forward(x, angles, attend, self.rows, self.taps, each)
+
+
+def _opened(
+    numbers: Tensor, sees: Tensor, row: Tensor, column: Tensor, shown: Tensor, hidden: Tensor,
+    embeddings: Tensor, cos: Tensor, sin: Tensor,
+) -> tuple[Tensor, Angles, Tensor, Tensor]:  # fmt: skip
+    """What stands before the layers: embedded rows [R, H], angles [R, 1, d], columns to write to [R], mask [R, T]."""
+    rows = row.shape[0]
+    ids, positions, start = numbers.split_with_sizes((rows, rows, 1))
+    column = column - start  # 0 for the first of the rows' own columns
+    own = sees.index_select(1, column.clamp(0, rows - 1))  # [R, T]
+    # no index_copy into an expanded row: compiled, the copies of that row share their memory (torch 2.13, CPU)
+    mask = torch.where(column < 0, shown, torch.where(column < rows, own, hidden))
+    angles = cos.index_select(0, positions), sin.index_select(0, positions)
+    return embedding(ids, embeddings), angles, start + row, mask
+
+
+def _one_of_many(network: Network, i: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    """A layer by the code that was compiled for the first one of its shape. It is not told which one it is."""
+    assert isinstance(attend, BucketRows)
+    out: Tensor = _compiled(_layer)(network, layer, x, angles, attend.only(i))
+    return out
+
+
+def _layer(network: Network, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    return network.layer(0, layer, x, angles, attend)
+
+
+@cache
+def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    compiling: Callable[..., Callable[..., Any]] = torch.compile
+    return compiling(call, dynamic=False, fullgraph=True)
 
 
 def _many_shapes() -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ Shapes in this file:  H hidden, I intermediate, A query heads, G key and value h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,9 @@ class Linear:
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y W + b, the sum inside the matrix product."""
+        """x + y W + b, on the CPU the sum inside the matrix product."""
+        if x.is_cuda:  # there it would be a copy of x before the product; compiled, the sum joins what follows
+            return x + self(y)
         return torch.addmm(x if self.bias is None else x + self.bias, y, self.weight)
 
 
@@ -70,7 +72,8 @@ class Norm:
 class Layer:
     """One decoder layer; norms of queries and keys where the family has them.
 
-    Packed layers have one product each for queries, keys and values and for gate and up; others have three and two.
+    Packed and joined layers have one product each for queries, keys and values and for gate and up; others have three
+    and two.
     """
 
     qkv: tuple[Linear, ...]  # [H, A * d], [H, G * d] twice; or [H, (A + 2 * G) * d]
@@ -181,8 +184,14 @@ def read_weights(hf: Any) -> Weights:
     exception is a model in float32 on the CPU of up to PACK_LIMIT bytes. There, products of few rows are bound by how
     the matrix is walked through, and copies that are laid out [in, out], those that are read together side by side,
     make a token a third faster (MKL, two kinds of CPU); they are made again when a parameter has changed.
+
+    On CUDA those that are read together are joined: the modules' parameters become parts of one tensor. A step then has
+    three matrix products less a layer, and none of them is too small to keep the memory busy.
     """
     attention, parameters = hf.model.layers[0].self_attn, tuple(hf.parameters())
+    if hf.device.type == "cuda":
+        join_weights(hf)
+        torch.cuda.empty_cache()  # what the parameters were in before: blocks too small for anything joined
     size = attention.head_dim
     copied = sum(module.weight.nbytes for module in _projections(hf))
     pack = hf.device.type == "cpu" and hf.dtype == torch.float32 and copied <= PACK_LIMIT
@@ -217,8 +226,41 @@ def _layer(module: Any, pack: bool) -> Layer:
     )
 
 
+@torch.no_grad()
+def join_weights(hf: Any) -> None:
+    """Make the weights that one product can read together lie one behind another, as they do in `joined`.
+
+    The parameters stay what they are, for the modules and for an optimizer; only where they are changes, a group of one
+    layer at a time.
+    """
+    for layer in hf.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for modules in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+            for parts in ([module.weight for module in modules], [module.bias for module in modules]):
+                if parts[0] is None or joined(parts) is not None or any(part.is_inference() for part in parts):
+                    continue
+                whole = torch.cat(parts)
+                for part, place in zip(parts, whole.split_with_sizes([len(part) for part in parts]), strict=True):
+                    part.data = place
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor whose rows are those of `parts`, one behind another, if they lie so in memory."""
+    first, at = parts[0], parts[0].storage_offset()
+    for part in parts:
+        one_storage = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not part.is_contiguous() or not one_storage or part.storage_offset() != at:
+            return None
+        at += part.numel()
+    return first.detach().as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
 def _linears(modules: list[Any], pack: bool) -> tuple[Linear, ...]:
     if not pack:
+        weight = joined([module.weight for module in modules])
+        bias = None if modules[0].bias is None else joined([module.bias for module in modules])
+        if weight is not None and (bias is None) == (modules[0].bias is None):
+            return (Linear(weight.t(), bias),)
         return tuple(Linear(module.weight.t(), module.bias) for module in modules)
     biases = [module.bias for module in modules]
     weight = torch.cat([module.weight for module in modules]).t().contiguous()
