@@ -1,4 +1,6 @@
-"""Write the pages of docs/ that have a template, and the tables of README.md, from the records: python experiments/figures.py [--check]
+"""Write the pages of docs/ that have a template, and the tables of README.md, from the records.
+
+python experiments/figures.py [--check]
 
 With --check nothing is written, and the exit status is 1 if a document does not say what the records do.
 """

@@ -77,7 +77,7 @@ class Figures:
         rows = []
         for name in names:
             record = self.record(name)
-            seed, problems = record["config"]["task"]["seed"], record["checked"]["problems"]
+            seed, problems = record["config"]["task"].get("seed", "-"), record["checked"]["problems"]
             rows += [[str(seed), *row, str(problems)] for row in advice.check_rows(record)]
         return table.grid(["task.seed", *advice.CHECK_HEADS, "n"], rows)
 
