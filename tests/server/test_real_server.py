@@ -75,7 +75,8 @@ def test_parse_keeps_what_the_local_engine_keeps(remote, local):
 
 def test_killed_in_mid_request_and_started_again(server, remote):
     engine = Parse(remote)
-    stream = engine.stream(QUESTIONS[1], max_new_tokens=200)
+    # long, so that the server is killed before it has sent the whole of it
+    stream = engine.stream("Write a long story about a ship and every island that it sees.", max_new_tokens=800)
     pieces = [next(stream)]
     server.kill()
     with pytest.raises(TargetLost) as lost:
