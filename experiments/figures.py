@@ -27,7 +27,11 @@ def main() -> int:
         print(__doc__.strip())
         return 2
     check = bool(sys.argv[1:])
-    stale = {path: text for path, text in documents().items() if path.read_text(encoding="utf-8") != text}
+    stale = {
+        path: text
+        for path, text in documents().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)}: {'not what the records say' if check else 'written'}")
         if not check:
