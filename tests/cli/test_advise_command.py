@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 from parsedec.advice import job
 from parsedec.advice.job import run_advice
 from parsedec.advice.measuring import Prober
-from parsedec.advice.report import arm_rows, check_rows, command, markdown, write_reports
+from parsedec.advice.report import arm_rows, check_rows, command, configuration, markdown, write_reports
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment.build import build_engine
 from parsedec.experiment.sweep import write_sweep
@@ -185,6 +185,24 @@ def test_inner_levels_that_do_not_fit_are_left_out_with_the_reason(tmp_path, tmp
     assert [trial["agreement"] for trial in record["trials"]] == [True, False]
     assert record["trials"][0]["own_correct"]
     assert record["trials"][0]["draft_correct"]  # the same model writes both
+
+
+def test_a_preset_of_the_users_is_part_of_what_is_advised(tmp_path):
+    """Its task has settings that the default one has not, and its segmenter is not the advised one."""
+    task = tmp_path / "humaneval.jsonl"
+    task.write_text("")
+    own = ["experiment=qwen_coder_humaneval", "target=any", "target.source=zoo:target", f"task.path={task}", "n=12"]
+    verdict = {"text": "Yes.", "overrides": ["segmenter=lines", "boundary.threshold=0.9", "inner=ngram"]}
+    written = tmp_path / "experiment" / "advised.yaml"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        text = configuration({"verdict": verdict, "costs": {"problems": 3}}, own)
+    written.parent.mkdir()
+    written.write_text(text)
+    cfg = loaded(written)
+    assert (cfg.task.name, cfg.task.path, cfg.target.source) == ("humaneval", str(task), "zoo:target")
+    assert cfg.target.dtype == "bfloat16"  # the preset's
+    assert (cfg.boundary.threshold, cfg.boundary.full_threshold) == (0.9, 0.66)
+    assert (cfg.segmenter._target_, cfg.inner._target_) == ("parsedec.segmenters.Lines", "parsedec_adapters.ngram.Ngram")
 
 
 def test_prompts_of_ones_own(tmp_path):

@@ -45,7 +45,7 @@ def configuration(record: Json, overrides: Sequence[str]) -> str:
     overrides  those of the advisor's own command, models and task among them; what only it knows is left out
     """
     known = compose("config")
-    user = [one for one in overrides if _root(one) in known and _root(one) not in NOT_OURS]
+    user = [one for one in overrides if _root(one) in {*known, "experiment"} and _root(one) not in NOT_OURS]
     wanted = [*user, *record["verdict"]["overrides"]]
     base = [one for one in user if _key(one) == "experiment"]
     members = dict(_pair(one) for one in wanted if _is_member(one) and _key(one) != "experiment")
