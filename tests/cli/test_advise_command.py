@@ -202,7 +202,10 @@ def test_a_preset_of_the_users_is_part_of_what_is_advised(tmp_path):
     assert (cfg.task.name, cfg.task.path, cfg.target.source) == ("humaneval", str(task), "zoo:target")
     assert cfg.target.dtype == "bfloat16"  # the preset's
     assert (cfg.boundary.threshold, cfg.boundary.full_threshold) == (0.9, 0.66)
-    assert (cfg.segmenter._target_, cfg.inner._target_) == ("parsedec.segmenters.Lines", "parsedec_adapters.ngram.Ngram")
+    assert (cfg.segmenter._target_, cfg.inner._target_) == (
+        "parsedec.segmenters.Lines",
+        "parsedec_adapters.ngram.Ngram",
+    )
 
 
 def test_prompts_of_ones_own(tmp_path):
