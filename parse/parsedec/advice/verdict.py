@@ -67,12 +67,16 @@ def luck_of_choice(arms: Sequence[Expected], predictor: Predictor, demands: Dema
     problems (the bootstrap's estimate of optimism: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 17.6).
     """
     speedups = np.stack([predictor.resampled(arm.seconds) for arm in arms])[:, :draws]  # [arms, draws]
+    spoils = np.array([arm.spoils for arm in arms])  # [arms, n]
+    whole = {arm.arm: arm.speedup for arm in arms}
     found = []
     for chosen, speeds in zip(predictor.draws, speedups.T, strict=False):
-        resampled = [replace(arm, speedup=float(speed), spoils=tuple(np.array(arm.spoils)[chosen]))
-                     for arm, speed in zip(arms, speeds, strict=True)]  # fmt: skip
+        resampled = [
+            replace(arm, speedup=float(speed), spoils=tuple(spoilt))
+            for arm, speed, spoilt in zip(arms, speeds, spoils[:, chosen], strict=True)
+        ]
         best = best_parse(resampled, demands)
-        found.append(best.speedup / next(arm.speedup for arm in arms if arm.arm == best.arm))
+        found.append(best.speedup / whole[best.arm])
     return max(1.0, float(np.mean(found)))
 
 
