@@ -20,7 +20,9 @@ from parsedec.remote import connect
 
 PYTHON = os.environ.get("PARSEDEC_SERVED_BY", "")
 START_S = 600.0
-VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
+# all cores, by name: left to itself, vLLM keeps one for its own housekeeping, and unbound it computes on a single one
+CORES = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else "nobind"
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": CORES, "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import secrets
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,12 +119,19 @@ def probe_seconds(remote, attempts):
     return {way: min(found[1:]) for way, found in seconds.items()}  # the first warms up
 
 
+def rows_are_cheap():
+    """Whether this processor has matrix tiles: without them a row costs nearly what a pass does, and one request of
+    eight probes has no fewer rows than eight requests that find each other's prefix."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "amx_bf16" in flags.read_text()
+
+
 def test_probes_of_one_request_share_their_prefix(remote, kind):
-    """Eight probes in one request take at most half the time of eight requests that share nothing, and about as long as
-    eight in turn, which share their prefix, too: on a CPU rows are what costs."""
+    """Eight probes in one request take at most half the time of eight requests in turn: of eight that share nothing
+    always, and of eight that find each other's prefix in the cache where passes cost more than rows."""
     if kind != "vllm":
         pytest.skip("llama.cpp keeps a cache per slot: prompts of one request share nothing")
-    seconds = probe_seconds(remote, 6)
+    seconds = probe_seconds(remote, 10)
     print(f"seconds of 8 probes: {seconds}", file=sys.stderr)
     assert seconds["one"] <= 0.5 * seconds["apart"]
-    assert seconds["one"] <= 1.2 * seconds["eight"]
+    assert seconds["one"] <= (0.5 if rows_are_cheap() else 1.2) * seconds["eight"]
