@@ -29,6 +29,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from parsedec.boundary import DEFAULT_THRESHOLD
+    from parsedec.calibration.sources import Checker, Question
     from parsedec.errors import ConfigError
     from parsedec.experiment import judging
     from parsedec.experiment.build import build_model
@@ -56,7 +57,8 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         task = instantiate(cfg.task)
         problems = task.problems()
         written = write_answers(draft, prompts(draft, problems), max_new_tokens=cfg.max_new_tokens, batch=cfg.batch)
-        marked = from_task(target, draft, task, problems, [[answer] for answer in written])
+        questions = [Question("check", problem, task) for problem in problems]
+        marked = from_task(target, draft, Checker(task=task, fit={}), questions, [[answer] for answer in written])
     if not judges or not marked:
         raise ConfigError(f"{len(judges)} judges and {len(marked)} drafts; expected some of both.")
     if draft is not None and any(judge.needs.draft_logprobs for judge in judges.values()):

@@ -1,7 +1,8 @@
 """Train the probes of judge=probe and the weights of judge=combined; the last line of stdout is the record's path.
 
 python experiments/train_probe.py                                 the zoo pair, a few minutes of one core
-python experiments/train_probe.py target=HUB_ID draft=HUB_ID steps.path=FILE.jsonl     from step-labelled solutions
+python experiments/train_probe.py target=HUB_ID draft=HUB_ID labels=answers task=gsm8k     from final answers alone
+python experiments/train_probe.py target=HUB_ID draft=none labels=steps labels.path=FILE.jsonl     from labelled steps
 python experiments/run.py judge=probe judge.weights=DIR/probe     use what DIR, the output, holds
 python experiments/train_probe.py --help                          all groups and settings
 """

@@ -10,18 +10,18 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from parsedec import Parse, PrefixVerification, load
-from parsedec.calibration.sources import Checker, Question, Steps
+from parsedec.calibration.sources import Answers, Checker, Question, Steps
 from parsedec.chat import prompt_ids
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
+from parsedec.segmenters import Lines
 from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.steps import read_steps
-from parsedec.text import Draft
-from parsedec.training.prefixes import from_steps, from_task, parted, with_logprobs
-from parsedec.training.probe_job import train_probes
-from parsedec.training.probes import fit_probe, grid_of_layers, lowest, rights
+from parsedec.training.prefixes import from_steps, from_task, with_logprobs
+from parsedec.training.probe_job import labelled, train_probes
+from parsedec.training.probes import collect, fit_probe, grid_of_layers, lowest, rights
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -118,10 +118,34 @@ def test_a_task_of_final_answers_labels_no_prefixes(tiny_target, tiny_draft, cor
             return Score(correct, "")
 
     problem, tokens = Problem(id="p7", prompt="?", reference="4"), tuple(tiny_draft.encode("w1w2.", plain=True))
+    source, question = Checker(task=Final(), fit={}), Question("fit", problem, Final())
     with pytest.raises(ConfigError, match=f"Final says that an answer to p7 {said}"):
-        from_task(tiny_target, tiny_draft, Final(), [problem], [[(tokens, True)]])
-    with pytest.raises(ConfigError, match=f"Final says that an answer to p7 {said}"):
-        Checker(task=Final(), fit={}).label(Question("fit", problem, Final()), Draft.of(tiny_target, tokens, True), [1])
+        from_task(tiny_target, tiny_draft, source, [question], [[(tokens, True)]])
+
+
+def test_final_answers_give_every_prefix_the_verdict_on_its_draft(tiny_target, tiny_draft):
+    class Ends:
+        def score(self, problem, text):
+            return Score(text.endswith(problem.reference), "")
+
+    class Open:
+        def score(self, problem, text):
+            return Score(None, "")
+
+    problem = Problem(id="p7", prompt="?", reference="w3")
+    written = [(tuple(tiny_draft.encode(text, plain=True)), True) for text in ("w1\nw2\nw3", "w1\nw2\nw4")]
+    question = Question("fit", problem, Ends())
+    right, wrong = from_task(tiny_target, tiny_draft, Answers(task=Ends(), fit={}), [question], [written])
+    assert [one.draft.tokens for one in (right, wrong)] == [tokens for tokens, _ in written]
+    assert right.cuts == tuple(Lines().cuts(right.draft))
+    assert len(right.cuts) > 1
+    assert (right.right, wrong.right) == ((True,) * len(right.cuts), (False,) * len(wrong.cuts))
+    (coarse,) = from_task(
+        tiny_target, tiny_draft, Answers(task=Ends(), fit={}), [question], [written[:1]], Lines(max_cuts=1)
+    )
+    assert coarse.cuts == (len(written[0][0]),)
+    with pytest.raises(ConfigError, match="open-ended"):
+        from_task(tiny_target, tiny_draft, Answers(task=Open(), fit={}), [Question("fit", problem, Open())], [written])
 
 
 def test_calibration_cuts_the_same_file_at_the_same_places(tmp_path, tiny_target):
@@ -132,12 +156,12 @@ def test_calibration_cuts_the_same_file_at_the_same_places(tmp_path, tiny_target
 
 
 def test_solutions_of_one_problem_are_not_parted(tmp_path, tiny_target):
-    rows = [{"problem": f"w{i % 4}", "steps": ["w1", "w2"], "label": -1} for i in range(12)]
-    marked = from_steps(tiny_target, None, written(tmp_path, rows))
-    first, others = parted(marked, 0.6)
+    rows = [{"problem": f"w{i % 4}", "steps": ["w1", "w2"], "label": 1 - i % 3} for i in range(12)]
+    cfg = settings(tmp_path, "labels=steps", f"labels.path={written(tmp_path, rows)}", "~judge@combined")
+    first, others = labelled(cfg, tiny_target, None, tmp_path)
     assert (len(first), len(others)) == (6, 6)
     assert not {one.prompt for one in first} & {one.prompt for one in others}
-    assert {one.problem for one in (*first, *others)} == {one.problem for one in marked}
+    assert len({one.problem for one in (*first, *others)}) == 12
 
 
 def test_a_missing_file_is_named(tmp_path, tiny_target):
@@ -160,9 +184,9 @@ def composed(name, *overrides):
 
 
 def settings(folder, *overrides):
-    cfg = composed(
-        "train_probe", "train.n=30", "calibration.n=24", "layers=1", "strengths=[0.1]", f"output={folder}", *overrides
-    )
+    cfg = composed("train_probe", "layers=1", "strengths=[0.1]", f"output={folder}", *overrides)
+    if "labels=steps" not in overrides:
+        cfg.labels.fit.n, cfg.labels.check.n = 30, 24
     cfg.passes = cfg.passes[:1]
     return cfg
 
@@ -179,13 +203,13 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     section_of_the_report(record, tmp_path)
     weights = tmp_path / "probe"
     target, draft = (load(f"zoo:{name}", dtype="float32", device="cpu") for name in ("target", "draft"))
-    unseen = instantiate(cfg.calibration)
-    problems = unseen.problems()
+    source = instantiate(cfg.labels)
+    unseen = [question for question in source.questions(cfg.seed) if question.part == "check"]
     stored = json.loads((tmp_path / "drafts_calibration.json").read_text())["answers"]
     pool = [[(tuple(tokens), ended) for tokens, ended in answers] for answers in stored]
     judge = ProbeJudge(weights=str(weights)).bind(target)
     wrong = []
-    for one in from_task(target, draft, unseen, problems, pool):
+    for one in from_task(target, draft, source, unseen, pool):
         session = judging_session(target, judge)
         session.feed(one.prompt)
         values = judge.score(session, one.draft, one.cuts, one.cuts).values
@@ -195,7 +219,7 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     for chosen in (["judge=probe"], ["judge=probe", "judge.position=cut"], ["judge=combined"]):
         run = composed("config", *chosen, f"judge.weights={weights}")
         engine = Parse(target, draft, outer=PrefixVerification(judge=instantiate(run.judge)))
-        assert engine.generate(problems[0].prompt, max_new_tokens=48).counters.judge_passes == 1
+        assert engine.generate(unseen[0].problem.prompt, max_new_tokens=48).counters.judge_passes == 1
         assert engine.outer.boundary.threshold == engine.outer.judge.card.threshold
     assert train_probes(settings(tmp_path, "resume=true")) == json.loads(json.dumps(record))
     with pytest.raises(OutputExistsError):
@@ -225,4 +249,18 @@ def section_of_the_report(record, folder):
 def test_nothing_to_learn_from_is_refused(tmp_path):
     rows = [dict(STEPS[0], label=-1, problem=f"w{i}") for i in range(4)]
     with pytest.raises(ConfigError, match="all right or all wrong"):
-        train_probes(settings(tmp_path, f"steps.path={written(tmp_path, rows)}", "~judge@combined"))
+        train_probes(settings(tmp_path, "labels=steps", f"labels.path={written(tmp_path, rows)}", "~judge@combined"))
+
+
+def test_probes_at_cuts_alone_are_those_beside_others(tmp_path, tiny_target):
+    """Without the question the pass is a plain one; the states at the cuts are the same."""
+    marked = from_steps(tiny_target, None, written(tmp_path, STEPS))
+    both, alone = (
+        collect(tiny_target, "Right?", positions, (2, 4), marked, lambda _: None)
+        for positions in (("suffix", "cut"), ("cut",))
+    )
+    assert set(alone.by) == {("cut", 2), ("cut", 4)}
+    for key, states in alone.by.items():
+        torch.testing.assert_close(states, both.by[key], rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match="expected some of suffix, cut"):
+        collect(tiny_target, "Right?", ("cuts",), (2,), marked, lambda _: None)

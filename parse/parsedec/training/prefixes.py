@@ -1,6 +1,7 @@
-"""Drafts whose prefixes are known to be right or wrong: what trained judges learn from and all judges are measured on.
+"""Drafts with a verdict on every prefix: what trained judges learn from and all judges are measured on.
 
-They come from a task that can check every line, or from a file of solutions with labelled steps (`tasks.steps`).
+They come from a task that can check every line, from final answers alone, or from a file of solutions with labelled
+steps (`calibration.sources`).
 
 Shapes in this file:  N draft tokens.
 """
@@ -13,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parsedec.backends import open_session
+from parsedec.calibration.sources import Answers, Question
 from parsedec.chat import prompt_ids
 from parsedec.model import LanguageModel
-from parsedec.tasks.base import Problem, Task
+from parsedec.segmenters import Lines, Segmenter
+from parsedec.tasks.base import Problem
 from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
 from parsedec.text import Draft
-from parsedec.training.answers import mark
 from parsedec.training.generation import Written
 
 log = logging.getLogger(__name__)
@@ -49,22 +51,31 @@ class Marked:
 def from_task(
     target: LanguageModel,
     draft: LanguageModel,
-    task: Task,
-    problems: Sequence[Problem],
+    source: Answers,
+    questions: Sequence[Question],
     pool: Sequence[Sequence[Written]],
+    segmenter: Segmenter | None = None,
 ) -> list[Marked]:
-    """The draft model's answers to every problem, their line ends judged by the task's checker. Raises ConfigError for
-    a task that says an answer is wrong but not where."""
+    """The draft model's answers to every question, cut by `segmenter` (None: at line ends) and labelled by `source`.
+
+    A source that knows final answers alone gives every prefix the verdict on the whole draft, as verifiers are trained
+    on outcomes (arXiv 2110.14168, section 4): a score then says how likely a draft that begins like this ends right.
+
+    Raises ConfigError for a task that cannot give the labels.
+    """
+    segmenter = segmenter or Lines()
     shared, marked = target.same_vocabulary(draft), []
-    for problem, answers in zip(problems, pool, strict=True):
-        messages = [{"role": "user", "content": problem.prompt}]
+    for question, answers in zip(questions, pool, strict=True):
+        messages = [{"role": "user", "content": question.problem.prompt}]
         prompt, own = tuple(prompt_ids(target, messages)), tuple(prompt_ids(draft, messages))
         for tokens, ended in answers:
             mine = tokens if shared else tuple(target.encode(draft.decode(tokens), plain=True))
-            answer = mark(target, task, problem, mine, ended)
-            if answer.cuts:
-                text = Draft.of(target, mine, ended)
-                marked.append(Marked(problem.id, prompt, own if shared else None, text, answer.cuts, answer.right))
+            text = Draft.of(target, mine, ended)
+            cuts = tuple(segmenter.cuts(text))
+            prefixes, whole = source.label(question, text, cuts)
+            right = (whole,) * len(cuts) if prefixes is None else prefixes
+            if cuts:
+                marked.append(Marked(question.problem.id, prompt, own if shared else None, text, cuts, right))
     return marked
 
 
@@ -75,13 +86,20 @@ def from_steps(
     n: int | None = None,
     shuffle: int | None = None,
 ) -> list[Marked]:
-    """n solutions of a step-labelled file, cut where their steps end, in a random order (`shuffle` is its seed) or in
-    the file's. Those too long for the target are left out."""
+    """n solutions of a step-labelled file, in a random order (`shuffle` is its seed) or in the file's."""
+    return from_solutions(target, draft, StepFile(path=path, n=n, shuffle=shuffle).problems())
+
+
+def from_solutions(
+    target: LanguageModel, draft: LanguageModel | None, solutions: Sequence[Problem], separator: str = BETWEEN
+) -> list[Marked]:
+    """Step-labelled solutions (`tasks.steps`), cut where their steps end. Those too long for the target are left
+    out."""
     marked, long = [], 0
-    for problem in StepFile(path=path, n=n, shuffle=shuffle).problems():
+    for problem in solutions:
         messages = [{"role": "user", "content": problem.prompt}]
         prompt = tuple(prompt_ids(target, messages))
-        tokens = target.encode(BETWEEN.join(problem.meta["steps"]), plain=True)
+        tokens = target.encode(separator.join(problem.meta["steps"]), plain=True)
         if len(prompt) + len(tokens) + target.context_limit // 8 > target.context_limit:  # room for a question
             long += 1
             continue
@@ -89,23 +107,11 @@ def from_steps(
         own = None
         if draft is not None and target.same_vocabulary(draft):
             own = tuple(prompt_ids(draft, messages)) if draft.has_template else prompt
-        right = step_ends(spelt, problem)
+        right = step_ends(spelt, problem, separator)
         marked.append(Marked(problem.id, prompt, own, spelt, tuple(right), tuple(right.values())))
     if long:
         log.warning("%d of %d solutions are too long for %s and were left out", long, long + len(marked), target.name)
     return marked
-
-
-def parted(marked: Sequence[Marked], share: float) -> tuple[list[Marked], list[Marked]]:
-    """About the first share of the drafts, and the others; drafts behind the same prompt stay together."""
-    by_prompt: dict[tuple[int, ...], list[Marked]] = {}
-    for one in marked:
-        by_prompt.setdefault(one.prompt, []).append(one)
-    first: list[Marked] = []
-    others: list[Marked] = []
-    for group in by_prompt.values():
-        (first if len(first) + len(group) <= round(share * len(marked)) else others).extend(group)
-    return first, others
 
 
 def with_logprobs(

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from parsedec.calibration.sources import Answers, Question, Source, Steps
 from parsedec.errors import ConfigError
 from parsedec.experiment.build import apply_runtime, build_model, plain
 from parsedec.experiment.cli import progress
@@ -26,11 +27,12 @@ from parsedec.judge.probe import ProbeCard
 from parsedec.model import LanguageModel
 from parsedec.training import probes
 from parsedec.training.drafts import load_or_sample
-from parsedec.training.prefixes import Marked, from_steps, from_task, parted, with_logprobs
+from parsedec.training.prefixes import Marked, from_solutions, from_task, with_logprobs
 
 log = logging.getLogger(__name__)
 
 Told = Callable[[str], None]
+PARTS = {"train": "fit", "calibration": "check"}  # our word: that of `labels`
 
 
 def train_probes(cfg: DictConfig) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
     train, unseen = labelled(cfg, target, draft, folder)
     layers = probes.grid_of_layers(target, cfg.layers if isinstance(cfg.layers, int) else list(cfg.layers))
-    steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + 2 * len(layers)
+    steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + len(cfg.positions) * len(layers)
     with progress(steps) as step:
         card, found = _fit(cfg, target, (train, unseen), layers, folder / "probe", step)
     rows = probes.layer_table(found)
@@ -77,7 +79,8 @@ def _fit(
 ) -> tuple[ProbeCard, dict[tuple[str, int], probes.Linear]]:
     """Probes and, if they are wanted, the combined judge's weights, written to `folder`."""
     question = cfg.question or how_to_ask(target)[0]
-    seen, unseen = (probes.collect(target, question, layers, part, step) for part in data)
+    positions = tuple(cfg.positions)
+    seen, unseen = (probes.collect(target, question, positions, layers, part, step) for part in data)
     found = probes.fit_probes(seen, unseen, list(cfg.strengths), step)
     card = probes.card_of(target, question, found, unseen, cfg.false_accepts)
     probes.write_probes(folder, card, found)
@@ -92,34 +95,46 @@ def labelled(
     cfg: DictConfig, target: LanguageModel, draft: LanguageModel | None, folder: Path
 ) -> tuple[list[Marked], list[Marked]]:
     """Drafts to train on, and those of other problems to choose and calibrate on."""
-    if cfg.steps.path is not None:
-        every = from_steps(target, draft, cfg.steps.path, cfg.steps.n, cfg.steps.shuffle)
-        train, unseen = parted(every, cfg.steps.train_share)
-        if draft is not None:
-            train, unseen = with_logprobs(train, draft), with_logprobs(unseen, draft)
-    elif draft is None:
-        raise ConfigError("draft=none, and no step-labelled file is given; set draft, or steps.path to a file.")
-    else:
-        train, unseen = (task_drafts(cfg, target, draft, folder, part) for part in ("train", "calibration"))
+    source: Source = instantiate(cfg.labels)
+    if source.drafts and draft is None:
+        raise ConfigError("draft=none, so nobody writes what is labelled; set draft, or labels=steps labels.path=FILE.")
+    questions = source.questions(cfg.seed)
+    parts = []
+    for name, part in PARTS.items():
+        asked = [question for question in questions if question.part == part]
+        if isinstance(source, Steps):
+            marked = from_solutions(target, draft, [question.problem for question in asked], source.separator)
+        else:
+            assert isinstance(source, Answers)
+            assert draft is not None
+            marked = _drafts(cfg, target, draft, source, asked, folder / f"drafts_{name}.json")
+        # the draft model's probabilities are read by judges that are combined, not by probes
+        parts.append(with_logprobs(marked, draft) if draft is not None and cfg.get("combined") else marked)
+    train, unseen = parts
     if not train or not unseen:
         raise ConfigError(f"{len(train)} drafts to train on and {len(unseen)} others; expected some of both.")
     return train, unseen
 
 
-def task_drafts(cfg: DictConfig, target: LanguageModel, draft: LanguageModel, folder: Path, part: str) -> list[Marked]:
-    """What the draft model writes for the problems of `cfg.PART`."""
-    task = instantiate(cfg[part])
-    problems = task.problems()
+def _drafts(
+    cfg: DictConfig,
+    target: LanguageModel,
+    draft: LanguageModel,
+    source: Answers,
+    questions: Sequence[Question],
+    path: Path,
+) -> list[Marked]:
+    """What the draft model writes for these questions, kept at `path`."""
     pool = load_or_sample(
-        folder / f"drafts_{part}.json",
+        path,
         draft,
-        problems,
+        [question.problem for question in questions],
         [instantiate(one) for one in cfg.passes],
         max_new_tokens=cfg.max_new_tokens,
         batch=cfg.batch,
         seed=cfg.seed,
     )
-    return with_logprobs(from_task(target, draft, task, problems, pool), draft)
+    return from_task(target, draft, source, questions, pool, instantiate(cfg.segmenter))
 
 
 def _counts(marked: Sequence[Marked]) -> dict[str, int]:

@@ -31,6 +31,7 @@ from parsedec.judge.probe import CARD, POSITIONS, WEIGHTS, LinearProbes, Mixture
 from parsedec.judge.seam import choose_path
 from parsedec.model import LanguageModel
 from parsedec.training.prefixes import Marked
+from parsedec.types import JudgePath
 
 log = logging.getLogger(__name__)
 
@@ -76,19 +77,30 @@ def grid_of_layers(target: LanguageModel, wanted: int | Sequence[int]) -> tuple[
 
 
 def collect(
-    target: LanguageModel, question: str, layers: tuple[int, ...], marked: Sequence[Marked], after_each: Told
+    target: LanguageModel,
+    question: str,
+    positions: tuple[str, ...],
+    layers: tuple[int, ...],
+    marked: Sequence[Marked],
+    after_each: Told,
 ) -> States:
-    """Hidden states behind the question and at the cuts, from one judge pass a draft."""
-    suffix = tuple(target.encode(suffix_text(target, question)))
-    path, _ = choose_path(target, suffix, "auto")
-    parts: dict[tuple[str, int], list[Tensor]] = {(p, layer): [] for p in POSITIONS for layer in layers}
+    """Hidden states behind the question or at the cuts, or both, from one judge pass a draft. Without position suffix
+    that is a plain pass over the draft, several times cheaper."""
+    if not positions or not set(positions) <= set(POSITIONS):
+        raise ConfigError(f"positions={list(positions)}; expected some of {', '.join(POSITIONS)}.")
+    suffix: tuple[int, ...] = ()
+    path = JudgePath.CAUSAL
+    if "suffix" in positions:
+        suffix = tuple(target.encode(suffix_text(target, question)))
+        path, _ = choose_path(target, suffix, "auto")
+    parts: dict[tuple[str, int], list[Tensor]] = {(p, layer): [] for p in positions for layer in layers}
     for one in marked:
         session = open_session(target, layers)
         session.feed(one.prompt)
         reading = Reading.take(session, one.draft, one.cuts, one.cuts, suffix=suffix, path=path)
-        for layer in layers:
-            parts["suffix", layer].append(reading.probe_states(layer).cpu())
-            parts["cut", layer].append(reading.cut_states(layer).cpu())
+        for position, layer in parts:
+            states = reading.probe_states(layer) if position == "suffix" else reading.cut_states(layer)
+            parts[position, layer].append(states.cpu())
         after_each("hidden states")
     return States(
         by={key: torch.cat(rows) for key, rows in parts.items()}, right=rights(marked), complete=wholes(marked)
@@ -139,7 +151,7 @@ def card_of(
 ) -> ProbeCard:
     """The best layer of either position, with thresholds at which `allowed` of the wrong prefixes pass."""
     probes = {}
-    for position in POSITIONS:
+    for position in dict.fromkeys(at for at, _ in found):
         layers = {layer: fit for (at, layer), fit in found.items() if at == position}
         layer = max(layers, key=lambda layer: layers[layer].auc)
         odds = unseen.by[position, layer] @ layers[layer].weight.float() + layers[layer].bias
