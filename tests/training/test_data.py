@@ -107,7 +107,9 @@ def test_written_answers_equal_generate():
     model = tiny.model("llama")
     model = tiny.with_end_token(model, tiny.plain_answer(model)[1][5])  # so that rows leave the batch at some time
     contexts = [torch.randint(5, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 5, 7)]
-    written = write_answers(model, contexts, max_new_tokens=12, batch=3)
+    told = []
+    written = write_answers(model, contexts, max_new_tokens=12, batch=3, after_each=told.append)
+    assert len(told) == len(contexts)
     for context, (tokens, ended) in zip(contexts, written, strict=True):
         plain = tiny.greedy(model, context, 12)[0]
         stop = plain.index(model.end_ids[0]) if model.end_ids[0] in plain else len(plain)

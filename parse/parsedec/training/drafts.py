@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from parsedec.errors import OutputExistsError
+from parsedec.experiment.cli import progress
 from parsedec.experiment.record import write_text
 from parsedec.model import LanguageModel
 from parsedec.tasks.base import Problem, Task
@@ -48,22 +49,24 @@ def sample_pool(
     """What the draft model writes for every problem, each different answer once."""
     contexts = prompts(draft, problems)
     pool: Pool = [[] for _ in problems]
-    for i, one in enumerate(passes):
-        started = time.monotonic()
-        generator = torch.Generator().manual_seed(seed * 1009 + i)
-        model = noised(draft, one.noise, generator) if one.noise else draft
-        written = write_answers(
-            model,
-            contexts,
-            max_new_tokens=max_new_tokens,
-            temperature=one.temperature,
-            batch=batch,
-            generator=generator,
-        )
-        for answers, answer in zip(pool, written, strict=True):
-            if answer[0] and answer not in answers:
-                answers.append(answer)
-        log.info("%d drafts by %s at %s in %.0f s", len(written), model.name, one, time.monotonic() - started)
+    with progress(len(passes) * len(problems)) as step:
+        for i, one in enumerate(passes):
+            started = time.monotonic()
+            generator = torch.Generator().manual_seed(seed * 1009 + i)
+            model = noised(draft, one.noise, generator) if one.noise else draft
+            written = write_answers(
+                model,
+                contexts,
+                max_new_tokens=max_new_tokens,
+                temperature=one.temperature,
+                batch=batch,
+                generator=generator,
+                after_each=step,
+            )
+            for answers, answer in zip(pool, written, strict=True):
+                if answer[0] and answer not in answers:
+                    answers.append(answer)
+            log.info("%d drafts by %s at %s in %.0f s", len(written), model.name, one, time.monotonic() - started)
     return pool
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ def write_answers(
     temperature: float = 0.0,
     batch: int = 256,
     generator: torch.Generator | None = None,
+    after_each: Callable[[str], None] = lambda _: None,
 ) -> list[Written]:
-    """An answer to every context, in order; temperature 0 is greedy and needs no generator."""
+    """An answer to every context, in order; temperature 0 is greedy and needs no generator. `after_each` is called as
+    answers are finished."""
     if model.recurrent:
         raise IncompatibleStack(
             f"{model.name} has recurrent layers, which padded batches would disturb; sample from an attention model"
@@ -48,7 +50,8 @@ def write_answers(
     by_length = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # little padding in a batch
     for start in range(0, len(by_length), batch):
         chosen = by_length[start : start + batch]
-        written = _write_batch(model, [contexts[i] for i in chosen], max_new_tokens, temperature, generator)
+        own = [contexts[i] for i in chosen]
+        written = _write_batch(model, own, max_new_tokens, temperature, generator, after_each)
         for i, answer in zip(chosen, written, strict=True):
             answers[i] = answer
     return answers
@@ -72,6 +75,7 @@ def _write_batch(
     limit: int,
     temperature: float,
     generator: torch.Generator | None,
+    after_each: Callable[[str], None],
 ) -> list[Written]:
     device, longest = model.device, max(map(len, contexts))
     pad = model.tokenizer.pad_token_id or 0
@@ -96,6 +100,7 @@ def _write_batch(
         for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
             if token in ends:
                 ended[row] = True
+                after_each("answers")
             else:
                 tokens[row].append(token)
                 staying.append(place)
@@ -107,6 +112,8 @@ def _write_batch(
             chosen, seen, at, alive = chosen[index], seen[index], at[index], [alive[place] for place in staying]
         ids, at = chosen[:, None], at[:, -1:] + 1
         seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
+    for _ in range(ended.count(False)):  # those the limit has cut off
+        after_each("answers")
     return [(tuple(row), done) for row, done in zip(tokens, ended, strict=True)]
 
 
