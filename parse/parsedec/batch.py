@@ -30,7 +30,8 @@ from parsedec.streamed import StreamedVerification
 from parsedec.types import Limits, Result, Sampling
 
 if TYPE_CHECKING:
-    from parsedec.engine import Parse, Prompt
+    from parsedec.engine import Parse
+    from parsedec.prompt import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -145,13 +146,17 @@ class Company(Generic[T]):
         self._seats[key] = Fiber(body)
         self._seats[key].resume()
 
-    def advance(self) -> list[tuple[Hashable, Fiber[T]]]:
-        """Those that have ended, which then leave; if there are none, one forward is made and the list is empty."""
+    def advance(self, *, some_done: bool = False) -> list[tuple[Hashable, Fiber[T]]]:
+        """Those that have ended, which then leave; if there are none, one forward is made and the list is empty.
+
+        some_done  others have ended well, so a forward that fails for all who are left is their own fault. Else it is
+                   raised: nothing says that any request could have been answered.
+        """
         ended = [(key, fiber) for key, fiber in self._seats.items() if fiber.ended]
         for key, _ in ended:
             del self._seats[key]
         if not ended and self._seats:
-            _make_passes(list(self._seats.values()))
+            _make_passes(list(self._seats.values()), some_done)
         return ended
 
     def leave(self, key: Hashable) -> None:
@@ -166,17 +171,19 @@ class Company(Generic[T]):
 def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Iterator[tuple[int, T]]:
     """(place, result) of every body as it ends; at most `size` run at a time, their passes made together.
 
-    What a body raises ends all of them.
+    What a body raises ends all of them, and so does a forward that fails for all while none has ended.
     """
     waiting = deque(enumerate(bodies))
     company: Company[tuple[int, T]] = Company()
+    some_done = False
     try:
         while waiting or company:
             while waiting and len(company) < size:
                 i, body = waiting.popleft()
                 company.join(i, partial(_with_place, i, body))
-            for _, fiber in company.advance():
+            for _, fiber in company.advance(some_done=some_done):
                 yield fiber.result
+                some_done = True
     finally:
         company.close()
 
@@ -185,7 +192,7 @@ def _with_place(i: int, body: Callable[[], T]) -> tuple[int, T]:
     return i, body()
 
 
-def _make_passes(fibers: Sequence[Fiber[Any]]) -> None:
+def _make_passes(fibers: Sequence[Fiber[Any]], some_done: bool) -> None:
     """One forward, as a rule of what most of the requests wait for; those that waited for it run on."""
     groups: dict[object, list[Fiber[Any]]] = {}
     for fiber in fibers:
@@ -198,7 +205,7 @@ def _make_passes(fibers: Sequence[Fiber[Any]]) -> None:
     outputs = settled(passes)
     per_row = (time.perf_counter() - start) / sum(one.rows for one in passes)
     failures = [out for out in outputs if isinstance(out, Exception)]
-    if len(failures) == len(fibers):  # nobody is left to go on: nothing says that it is a request's own fault
+    if len(failures) == len(fibers) and not some_done:
         raise failures[0]
     for fiber, one in zip(chosen, passes, strict=True):
         fiber.charge(per_row * one.rows)

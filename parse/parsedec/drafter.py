@@ -48,6 +48,9 @@ class Drafter:
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
+        # in one vocabulary both models' end tokens end a draft, but only the target's own close its answer
+        ends = (*model.end_ids, *target.end_ids) if self.same_vocabulary else model.end_ids
+        self.writer = model.ending_with(tuple(dict.fromkeys(ends)))
         self._requests = sampler
         self.sampler = sampler.apart()
         self.decoder = open_decoder(model, inner, self.sampler, Tally(), acceptance)
@@ -79,6 +82,8 @@ class Drafter:
         tokens = answer.tokens if self.same_vocabulary else self.model.encode(answer.text, plain=True)
         wanted = [*self.prompt, *tokens]
         if len(wanted) >= self.model.context_limit:
+            full = f"prompt and answer fill its context of {self.model.context_limit} tokens"
+            self.decoder.notes.add(f"{self.model.name} drafted no more: {full}")
             return False
         session = self.decoder.session
         shared = common_prefix(session.tokens, wanted)
@@ -102,10 +107,9 @@ class Writing:
         self._after = list(answer.tokens)  # and in the target's, as it was when the draft began
         drafter.reseed()
         drafter.decoder.logprobs = [] if drafter.logprobs else None
-        self._own = Answer(drafter.model, Limits(max_new_tokens=limit, stop=drafter.stop))
+        self._own = Answer(drafter.writer, Limits(max_new_tokens=limit, stop=drafter.stop))
         self._steps = drafter.decoder.write(self._own, Author.DRAFT)
         self._growing = GrowingDraft(drafter.target)
-        self._read = NOTHING
 
     def step(self) -> bool:
         """Write on; whether there is more to write. A step is a token, or what a speculator got right and one more."""
@@ -121,7 +125,9 @@ class Writing:
         """The draft so far in target tokens without its end token, and whether the draft model has closed it."""
         drafter, ended = self._drafter, self._own.stop is StopReason.END_TOKEN
         tokens = self._own.tokens[:-1] if ended else self._own.tokens
-        if not drafter.same_vocabulary:
+        if drafter.same_vocabulary:
+            ended = ended and self._own.tokens[-1] in drafter.target.end_ids
+        else:
             tokens = carried(drafter.model, self._before, tokens, drafter.target, self._after)
         return tokens[: self._limit], ended and len(tokens) <= self._limit
 
@@ -140,7 +146,7 @@ class Writing:
         if not final and not self._drafter.same_vocabulary:
             tokens = tokens[: max(0, len(tokens) - UNSETTLED)]
         if tokens[: len(self._growing.tokens)] != self._growing.tokens:
-            self._growing, self._read = GrowingDraft(self._drafter.target), NOTHING
+            self._growing = GrowingDraft(self._drafter.target)
         for token in tokens[len(self._growing.tokens) :]:
-            self._read = self._growing.push(token)
-        return replace(self._read, ended=ended, logprobs=self.logprobs(len(tokens)))
+            self._growing.add(token)
+        return replace(self._growing.draft(), ended=ended, logprobs=self.logprobs(len(tokens)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -30,14 +29,13 @@ from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.prompt import Prompt, check_length, messages_of, shown, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
 from parsedec.text import Draft, StopText, TextStream
-from parsedec.types import Author, Delta, Limits, Message, Result, Sampling, StopReason
-
-Prompt = str | Sequence[Message] | Sequence[int]
+from parsedec.types import Author, Delta, Limits, Result, Sampling, StopReason
 
 
 class Parse:
@@ -68,6 +66,7 @@ class Parse:
         outer: Outer | None = None,
         judge: Judge | None = None,
     ) -> None:
+        _check_models(target, draft)
         if outer is not None and judge is not None:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
         chosen = outer or (TargetOnly() if draft is None else PrefixVerification(judge=judge or LabelJudge()))
@@ -289,7 +288,7 @@ class Parse:
         if not self.outer.needs_draft or self.draft is None or self.draft_inner is None:
             return None
         shared = self.target.same_vocabulary(self.draft)
-        if _ids(prompt):
+        if token_ids(prompt):
             if not shared:
                 raise PromptError(
                     f"the prompt is given as token ids of {self.target.name}, but {self.draft.name} has "
@@ -299,8 +298,7 @@ class Parse:
         elif shared and not self.draft.has_template:
             own = ids  # a base model as draft: it can read the target's own prompt
         else:
-            own = prompt_ids(self.draft, _messages(prompt))
-        _check_length(self.draft, own)
+            own = prompt_ids(self.draft, messages_of(prompt))
         recorded = self.judge_needs.draft_logprobs
         return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
 
@@ -315,6 +313,7 @@ class Parse:
             raise IncompatibleStack(
                 f"{type(self.outer).__name__} asks for no draft of an answer; expected outer=parse or parse_streamed."
             )
+        check_length(drafter.model, drafter.prompt)
         limit = self.outer.draft_limit(limits.max_new_tokens, self.target.context_limit - len(ids))
         if limit < 1:
             raise PromptError(
@@ -325,26 +324,32 @@ class Parse:
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
-        ids = _ids(prompt) or prompt_ids(self.target, _messages(prompt))
+        ids = token_ids(prompt) or prompt_ids(self.target, messages_of(prompt))
         wrong = [i for i in ids if not 0 <= i < self.target.vocab_size]
         if wrong:
             raise PromptError(
                 f"prompt ids {wrong[:5]} are outside the vocabulary of {self.target.name} (0 to "
                 f"{self.target.vocab_size - 1}). Were they made by another tokenizer?"
             )
-        _check_length(self.target, ids)
+        check_length(self.target, ids)
         return ids
 
 
-def _check_length(model: LanguageModel, ids: Sequence[int]) -> None:
-    if len(ids) >= model.context_limit:
-        raise PromptError(
-            f"the prompt has {len(ids)} tokens and leaves no room in the context of {model.name}, "
-            f"{model.context_limit} tokens. Shorten it, or choose a model with a longer context."
-        )
+def _check_models(target: object, draft: object) -> None:
+    for name, model in (("target", target), ("draft", draft)):
+        if not isinstance(model, LanguageModel) and (model is not None or name == "target"):
+            raise ConfigError(
+                f"{name} is {shown(model)}; expected a loaded model. Use load(…) for a hub id, a directory, a GGUF "
+                "file or zoo:NAME, and LanguageModel.wrap(model, tokenizer) for a transformers model."
+            )
 
 
 def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageModel | None) -> InnerSpeculator:
+    if not hasattr(inner, "bind"):
+        raise ConfigError(
+            f"the inner speculator is {shown(inner)}; expected one of parsedec_adapters, e.g. "
+            "parsedec_adapters.draft_model.DraftModel(length=4)."
+        )
     bound = inner.bind(model, draft)
     beyond = [layer for layer in bound.needs.hidden_layers if not 0 <= layer <= model.num_layers]
     if beyond:
@@ -366,26 +371,3 @@ def _judge_needs(outer: Outer, target: LanguageModel, draft: LanguageModel | Non
             "judge=label or judge=logprob."
         )
     return needs
-
-
-def _ids(prompt: Prompt) -> list[int]:
-    """The prompt's token ids, if that is what it is; else nothing."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return []
-    ids = [int(i) for i in prompt if isinstance(i, int)]
-    return ids if len(ids) == len(prompt) else []
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    messages: Sequence[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, Sequence):
-        raise PromptError(f"the prompt is {prompt!r}; expected a user message, a list of messages, or token ids.")
-    malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
-    if malformed:
-        raise PromptError(
-            f"message {malformed[0]!r} is not of the form {{'role': …, 'content': …}}. Several prompts are for "
-            "generate_batch."
-        )
-    if not messages or not str(messages[-1]["content"]).strip():
-        raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
-    return list(messages)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +40,7 @@ SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BACKENDS = ("eager", "static", "auto")
 JUDGE_KERNELS = ("auto", "sdpa", "cascade", "flex")
+ENCODING = Lock()  # how control tokens are read is a state of the tokenizer, which requests in other threads share
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,9 +245,11 @@ class LanguageModel:
         )
         return out.logits, torch.stack([out.hidden_states[i] for i in taps], dim=2) if taps else None
 
-    def encode(self, text: str, *, plain: bool = False) -> list[int]:
-        """Token ids of a piece of text, nothing put around it. `plain`: control tokens spelt in it are only text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain))
+    def encode(self, text: str, *, plain: bool = False, whole: bool = False) -> list[int]:
+        """Token ids of a piece of text. `plain`: control tokens spelt in it are only text. `whole`: it is all of an
+        input, and gets what the tokenizer puts around one."""
+        with ENCODING:
+            return list(self.tokenizer.encode(text, add_special_tokens=whole, split_special_tokens=plain))
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """Text of answer tokens; special tokens are left out."""

@@ -88,10 +88,16 @@ class GrowingDraft:
         self._ends: list[int] = []
 
     def push(self, token: int) -> Draft:
-        """The draft so far, with one more token."""
+        """The draft so far, with one more token. That copies it; `add` where it is not looked at."""
+        self.add(token)
+        return self.draft()
+
+    def add(self, token: int) -> None:
         self.tokens.append(token)
         self._text += self._stream.push(token)
         self._ends.append(len(self._text))
+
+    def draft(self) -> Draft:
         return Draft(tuple(self.tokens), self._text, tuple(self._ends), ended=False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from parsedec.errors import ConfigError
 
+COLDEST = 1e-4  # temperature: below it logits overflow, and greedy decoding is what is meant
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
 
 
@@ -184,12 +185,12 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        # below 1e-4 logits overflow, and greedy decoding is what is meant
-        warm = self.temperature == 0 or 1e-4 <= self.temperature < math.inf
+        warm = self.temperature == 0 or COLDEST <= self.temperature < math.inf
         if not warm or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"sampling is temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}; "
-                "expected temperature 0 or at least 1e-4, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for greedy."
+                f"expected temperature 0 or at least {COLDEST}, 0 < top_p <= 1 and top_k >= 0. Use temperature=0 for "
+                "greedy."
             )
 
     @property

@@ -292,6 +292,19 @@ def test_a_pass_that_fails_for_all_is_raised(tiny_target):
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_culprit_that_is_left_alone_costs_no_finished_answer(tiny_target, size):
+    engine = Parse(tiny_target)
+    assert joint_obstacle(tiny_target) is None
+    fine = harmless(engine, 2)
+    alone = [engine.generate(prompt, max_new_tokens=NEW).tokens for prompt in fine]
+    with poisoned(tiny_target):
+        batch = engine.generate_batch([*fine, [5, POISON]], size=size, max_new_tokens=NEW)
+    assert [batch.answers[i].tokens for i in range(2)] == alone
+    with pytest.raises(PassFailed, match=r"request 2: .*RuntimeError: poison"):
+        raise batch.errors[2]
+
+
 def test_an_error_holds_nothing_of_its_request(tiny_target):
     """Neither its own tracebacks nor those of its causes lead to caches."""
 

@@ -15,14 +15,16 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from parsedec import LabelJudge, Parse, ParsedecError, PrefixVerification, StopReason, TargetOnly, load
 from parsedec.boundary import FirstFailure, LongestValid
-from parsedec.errors import JudgeError
+from parsedec.errors import JudgeError, PromptError
 from parsedec.gate import Adaptive, Never
 from parsedec.loop import Once, Rounds
 from parsedec.model import LanguageModel
+from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens
 from parsedec.session import Session
+from parsedec.streamed import StreamedVerification
 from parsedec.text import carried
-from parsedec.types import Author, JudgePath
+from parsedec.types import Author, JudgePath, Limits, Sampling
 from parsedec_adapters.draft_model import DraftModel
 
 NEW = 40
@@ -131,6 +133,35 @@ def test_a_whole_draft_is_the_answer_without_a_single_decoded_token(tiny_target)
     assert result.counters.judge_rows == end + len(GRID.cuts(draft_of(target, tokens[:end]))) * suffix_rows(target)
 
 
+def test_a_draft_ends_where_the_targets_answers_do(tiny_target):
+    """A draft model of the same vocabulary need not know the target's end token as its own."""
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    target, draft = tiny.with_end_token(tiny_target, tokens[20]), tiny.with_end_token(tiny_target, 0)
+    assert 0 not in tokens, "the draft model's own end token is never written"
+    accept = PrefixVerification(judge=tiny.ScriptedJudge(value=1.0), segmenter=GRID)
+    result = Parse(target, draft, outer=accept).generate(prompt, max_new_tokens=NEW)
+    end = tokens.index(tokens[20])
+    assert list(result.tokens) == tokens[: end + 1]
+    assert (result.stop, result.rounds[0].accepted_whole) == (StopReason.END_TOKEN, True)
+    assert result.counters.draft_tokens == end + 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_end_token_that_is_not_the_targets_closes_nothing(tiny_target, streamed):
+    """The draft ends there; what stands is the text before, and the target goes on with its own."""
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    target, draft = tiny.with_end_token(tiny_target, 0), tiny.with_end_token(tiny_target, tokens[20])
+    kind = StreamedVerification if streamed else PrefixVerification
+    accept = kind(judge=tiny.ScriptedJudge(value=1.0), segmenter=GRID)
+    result = Parse(target, draft, outer=accept).generate(prompt, max_new_tokens=NEW)
+    end = tokens.index(tokens[20])
+    assert list(result.tokens) == tokens[:NEW], "as the target alone"
+    assert result.stop is StopReason.TOKEN_LIMIT
+    assert result.rounds[0].kept_tokens == end
+    assert not result.rounds[0].draft_ended
+    assert not result.rounds[0].accepted_whole
+
+
 def test_a_refused_draft_leaves_the_target_alone(tiny_target, tiny_draft):
     prompt, tokens = tiny.plain_answer(tiny_target)
     refuse = PrefixVerification(judge=tiny.ScriptedJudge(value=0.0), segmenter=GRID)
@@ -209,6 +240,15 @@ def test_a_draft_model_with_a_shorter_context_stops_drafting(tiny_target):
     assert result.new_tokens == NEW
     assert result.rounds[-1].judged_tokens == 0
     assert_target_wrote_its_own(tiny_target, prompt, result)
+    assert any("drafted no more" in note for note in result.notes)
+    small = tiny.model("llama", seed=5, layers=2, context_limit=len(prompt) - 1)  # not even the prompt
+    engine = Parse(tiny_target, small, outer=outer())
+    assert (
+        engine.generate(prompt, max_new_tokens=NEW).tokens
+        == Parse(tiny_target).generate(prompt, max_new_tokens=NEW).tokens
+    )
+    with pytest.raises(PromptError, match="leaves no room in the context"):
+        engine.write_draft(prompt, prompt, Sampler(Sampling()), Limits(max_new_tokens=NEW))
 
 
 def test_outer_none_is_the_inner_level(tiny_target):

@@ -78,12 +78,17 @@ def explain(error: Exception, conf: Path) -> str:
     if found := re.search(r"Could not find '([\w@/.]+)/([^']*)'", message):
         group, name = found[1], found[2]
         members = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        return f"{group}={name} does not exist; {group} is one of {members}.{_close(name, members)}"
+        key = {"target": "target.source", "draft": "draft.model.source"}.get(group)
+        other = f" A hub id without a slash is given as {group}=any {key}={name}." if key else ""
+        return f"{group}={name} does not exist; {group} is one of {members}.{_close(name, members)}{other}"
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
         key = found[1] or found[2]
         return f"no setting is called '{key}'.{_close(key, known_settings(conf))} --help shows all of them."
     if found := re.search(r"Missing mandatory value: ([\w.]+)", message):
-        return f"{found[1]} has no default; set it: {found[1]}=…"
+        path = found[1].split(".")  # perhaps of a node that stands for a setting nearer to the root: outer.judge
+        known = set(known_settings(conf))
+        key = next((k for i in range(len(path)) if (k := ".".join(path[i:])) in known), found[1])
+        return f"{key} has no default; set it: {key}=…"
     return message if isinstance(error, ParsedecError) else first
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from parsedec.errors import OutputExistsError, ParsedecError
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 PACKAGES = ("parsedec", "torch", "transformers", "tokenizers", "hydra-core", "numpy")
@@ -108,6 +109,8 @@ def earlier_record(path: Path, config: dict[str, Any], resume: bool | None) -> d
     resume  None: this kind of run is always made whole, and cannot be gone on with
     """
     if not path.exists():
+        if resume:
+            log.info("nothing to resume in %s: this is a new run", path.parent)
         return None
     if resume is None:
         raise OutputExistsError(
@@ -133,19 +136,27 @@ def earlier_record(path: Path, config: dict[str, Any], resume: bool | None) -> d
     return record
 
 
+def _hydra() -> Any:
+    """Hydra's settings of this job; None outside one. It is not imported for that: the library does without."""
+    module = sys.modules.get("hydra.core.hydra_config")
+    return module.HydraConfig.get() if module and module.HydraConfig.initialized() else None
+
+
 def overrides_of_job() -> list[str]:
     """The overrides of this job as typed; in a sweep, with the values that are this job's."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    hydra = _hydra()
+    return list(hydra.overrides.task) if hydra else []
 
 
 def _of_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra = _hydra()
+    return hydra is not None and hydra.mode.name == "MULTIRUN"
 
 
 def _command() -> str:
     """The command as it was typed, the script by its name; of a sweep's job, the one that runs it alone."""
     if _of_sweep():
-        return shlex.join([f"{HydraConfig.get().job.name}.py", *overrides_of_job()])
+        return shlex.join([f"{_hydra().job.name}.py", *overrides_of_job()])
     script = Path(sys.argv[0]).name
     at = next((i for i, word in enumerate(sys.orig_argv) if Path(word).name == script), len(sys.orig_argv))
     return shlex.join([script, *sys.orig_argv[at + 1 :]])
@@ -158,7 +169,7 @@ def _git(*arguments: str) -> str | None:
     """
     folder = Path(sys.argv[0]).resolve().parent
     if _of_sweep():
-        sources = HydraConfig.get().runtime.config_sources
+        sources = _hydra().runtime.config_sources
         folder = next((Path(s.path) for s in sources if s.provider == "main" and s.schema == "file"), folder)
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from parsedec import kv
 from parsedec.chat import prompt_text
-from parsedec.engine import Parse, Prompt
+from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
 from parsedec.experiment.build import apply_runtime, build_engine, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, to_json, write_record
 from parsedec.experiment.summary import summarise
 from parsedec.harness.settings import composed, of_the_harness
+from parsedec.prompt import Prompt
 from parsedec.sampling import request_generator
 from parsedec.types import Limits, Message, Sampling
 
@@ -130,7 +131,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is None:
             start = self.tokenizer.bos_token
             add_special_tokens = not (start and string.startswith(start))
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        return self.model.encode(string, whole=add_special_tokens)
 
     # --- generation ---
 

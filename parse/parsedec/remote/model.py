@@ -71,7 +71,7 @@ class RemoteModel(LanguageModel):
             return list(ids)
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         first = self.tokenizer.bos_token
-        added = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        added = self.encode("a", whole=True)[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(first) if first and added else text  # the server puts it there again
 
     def spellings(self, token: int) -> list[str]:

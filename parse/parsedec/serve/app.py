@@ -235,7 +235,8 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     wrong = error.errors()[0]
-    where = [str(part) for part in wrong["loc"][1:]]
+    # pydantic adds the names of its own validators to the path, which is to lead to what the client sent
+    where = [str(part) for part in wrong["loc"][1:] if isinstance(part, int) or part.isidentifier()]
     if wrong["type"] == "json_invalid":
         said = f"the body is no JSON: {wrong.get('ctx', {}).get('error', wrong['msg'])}."
         return await _refused(request, Refusal(400, said, code="invalid_json"))

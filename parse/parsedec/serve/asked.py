@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from parsedec.errors import ConfigError
 from parsedec.serve.desk import Task
 from parsedec.serve.refusals import Refusal
-from parsedec.types import Limits, Message, Sampling
+from parsedec.types import COLDEST, Limits, Message, Sampling
 
 MOST_STOPS = 16
 MOST_TOP = 5  # log-probabilities of other tokens
@@ -238,10 +238,15 @@ def _stops(asked: str | list[str] | None, own: Sequence[str]) -> tuple[str, ...]
     return stops
 
 
+def _temperature(asked: float) -> float:
+    """Many clients say greedy by a temperature that is nearly 0, at which logits would overflow."""
+    return 0.0 if asked < COLDEST else asked
+
+
 def _sampling(asked: Asked, own: Sampling) -> Sampling:
     try:
         return Sampling(
-            temperature=own.temperature if asked.temperature is None else float(asked.temperature),
+            temperature=own.temperature if asked.temperature is None else _temperature(float(asked.temperature)),
             top_p=own.top_p if asked.top_p is None else float(asked.top_p),
             top_k=own.top_k if asked.top_k is None else asked.top_k,
         )

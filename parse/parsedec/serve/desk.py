@@ -27,10 +27,11 @@ from typing import Any, Protocol
 import torch
 
 from parsedec.batch import Company, for_batches
-from parsedec.engine import Parse, Prompt
+from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
+from parsedec.prompt import Prompt
 from parsedec.sampling import request_generator
 from parsedec.serve.refusals import OWN, Refusal, closing, given_up
 from parsedec.types import Delta, Result, Sampling
@@ -368,7 +369,7 @@ def _stream(engine: Engine, task: Task) -> Generator[Delta]:
             raise Refusal(
                 400, "this engine takes no bare text; use /v1/chat/completions.", code="unsupported", param="prompt"
             )
-        prompt = target.tokenizer.encode(prompt)
+        prompt = target.encode(prompt, whole=True)
     yield from engine.stream(
         prompt,
         max_new_tokens=task.max_new_tokens,

@@ -1,0 +1,59 @@
+"""What a request may be given as: a user message, a list of messages, or token ids used as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from parsedec.errors import PromptError
+from parsedec.model import LanguageModel
+from parsedec.types import Message
+
+Prompt = str | Sequence[Message] | Sequence[int] | Tensor
+LONGEST_SHOWN = 80  # characters of a value in a message
+
+
+def token_ids(prompt: Prompt) -> list[int]:
+    """The prompt's token ids, if that is what it is, as a list or a tensor or array of one dimension; else nothing."""
+    rows: Any = prompt.tolist() if isinstance(prompt, (Tensor, np.ndarray)) else prompt
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Sequence):
+        return []
+    ids = [int(i) for i in rows if isinstance(i, (int, np.integer)) and not isinstance(i, bool)]
+    return ids if len(ids) == len(rows) else []
+
+
+def shown(value: object) -> str:
+    """A value for a message, not the whole of a long one."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}... ({type(value).__name__})"
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """A user message, or a dialogue, as messages. Raises PromptError for anything else."""
+    messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or isinstance(messages, bytes):
+        raise PromptError(
+            f"the prompt is {shown(prompt)}; expected a user message, a list of messages, or the token ids of one "
+            "prompt."
+        )
+    malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
+    if malformed:
+        raise PromptError(
+            f"message {shown(malformed[0])} is not of the form {{'role': …, 'content': …}}. Several prompts are for "
+            "generate_batch."
+        )
+    if not messages or not str(messages[-1]["content"]).strip():
+        raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
+    return list(messages)
+
+
+def check_length(model: LanguageModel, ids: Sequence[int]) -> None:
+    """Raise PromptError where a prompt leaves no room for an answer."""
+    if len(ids) >= model.context_limit:
+        raise PromptError(
+            f"the prompt has {len(ids)} tokens and leaves no room in the context of {model.name}, "
+            f"{model.context_limit} tokens. Shorten it, or choose a model with a longer context."
+        )

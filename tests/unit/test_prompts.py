@@ -1,0 +1,63 @@
+"""What a request may be given as, and what is said of anything else."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from parsedec import Parse
+from parsedec.errors import ConfigError, PromptError
+from parsedec.prompt import messages_of, shown, token_ids
+
+
+@pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, lambda ids: list(np.array(ids))])
+def test_ids_are_taken_as_they_are(made, tiny_target):
+    prompt, tokens = tiny.plain_answer(tiny_target)
+    assert token_ids(made(prompt)) == prompt
+    assert all(type(i) is int for i in token_ids(made(prompt)))
+    assert list(Parse(tiny_target).generate(made(prompt), max_new_tokens=8).tokens) == tokens[:8]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (b"abc", "the prompt is b'abc'"),
+        (b"abc" * 99, r"\.\.\. \(bytes\)"),
+        (7, "the prompt is 7"),
+        (torch.ones(2, 3, dtype=torch.long), "the token ids of one prompt"),
+        ([True, False], "message True is not of the form"),
+        ([1, 2.5], "message 1 is not of the form"),
+        ([{"role": "user"}], "is not of the form"),
+        ([], "the prompt is empty"),
+        ("  ", "the prompt is empty"),
+    ],
+)
+def test_anything_else_is_named(prompt, said, tiny_target):
+    assert token_ids(prompt) == []
+    with pytest.raises(PromptError, match=said):
+        messages_of(prompt)
+    with pytest.raises(PromptError, match=said):
+        Parse(tiny_target).generate(prompt)
+
+
+def test_long_values_are_cut():
+    assert shown("a" * 500) == "'" + "a" * 76 + "... (str)"
+    assert shown("short") == "'short'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("zoo:target",), r"target is 'zoo:target'; expected a loaded model\. Use load"),
+        ((None,), "target is None"),
+        ((tiny.model("llama"), "zoo:draft"), r"draft is 'zoo:draft'; expected a loaded model\. Use load"),
+    ],
+)
+def test_names_of_models_are_not_models(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        Parse(*arguments)
+
+
+def test_names_of_speculators_are_not_speculators(tiny_target):
+    with pytest.raises(ConfigError, match="the inner speculator is 'pard'; expected one of parsedec_adapters"):
+        Parse(tiny_target, inner="pard")
