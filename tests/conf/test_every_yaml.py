@@ -57,7 +57,8 @@ NEEDS |= {
 }
 CLASSES = [member for member in BUILT if "_target_" in OmegaConf.load(CONF / f"{member}.yaml")]
 # groups and members of another command than run.py
-PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay", "labels": "calibrate"}
+PRIMARY = {"arms": "compare", "recipe": "train", "preset": "train", "arms/replay": "replay", "arms/gpu": "gpu",
+           "labels": "calibrate"}  # fmt: skip
 BOUND = {"suffix", "chosen", "reason", "card"}  # of every judge that reads a pass
 OURS = {  # parameters that are not for users: filled in by bind, or what makes the class the one it is
     "load": {"name"},
