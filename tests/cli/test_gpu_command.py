@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch._dynamo.exc import TorchDynamoException
 
 from parsedec.errors import ConfigError
 from parsedec.experiment import claims, gpu
@@ -100,18 +101,40 @@ def test_a_compiler_that_fails_is_done_without(measurement, monkeypatch):
 
     def failing(self, name, arms, *changes):
         runs.append(name)
-        if name == "prepare":
-            raise RuntimeError("no compiler")
+        if len(runs) == 1:
+            raise TorchDynamoException("no compiler\nand much more")
         compared(self, name, arms, *changes)
 
     monkeypatch.setattr(Measurement, "_compare", failing)
     monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
-    record = measurement(*only("prepare"), "runtime.compiled=true", "prepare=[draft]", "target.compiled=false",
-                         "draft.model.compiled=false").run()  # fmt: skip
-    assert (runs, stances) == (["prepare", "prepare_uncompiled"], ["force_eager"])
+    record = measurement(*only("prepare")).run()
+    assert runs == ["prepare/target", "prepare/target_uncompiled", "prepare/draft"]
+    assert stances == ["force_eager"]
     assert stages(record) == {"prepare": "finished"}
-    assert "Without torch.compile: RuntimeError: no compiler" in claims.caption(record)
+    assert "Without torch.compile: TorchDynamoException: no compiler." in claims.caption(record)
     assert any("goes on without torch.compile" in warning for warning in record["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("fails", "left"),
+    [("streamed_100", {"target", "draft", "eagle3", "draft_eagle3", "parse_60", "parse_eagle3_60", "parse_100"}),
+     ("eagle3", {"target", "draft", "draft_eagle3", "parse_60", "parse_100", "streamed_100"}),
+     ("draft", {"target", "eagle3", "draft_eagle3", "parse_60", "parse_eagle3_60", "parse_100", "streamed_100"}),
+     ("target", None)],
+)  # fmt: skip
+def test_an_arm_that_fails_costs_those_made_of_the_same_parts(measurement, monkeypatch, fails, left):
+    asked = {}
+
+    def comparing(self, name, arms, *changes):
+        asked[name] = set(arms)
+        if name == f"prepare/{fails}":
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(Measurement, "_compare", comparing)
+    record = measurement(*only("prepare", "replay"), f"prepare=[target,{fails}]").run()
+    assert asked["replay"] == left or left is None
+    assert stages(record)["prepare"] == ("finished" if left else "failed")
+    assert (fails in claims.caption(record)) is (left is not None)
 
 
 def test_an_interruption_leaves_what_was_measured(measurement, tmp_path, monkeypatch):

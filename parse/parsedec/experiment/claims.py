@@ -289,6 +289,10 @@ def caption(record: Json) -> str:
     config = record["config"]
     dtype, hf = config["target"]["dtype"], config["hf"]
     without = f"Without torch.compile: {record['uncompiled']}. " if "uncompiled" in record else ""
+    if record.get("left_out"):
+        without += (
+            f"Arms that failed, and those made of the same parts, are left out: {', '.join(record['left_out'])}. "
+        )
     return (
         f"Tier: {table.tier(record)}. {dtype}, batch 1, {config['context']} tokens of context, answers of "
         f"{config['max_new_tokens']}, of {hf['max_new_tokens']} for {hf['arm']}; n: repeats of a pass, or requests. "
@@ -302,9 +306,9 @@ def parts(record: Json) -> list[Part]:
     same = {key: record[key] for key in ("config", "provenance")}
     made: list[Part] = [(record["title"], HEADS, cells(record), caption(record))]
     for name in RUNS:
-        run = record.get(name)
-        if run and run["arms"] and all(arm["summary"]["requests"] for arm in run["arms"]):
-            run = same | dict(run)
+        run = record.get(name) or {"arms": []}
+        if arms := [arm for arm in run["arms"] if arm["requests"]]:
+            run = same | run | {"arms": arms}
             made.append((f"{run['title']} ({name})", replay.HEADS, replay.rows(run), replay.caption(run)))
     if record["floors"]["rows"]:
         measured = same | dict(record["floors"])

@@ -18,6 +18,7 @@ import torch
 from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
+from torch._dynamo.exc import TorchDynamoException
 
 from parsedec.backends import runs_static
 from parsedec.errors import ConfigError, ParsedecError
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 CONFIG = "gpu"
+LEVELS = ("outer", "inner", "inner@draft.inner")
 
 
 class Measurement:
@@ -56,6 +58,7 @@ class Measurement:
             "status": "running",
             "stages": [],
             "warnings": [],
+            "left_out": {},
             "floors": {"devices": {}, "rows": []},
         }
         self.stages = self._stages()  # refused, if it has to be, before anything is started
@@ -110,21 +113,33 @@ class Measurement:
         """Make both models, and run once what compiles and captures every step that is timed later.
 
         A compiler that fails costs speed, not the measurement: all goes on without it then, and the record says so.
+        What else an arm meets leaves out the arms that would meet it in the replay.
         """
-        arms = list(self.cfg.prepare)
+        for name in self.cfg.prepare:
+            try:
+                self._rehearse(name)
+            except Exception as error:
+                if name == self.cfg.baseline:
+                    raise  # nothing can be compared without it
+                log.exception("the arm %s is left out of the replay, with those made of the same parts", name)
+                self.record["left_out"][name] = f"{type(error).__name__}: {first_line(error)}"
+        self._note_graphs()
+
+    def _rehearse(self, name: str) -> None:
+        """One request of an arm, again without torch.compile if that may be what fails."""
+        changes = ("task.n=1", "warmup=0")
         try:
-            self._compare("prepare", arms, "task.n=1", "warmup=0")
+            self._compare(f"prepare/{name}", [name], *changes)
         except ParsedecError:
             raise
         except Exception as error:
-            if not self.cfg.runtime.compiled:
+            first = name == self.cfg.baseline and self.cfg.runtime.compiled
+            if "uncompiled" in self.record or not (first or isinstance(error, TorchDynamoException)):
                 raise
             log.warning("goes on without torch.compile: %s: %s", type(error).__name__, error)
             torch.compiler.set_stance("force_eager")
-            self.record["uncompiled"] = f"{type(error).__name__}: {error}"
-            self._compare("prepare_uncompiled", arms, "task.n=1", "warmup=0")
-        finally:
-            self._note_graphs()
+            self.record["uncompiled"] = f"{type(error).__name__}: {first_line(error)}"
+            self._compare(f"prepare/{name}_uncompiled", [name], *changes)
 
     def _tests(self) -> None:
         self.record["tests"] = self.tests.result(self.clock.left())
@@ -157,8 +172,18 @@ class Measurement:
         self._compare("hf", [self.cfg.baseline, hf.arm], *changes)
 
     def _replay(self) -> None:
-        arms = [str(name) for name in self.cfg.arms if name != self.cfg.hf.arm]
+        failed = [self._parts_of(name) for name in self.record["left_out"]]
+        arms = [
+            str(name) for name in self.cfg.arms
+            if name != self.cfg.hf.arm and not any(parts <= self._parts_of(str(name)) for parts in failed)
+        ]  # fmt: skip
         self._compare("replay", arms, "warmup=0")  # `prepare` was that
+
+    def _parts_of(self, name: str) -> set[str]:
+        """The levels an arm is made of, none of them being no part."""
+        arm = self.cfg.arms[name]
+        made = {setting for setting in arm.overrides if setting.split("=")[0] in LEVELS} - {"outer=none"}
+        return made or {f"model={arm.get('model', 'target')}"}
 
     def _long(self) -> None:
         """Whether it fits, so once: the draft model stays where it is meanwhile."""
@@ -192,9 +217,9 @@ class Measurement:
             self._save(self.record["stages"])
 
     def _compare(self, name: str, arms: Sequence[str], *changes: str) -> None:
-        """Some of the arms, alternating, as one run with a record of its own in the folder `name`. What it has answered
-        is taken into this record, however it ends."""
-        if not name.startswith("prepare"):
+        """Some of the arms, alternating, as one run with a record of its own in the folder `name`. What those of RUNS
+        have answered is taken into this record, however they end."""
+        if name in claims.RUNS:
             self.tests.end()
         overrides, folder = [*self.overrides, *changes], self.folder / name
         own = compose(CONFIG, overrides=overrides)
@@ -203,7 +228,7 @@ class Measurement:
         try:
             run_comparison(own, folder, CONFIG, overrides)
         finally:
-            if (folder / "record.json").exists():
+            if name in claims.RUNS and (folder / "record.json").exists():
                 self.record[name] = claims.slim(read_record(folder / "record.json"))
 
     def _note_graphs(self) -> None:
@@ -227,3 +252,7 @@ def _warnings_in(found: list[str]) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
