@@ -297,7 +297,19 @@ def test_experiment_composes_for_the_command_in_its_header(member):
     ]
     cfg, default = (composed(*overrides, config=config) for overrides in ([member.replace("/", "=")], []))
     assert set(cfg) == set(default)  # it sets what is there and adds nothing
-    assert cfg != default
+    wanted = OmegaConf.to_container(OmegaConf.load(CONF / f"{member}.yaml"))
+    for entry in wanted.pop("defaults", ()):
+        ((group, name),) = entry.items()
+        group = group.removeprefix("override /")
+        assert cfg[group] == composed(member.replace("/", "="), f"{group}={name}", config=config)[group]
+    for key, value in leaves(wanted):
+        assert OmegaConf.select(cfg, key) == value, f"{config}.yaml, or a group, has the last word on {key}"
+
+
+def leaves(node, prefix=""):
+    """(dotted key, value) of everything a YAML sets."""
+    for key, value in node.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 def test_defaults_are_a_whole_run(problems):
