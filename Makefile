@@ -8,7 +8,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow test-gpu test-weights test-server test-vllm bench bench-gpu bench-gpu-tests bench-gpu-floors bench-gpu-replay golden zoo checksums clean
+.PHONY: help setup demo check test test-slow test-gpu test-weights test-server test-vllm bench bench-gpu golden zoo checksums clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -75,21 +75,9 @@ bench: setup  ## the figures of the README on the embedded models, about half an
 
 # Where packages are there already: make -o setup bench-gpu GPU_PYTHON=python3, with PYTHONPATH=parse:adapters:tests
 GPU_PYTHON ?= $(BIN)/python
-GPU_SET ?=   # more settings of the three commands: plot=false where there is no matplotlib
-bench-gpu: setup bench-gpu-tests bench-gpu-floors bench-gpu-replay  ## the CUDA tests, passes against their floors, replays of Qwen3 32B / 1.7B: one GPU of 141 GB, half an hour
-
-bench-gpu-tests:
-	-$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/oracle/test_streamed.py   # other tests need packages that may be missing
-
-bench-gpu-floors:
-	$(GPU_PYTHON) experiments/floors.py experiment=floors_qwen3 $(GPU_SET)
-
-# Hugging Face's own loops take most of the time, and no trace of the judge's changes them: once
-bench-gpu-replay:
-	$(GPU_PYTHON) experiments/replay.py experiment=replay_qwen3_32b $(GPU_SET)
-	for kept in 0.95 0.85 0.6; do \
-	  $(GPU_PYTHON) experiments/replay.py experiment=replay_qwen3_32b judge.kept=$$kept judge.whole=0 judge.spread=0 \
-	    '~arms.hf_generate' '~arms.hf_assisted' $(GPU_SET) || exit 1; done
+GPU_SET ?=   # more settings: minutes=30, output=DIR
+bench-gpu: setup  ## the CUDA tests, passes against their floors, replays of Qwen3 32B / 1.7B: one GPU of 141 GB, nine minutes
+	$(GPU_PYTHON) experiments/gpu.py $(GPU_SET)
 
 golden: setup  ## recorded vectors of the reference implementations: ROOT=DIR make golden
 	$(BIN)/python experiments/golden.py $(if $(ROOT),root=$(ROOT))

@@ -1,11 +1,11 @@
 """What a decode step, a tree of 64 and judge passes take, beside the floor that this device sets.
 
     python experiments/floors.py                                  a tiny shape, on whatever is there
-    python experiments/floors.py experiment=floors_qwen3          Qwen3 1.7B, 8B and 32B shapes on one GPU
+    python experiments/floors.py "shapes=[replay:qwen3_8b]" target.dtype=bfloat16 runtime=graphed    on a GPU
     python experiments/floors.py "kernels=[cascade]" context=2048
 
-Random weights; bandwidth and matrix rate are measured in the same run. Writes record.json, table.md and plot.png; the
-last line of stdout is the record's path.
+Random weights; bandwidth and matrix rate are measured in the same run. experiments/gpu.py does it for several Qwen3
+shapes, replays beside it. Writes record.json, table.md and plot.png; the last line of stdout is the record's path.
 """
 
 import os

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parsedec.errors import ParsedecError
-from parsedec.experiment import replay, table
+from parsedec.experiment import claims, replay, table
 from parsedec.experiment.record import is_run, read_record, write_text
 from parsedec.experiment.trace import write_trace
 
@@ -57,10 +57,17 @@ def with_sections(found: list[Found], named: list[Path]) -> list[Found]:
     return kept
 
 
+def is_gpu(record: Json) -> bool:
+    return record.get("kind") == "gpu"
+
+
 def make(given: list[Path], output: Path | None) -> None:
-    found = read_all(given)
+    found = [(path, claims.with_runs(record, path.parent) if is_gpu(record) else record)
+             for path, record in read_all(given)]  # fmt: skip
     for path, record in found:
-        if is_run(record):
+        if is_gpu(record):
+            print(write_text(claims.markdown(record), path.with_name("table.md")))
+        elif is_run(record):
             if record["arms"]:
                 markdown = replay.markdown if replay.is_replay(record) else table.markdown
                 print(write_text(markdown(record), path.with_name("table.md")))

@@ -409,3 +409,26 @@ def test_a_tree_wider_than_its_depth_leaves_no_trace(tiny_target):
     expected, hidden = walks.plain(tiny_target, session.tokens, (0, 4))
     walks.close(session.next_logits, expected[-1])
     walks.close(session.seen(0).taps, hidden)
+
+
+def test_a_step_that_could_not_be_prepared_is_tried_again(monkeypatch):
+    """As after a compiler's error: the steps behind it are captured all the same."""
+
+    class Failing(Replayed):
+        def captured(self, body):
+            if not self.captures:
+                self.captures += 1
+                raise RuntimeError("no compiler")
+            return super().captured(body)
+
+    model = on(tiny.model("llama"), "static")
+    assert runs_static(model)  # which takes steps of its own
+    steps, session = in_steps(monkeypatch, model, Failing), open_session(model)
+    ids = torch.randint(5, tiny.VOCAB, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    with pytest.raises(RuntimeError, match="no compiler"):
+        session.feed(ids)
+    logits = open_session(model).feed(ids)
+    assert steps.captures == 2
+    with torch.inference_mode():
+        expected = model.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)

@@ -12,7 +12,7 @@ Shapes: R rows of a pass, N draft rows, K probes, S rows a probe.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -40,6 +40,7 @@ GIB = 1 << 30
 HEADS = ("shape", "pass", "rows", "ms", "of its decode step", "floor ms", "bound by", "share of floor", "peak GiB")
 
 Row = dict[str, Any]  # of one pass, as it is stored
+Pass = tuple[str, int, Callable[[], Session]]  # its name, its rows, and what runs it: see `passes`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,10 @@ class JudgeSize:
     @property
     def rows(self) -> int:
         return self.draft + self.probes * self.suffix
+
+    @property
+    def name(self) -> str:
+        return f"judge {self.draft} + {self.probes} x {self.suffix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +127,16 @@ def wide_tree(root: int, guesses: Sequence[int]) -> Tree:
 
 def passes(
     model: LanguageModel, context: int, nodes: int, sizes: Sequence[JudgeSize], kernels: Sequence[str]
-) -> Iterator[tuple[str, int, Callable[[], Session]]]:
+) -> Iterator[Pass]:
     """(name, rows, call) of every pass behind `context` tokens. A call works on a fork and returns it, so that all see
     the same cache."""
+    yield from step_passes(model, context, nodes)
+    yield from judge_passes(model, context, sizes, kernels)
+
+
+def step_passes(model: LanguageModel, context: int, nodes: int | None) -> Iterator[Pass]:
+    """A decode step, and a tree of so many nodes unless there are none."""
     prompt, token = random_tokens(model, context, 0), random_tokens(model, 1, 1)[0]
-    tree = wide_tree(token, random_tokens(model, nodes - 1, 2))
     base = open_session(model)
     base.feed(prompt)
 
@@ -135,6 +145,11 @@ def passes(
         session.feed([token])
         return session
 
+    yield "decode", 1, step
+    if nodes is None:
+        return
+    tree = wide_tree(token, random_tokens(model, nodes - 1, 2))
+
     def verify() -> Session:
         session = base.fork()
         session.append(token)
@@ -142,13 +157,23 @@ def passes(
         session.keep([0])
         return session
 
-    yield "decode", 1, step
-    yield f"tree of {nodes}", nodes, verify
+    yield tree_name(nodes), nodes, verify
+
+
+def tree_name(nodes: int) -> str:
+    return f"tree of {nodes}"
+
+
+def judge_passes(
+    model: LanguageModel, context: int, sizes: Sequence[JudgeSize], kernels: Sequence[str]
+) -> Iterator[Pass]:
+    """A judge pass of every size with every kernel."""
+    prompt = random_tokens(model, context, 0)
     for size in sizes:
         for kernel in kernels:
             own = open_session(replace(model, judge_kernel=kernel))
             own.feed(prompt)
-            yield f"judge {size.draft} + {size.probes} x {size.suffix}, {kernel}", size.rows, judging(own, size)
+            yield f"{size.name}, {kernel}", size.rows, judging(own, size)
 
 
 def judging(base: Session, size: JudgeSize) -> Callable[[], Session]:
@@ -179,25 +204,33 @@ def measure(
 
     A pass that cannot be run - too little memory, a kernel that cannot be compiled - has a row that says so.
     """
-    device = Device.measured(model.device, model.dtype, repeats)
-    weights, width, rows = weights_of(model), model.dtype.itemsize, []
-    for name, count, call in passes(model, context, nodes, sizes, kernels):
-        floor, bound = device.floor(weights, width, count)
-        row = {"shape": model.name, "pass": name, "rows": count, "floor_s": floor, "bound": bound}
-        try:
-            row |= _timed(call, model.device, repeats)
-        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the other passes are worth having
-            log.warning("%s, %s was not measured: %s: %s", model.name, name, type(error).__name__, error)
-            row |= {"seconds": [], "peak_bytes": None, "error": f"{type(error).__name__}: {error}"}
+    device, rows = Device.measured(model.device, model.dtype, repeats), []
+    for row in timed(model, device, passes(model, context, nodes, sizes, kernels), repeats):
         rows.append(row)
-        after_each(f"{model.name} {name}")
+        after_each(f"{model.name} {row['pass']}")
     return device, rows
 
 
-def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Row:
+def timed(
+    model: LanguageModel, device: Device, found: Iterable[Pass], repeats: int, warm_ups: int = WARM_UPS
+) -> Iterator[Row]:
+    """A row for every pass of the model: seconds of each repeat, and the floor on this device."""
+    weights, width = weights_of(model), model.dtype.itemsize
+    for name, count, call in found:
+        floor, bound = device.floor(weights, width, count)
+        row = {"shape": model.name, "pass": name, "rows": count, "floor_s": floor, "bound": bound}
+        try:
+            row |= _timed(call, model.device, repeats, warm_ups)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the other passes are worth having
+            log.warning("%s, %s was not measured: %s: %s", model.name, name, type(error).__name__, error)
+            row |= {"seconds": [], "peak_bytes": None, "error": f"{type(error).__name__}: {error}"}
+        yield row
+
+
+def _timed(call: Callable[[], object], device: torch.device, repeats: int, warm_ups: int) -> Row:
     """Seconds of each repeat, and the most memory they took."""
     began = perf_counter()
-    for _ in range(WARM_UPS):
+    for _ in range(warm_ups):
         call()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

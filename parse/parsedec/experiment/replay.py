@@ -22,6 +22,7 @@ from parsedec.experiment.plot import Bar, draw_bars
 
 INNER = "inner=eagle3_random"
 DRAFT_INNER = "inner@draft.inner=eagle3_random"
+KEPT = "judge.kept="
 SHOWN = ("new tokens", "target calls", "tau", "kept share", "errors", "tok/s", "speed-up in tok/s", "in time")
 HEADS = ("arm", *SHOWN, "ms a token", "ceiling", "share of it")
 
@@ -69,16 +70,26 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
 
 def caption(record: dict[str, Any]) -> str:
     config, costs = record["config"], paces(record)
-    judge, rule = config["judge"], config["acceptance"]
     seconds = ", ".join(f"{name} {1000 * value:.2f}" for name, value in costs.items())
     return (
         f"Tier: {table.tier(record)}. Shapes: {config['target']['source']}, {config['draft']['model']['source']}, "
-        f"{config['target']['dtype']}. Trace: kept share {judge['kept']} ± {judge['spread']}, full accepts "
-        f"{100 * judge['whole']:.0f} %, tau {rule['tau']}, seed {judge['seed']}; what came of it is in the table. "
+        f"{config['target']['dtype']}. Trace: {trace(record)}; what came of it is in the table. "
         f"Milliseconds a token without the prompt: {seconds}. Ceiling: tokens x target / (drafted x draft + judge + "
         "rewritten x target, each at its speed with its speculator). Arms hf_*: Hugging Face's own loops, eager. "
         f"n = {record['arms'][0]['summary']['requests']}, at most {config['max_new_tokens']} new tokens; 95 % paired "
         f"bootstrap intervals. {table.origin(record)}"
+    )
+
+
+def trace(record: Mapping[str, Any]) -> str:
+    """What was scripted, in words; arms may have a kept share of their own."""
+    judge, tau = record["config"]["judge"], record["config"]["acceptance"]["tau"]
+    settings = [setting for arm in record["arms"] for setting in arm["description"].split()]
+    own = dict.fromkeys(setting.removeprefix(KEPT) for setting in settings if setting.startswith(KEPT))
+    kept = f"each arm's own, of {', '.join(own)}" if own else judge["kept"]
+    return (
+        f"kept share {kept} ± {judge['spread']}, full accepts {100 * judge['whole']:.0f} %, tau {tau}, "
+        f"seed {judge['seed']}"
     )
 
 

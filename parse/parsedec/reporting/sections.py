@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parsedec.errors import ParsedecError
-from parsedec.experiment import floors, judging, overhead, table
+from parsedec.experiment import claims, floors, judging, overhead, table
 from parsedec.experiment.record import is_run
 from parsedec.experiment.trace import by_id
 from parsedec.reporting import costs, judged, speed
@@ -260,30 +260,27 @@ def _plain(value: Any) -> str:
 
 
 def _overhead(source: Source) -> Section:
-    record = source.record
-    return Section(
-        anchor=source.anchor,
-        kind="Overhead",
-        title=record["title"],
-        said=[overhead.sentence(record)],
-        tables=[TextTable(title="Per step", heads=overhead.HEADS, cells=overhead.rows_of(record),
-                          note=overhead.caption(record))],
-        figures=costs.overhead_picture(record, source.anchor),
-        words=frozenset({"target", "interval", "n"}),
-    )  # fmt: skip
+    record, anchor = source.record, source.anchor
+    note = overhead.caption(record)
+    steps = TextTable(title="Per step", heads=overhead.HEADS, cells=overhead.rows_of(record), note=note)
+    return Section(anchor=anchor, kind="Overhead", title=record["title"], said=[overhead.sentence(record)],
+                   tables=[steps], figures=costs.overhead_picture(record, anchor),
+                   words=frozenset({"target", "interval", "n"}))  # fmt: skip
 
 
 def _floors(source: Source) -> Section:
+    record, anchor = source.record, source.anchor
+    passes = TextTable(title="All passes", heads=floors.HEADS, cells=floors.cells(record), note=floors.caption(record))
+    return Section(anchor=anchor, kind="Floors", title=record["title"], tables=[passes],
+                   figures=costs.floors_picture(record, anchor), words=frozenset({"target"}))  # fmt: skip
+
+
+def _gpu(source: Source) -> Section:
     record = source.record
-    return Section(
-        anchor=source.anchor,
-        kind="Floors",
-        title=record["title"],
-        tables=[TextTable(title="All passes", heads=floors.HEADS, cells=floors.cells(record),
-                          note=floors.caption(record))],
-        figures=costs.floors_picture(record, source.anchor),
-        words=frozenset({"target"}),
-    )  # fmt: skip
+    tables = [TextTable(title=title, heads=heads, cells=cells, note=note)
+              for title, heads, cells, note in claims.parts(record)]  # fmt: skip
+    return Section(anchor=source.anchor, kind="GPU", title=record["title"], status=record["status"], tables=tables,
+                   words=frozenset({"target", "kept", "tau", "arm", "interval", "n"}))  # fmt: skip
 
 
 def _advice(source: Source) -> Section:
@@ -325,6 +322,7 @@ MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source], Section]], ...] =
     (is_run, _arms),
     (lambda record: record.get("kind") == "advice", _advice),
     (lambda record: record.get("kind") == "load", _load),
+    (lambda record: record.get("kind") == "gpu", _gpu),
     (lambda record: record.get("kind") == "calibration", _calibration),
     (lambda record: "judges" in (record.get("summary") or {}), _judges),
     (lambda record: "card" in record and "probes" in record, _probes),

@@ -78,13 +78,13 @@ class Steps:
         """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None where there are no graphs."""
         if self._memory is None:
             return None
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                body()  # what this raises - a compiler's error, too little memory - has nothing to do with graphs
+        torch.cuda.current_stream().wait_stream(aside)
         try:
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    body()
-            torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             # the judge may work in another thread meanwhile: what it allocates is none of the capture's business
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
@@ -139,9 +139,9 @@ class Step:
     def __call__(self, ids: list[int], start: int, positions: list[int] | None, sees: Tensor | None) -> Output:
         self._load(ids, start, positions, sees)
         if not self._tried:
-            self._tried = True
             with _many_shapes() if self._steps.compiled else nullcontext():
                 self._graph = self._steps.captured(self._body)
+                self._tried = True  # not before: what could not be compiled is tried again, as it is without graphs
                 if self._graph is None:
                     return self._body()
         if self._graph is None:

@@ -1,0 +1,258 @@
+"""All that one GPU has to show, in one process and a given time: passes against their floors, and the replay.
+
+Each model is made once and serves all stages; compilers and captures work in `prepare`, beside the CUDA tests, and
+nothing is timed before both are done. What a stage measures is in the record as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import DictConfig, open_dict
+from torch._dynamo.exc import TorchDynamoException
+
+from parsedec.backends import runs_static
+from parsedec.errors import ConfigError, ParsedecError
+from parsedec.experiment import claims, floors
+from parsedec.experiment.build import build_model, plain
+from parsedec.experiment.cuda_tests import CudaTests
+from parsedec.experiment.floors import Device, JudgeSize, Pass, judge_passes, step_passes
+from parsedec.experiment.job import run_comparison
+from parsedec.experiment.nodes import draft_node
+from parsedec.experiment.record import SCHEMA_VERSION, provenance, read_record, write_record, write_text
+from parsedec.experiment.stages import Clock, Stage, run_stages
+from parsedec.model import LanguageModel
+from parsedec.static.session import machine_of
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+CONFIG = "gpu"
+LEVELS = ("outer", "inner", "inner@draft.inner")
+
+
+class Measurement:
+    """The stages of one command, and what they have found so far.
+
+    overrides  of the command, with which the arms' configurations are composed
+    root       of the checkout, where the tests are
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path, overrides: Sequence[str], clock: Clock, root: Path) -> None:
+        self.cfg, self.folder, self.overrides, self.clock = cfg, folder, list(overrides), clock
+        self.record: Json = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "gpu",
+            "title": cfg.title,
+            "config": plain(cfg),
+            "provenance": provenance(),
+            "status": "running",
+            "stages": [],
+            "warnings": [],
+            "left_out": {},
+            "floors": {"devices": {}, "rows": []},
+        }
+        self.stages = self._stages()  # refused, if it has to be, before anything is started
+        paths = list(cfg.tests.paths) if "tests" in cfg.stages else []
+        self.tests = CudaTests(root, paths, cfg.tests.seconds, folder / "tests.txt")
+
+    def run(self) -> Json:
+        """Run all stages. The record is whole, and the table written, whatever ends it."""
+        try:
+            with _warnings_in(self.record["warnings"]):
+                run_stages(self.stages, self.clock, self._save)
+            self.record["status"] = "finished"
+        except KeyboardInterrupt:
+            self.record["status"] = "interrupted"
+            raise
+        finally:
+            self.tests.end()
+            self._save(self.record["stages"])
+        return self.record
+
+    def _stages(self) -> list[Stage]:
+        """In the order of the configuration, from which stages may be left out."""
+        calls: dict[str, Callable[[], None]] = {
+            "prepare": self._prepare,
+            "tests": self._tests,
+            "target": self._target,
+            "draft": self._draft,
+            "hf": self._hugging_face,
+            "also": self._also,
+            "replay": self._replay,
+            "long": self._long,
+            "kernels": self._kernels,
+        }
+        made = []
+        for name, stage in self.cfg.stages.items():
+            yields_to = list(stage.get("yields_to") or ())
+            unknown = {str(name), *yields_to} - set(calls)
+            if unknown:
+                raise ConfigError(f"stages has {sorted(unknown)}; expected some of {list(calls)}.")
+            there = tuple(later for later in yields_to if later in self.cfg.stages)
+            made.append(Stage(name=str(name), seconds=stage.seconds, call=calls[str(name)], yields_to=there))
+        return made
+
+    def _save(self, stages: list[Json]) -> None:
+        self.record["stages"] = stages
+        write_record(self.record, self.folder / "record.json")
+        write_text(claims.markdown(self.record), self.folder / "table.md")
+
+    # The stages
+
+    def _prepare(self) -> None:
+        """Make both models, and run once what compiles and captures every step that is timed later.
+
+        A compiler that fails costs speed, not the measurement: all goes on without it then, and the record says so.
+        What else an arm meets leaves out the arms that would meet it in the replay.
+        """
+        for name in self.cfg.prepare:
+            try:
+                self._rehearse(name)
+            except Exception as error:
+                if name == self.cfg.baseline:
+                    raise  # nothing can be compared without it
+                log.exception("the arm %s is left out of the replay, with those made of the same parts", name)
+                self.record["left_out"][name] = f"{type(error).__name__}: {first_line(error)}"
+        self._note_graphs()
+
+    def _rehearse(self, name: str) -> None:
+        """One request of an arm, again without torch.compile if that may be what fails."""
+        changes = ("task.n=1", "warmup=0")
+        try:
+            self._compare(f"prepare/{name}", [name], *changes)
+        except ParsedecError:
+            raise
+        except Exception as error:
+            first = name == self.cfg.baseline and self.cfg.runtime.compiled
+            if "uncompiled" in self.record or not (first or isinstance(error, TorchDynamoException)):
+                raise
+            log.warning("goes on without torch.compile: %s: %s", type(error).__name__, error)
+            torch.compiler.set_stance("force_eager")
+            self.record["uncompiled"] = f"{type(error).__name__}: {first_line(error)}"
+            self._compare(f"prepare/{name}_uncompiled", [name], *changes)
+
+    def _tests(self) -> None:
+        self.record["tests"] = self.tests.result(self.clock.left())
+
+    def _target(self) -> None:
+        """The judge pass also by the kernel that longer texts get, unless a test has failed: a kernel that reads where
+        it must not ends the process."""
+        model, size = build_model(self.cfg.target), JudgeSize(**self.cfg.judge_pass)
+        kernels = ["auto", "cascade"] if (self.record.get("tests") or {}).get("passed") else ["auto"]
+        self._time(model, step_passes(model, self.cfg.context, self.cfg.nodes))
+        self._time(model, judge_passes(model, self.cfg.context, [size], kernels))
+
+    def _draft(self) -> None:
+        model = self._draft_model()
+        self._time(model, step_passes(model, self.cfg.context, self.cfg.nodes))
+
+    def _also(self) -> None:
+        """A decode step of one more shape, which is made for it alone."""
+        model = instantiate(self.cfg.target, source=self.cfg.also)
+        self._time(model, step_passes(model, self.cfg.context, None))
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _hugging_face(self) -> None:
+        """Its own loop takes several times as long a token as everything else here: a few of them are enough."""
+        hf = self.cfg.hf
+        changes = (f"max_new_tokens={hf.max_new_tokens}", "task.n=1", "warmup=0")
+        self._compare("hf", [self.cfg.baseline, hf.arm], *changes)
+
+    def _replay(self) -> None:
+        failed = [self._parts_of(name) for name in self.record["left_out"]]
+        arms = [
+            str(name) for name in self.cfg.arms
+            if name != self.cfg.hf.arm and not any(parts <= self._parts_of(str(name)) for parts in failed)
+        ]  # fmt: skip
+        self._compare("replay", arms, "warmup=0")  # `prepare` was that
+
+    def _parts_of(self, name: str) -> set[str]:
+        """The levels an arm is made of, none of them being no part."""
+        arm = self.cfg.arms[name]
+        made = {setting for setting in arm.overrides if setting.split("=")[0] in LEVELS} - {"outer=none"}
+        return made or {f"model={arm.get('model', 'target')}"}
+
+    def _long(self) -> None:
+        """Whether it fits, so once: the draft model stays where it is meanwhile."""
+        self._draft_model()
+        model, size = build_model(self.cfg.target), JudgeSize(**self.cfg.long_pass)
+        self._time(model, judge_passes(model, self.cfg.context, [size], ["auto"]), repeats=1, warm_ups=0)
+
+    def _kernels(self) -> None:
+        """For comparison: the judge pass by every other kernel."""
+        model, size = build_model(self.cfg.target), JudgeSize(**self.cfg.judge_pass)
+        self._time(model, judge_passes(model, self.cfg.context, [size], list(self.cfg.kernels)))
+
+    # What they have in common
+
+    def _draft_model(self) -> LanguageModel:
+        node = draft_node(self.cfg)
+        if node is None:
+            raise ConfigError("draft=none, but a replay needs a draft model. Choose one, e.g. draft=replay.")
+        return build_model(node)
+
+    def _time(
+        self, model: LanguageModel, found: Iterable[Pass], repeats: int | None = None, warm_ups: int = floors.WARM_UPS
+    ) -> None:
+        """Rows of these passes, each in the record at once."""
+        self.tests.end()  # whatever became of their stage: nothing is timed beside them
+        devices, n = self.record["floors"]["devices"], repeats or self.cfg.repeats
+        device = Device.measured(model.device, model.dtype, max(2, n))
+        devices[model.name] = asdict(device)
+        for row in floors.timed(model, device, found, n, warm_ups):
+            self.record["floors"]["rows"].append(row)
+            self._save(self.record["stages"])
+
+    def _compare(self, name: str, arms: Sequence[str], *changes: str) -> None:
+        """Some of the arms, alternating, as one run with a record of its own in the folder `name`. What those of RUNS
+        have answered is taken into this record, however they end."""
+        if name in claims.RUNS:
+            self.tests.end()
+        overrides, folder = [*self.overrides, *changes], self.folder / name
+        own = compose(CONFIG, overrides=overrides)
+        with open_dict(own):
+            own.arms = {arm: own.arms[arm] for arm in arms}
+        try:
+            run_comparison(own, folder, CONFIG, overrides)
+        finally:
+            if name in claims.RUNS and (folder / "record.json").exists():
+                self.record[name] = claims.slim(read_record(folder / "record.json"))
+
+    def _note_graphs(self) -> None:
+        """How many steps were captured: none, or few, where the log warns of captures that failed."""
+        for model in (build_model(self.cfg.target), self._draft_model()):
+            steps = machine_of(model).steps[model.compiled] if runs_static(model) else None
+            self.record.setdefault("captured", {})[model.name] = None if steps is None else steps.captures
+
+
+@contextmanager
+def _warnings_in(found: list[str]) -> Iterator[None]:
+    """Everything the log warns of, kept as well: a fallback nobody reads of makes figures that nobody understands."""
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(f"{record.name}: {record.getMessage()}")
+
+    handler = Keeping(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
