@@ -186,6 +186,20 @@ WRONG = [
 ]
 
 
+def test_a_wrong_place_is_named_as_the_client_wrote_it(server):
+    null = {**HELLO, "messages": [*HELLO["messages"], {"role": "assistant", "content": None}]}
+    answer = httpx.post(f"{server[0]}/v1/chat/completions", json=null, timeout=60)
+    assert answer.json()["error"]["message"].startswith("'messages.1.content' is not what it should be")
+
+
+def test_a_temperature_of_nearly_nothing_is_greedy(client):
+    answers = [
+        client.chat.completions.create(model=MODEL, messages=asked(PROBLEMS[0]), temperature=temperature, seed=seed)
+        for seed, temperature in enumerate((0, 1e-6, 1e-6))
+    ]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+
+
 @pytest.mark.parametrize(("body", "status", "param"), WRONG)
 def test_wrong_requests_are_named(server, body, status, param):
     answer = httpx.post(f"{server[0]}/v1/chat/completions", json=body, timeout=60)

@@ -53,6 +53,7 @@ def composed(*overrides):
         ("inner=draft_modle", "inner=draft_modle does not exist.*'draft_model'.*'none'.*Did you mean draft_model?"),
         ("inner@draft.inner=noen", "inner=noen does not exist.*Did you mean none?"),
         ("gate=xyz", r"gate=xyz does not exist; gate is one of \['adaptive', 'always', 'never'\]\.$"),
+        ("draft=gpt2", "draft=gpt2 does not exist.*without a slash is given as draft=any draft.model.source=gpt2"),
         ("gte=adaptive", "'gte'.*Did you mean gate"),
         ("judge.pth=packed", "'judge.pth'.*Did you mean judge.path.*--help"),
         ("sampling.temprature=1", "'sampling.temprature'.*Did you mean sampling.temperature"),
@@ -73,6 +74,12 @@ def test_setting_without_a_default_is_asked_for():
     with pytest.raises((HydraException, OmegaConfBaseException)) as refused:
         instantiate(composed("target=any").target)
     assert "target.source has no default; set it: target.source=" in explain(refused.value, CONF)
+
+
+def test_missing_value_of_a_node_that_stands_for_another_is_named_where_it_is_set():
+    with pytest.raises((HydraException, OmegaConfBaseException)) as refused:
+        instantiate(composed("judge=probe").outer)
+    assert explain(refused.value, CONF).startswith("judge.weights has no default; set it: judge.weights=")
 
 
 @pytest.mark.parametrize(
@@ -347,9 +354,10 @@ def test_prompt_that_cannot_be_run(engine, prompt, words):
     assert engine.generate([7, 8, 9], max_new_tokens=4).new_tokens == 4  # still usable
 
 
-def test_prompt_that_is_too_long_for_the_draft_model_only():
-    with pytest.raises(PromptError, match=r"20 tokens.*tiny llama, 12 tokens"):
-        Parse(TARGET, SMALL).generate([7] * 20, max_new_tokens=4)
+def test_prompt_that_is_too_long_for_the_draft_model_only_is_the_targets():
+    result = Parse(TARGET, SMALL).generate([7] * 20, max_new_tokens=4)
+    assert result.tokens == Parse(TARGET).generate([7] * 20, max_new_tokens=4).tokens
+    assert any(re.search(r"tiny llama drafted no more: .* 12 tokens", note) for note in result.notes)
 
 
 def test_prompt_that_leaves_room_for_one_token_gets_one():
