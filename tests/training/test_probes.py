@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from parsedec import Parse, PrefixVerification, load
 from parsedec.calibration.sources import Answers, Checker, Question, Steps
 from parsedec.chat import prompt_ids
-from parsedec.errors import ConfigError, OutputExistsError
+from parsedec.errors import ConfigError, IncompatibleStack, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
 from parsedec.segmenters import Lines
@@ -224,6 +224,22 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     assert train_probes(settings(tmp_path, "resume=true")) == json.loads(json.dumps(record))
     with pytest.raises(OutputExistsError):
         train_probes(cfg)
+
+
+def test_final_answers_are_enough(tmp_path):
+    """A probe at the cuts from nothing but whether drafts end right; the one that was not trained is named."""
+    cfg = composed(
+        "train_probe", "labels=answers", "labels.held_out=0.4", "layers=1", "strengths=[0.1]", "positions=[cut]",
+        "~judge@combined", "max_new_tokens=100", f"output={tmp_path}")  # fmt: skip
+    cfg.labels.fit, cfg.passes = {"n": 24}, cfg.passes[:1]
+    record = train_probes(cfg)
+    assert sum(part["drafts"] for part in record["data"].values()) == 24
+    assert set(record["card"]["probes"]) == {"cut"}
+    target = load("zoo:target", dtype="float32", device="cpu")
+    weights = str(tmp_path / "probe")
+    assert ProbeJudge(weights=weights, position="cut").bind(target).suffix_rows == 0
+    with pytest.raises(IncompatibleStack, match=r"holds probes for judge\.position=cut alone, and position is suffix"):
+        ProbeJudge(weights=weights).bind(target)
 
 
 def section_of_the_report(record, folder):

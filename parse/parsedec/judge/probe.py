@@ -151,13 +151,18 @@ class ProbeJudge(PassJudge):
                 f"{card.num_layers} layers, but {target.name} has width {target.hidden_size} and {target.num_layers} "
                 "layers. Train some for it: python experiments/train_probe.py target=…"
             )
-        fit, tensors = card.probes.get(self.position), read_tensors(file, f"{self.position}.")
-        layer = fit.layer if self.layer is None and fit else self.layer
-        weight, bias = tensors.get(f"{self.position}.{layer}"), fit.bias.get(str(layer)) if fit else None
+        if self.position not in card.probes:
+            raise IncompatibleStack(
+                f"'{self.weights}' holds probes for judge.position={' and '.join(card.probes)} alone, and position is "
+                f"{self.position}. Set that, or train others: train_probe.py 'positions=[{self.position}]'."
+            )
+        fit, tensors = card.probes[self.position], read_tensors(file, f"{self.position}.")
+        layer = fit.layer if self.layer is None else self.layer
+        weight, bias = tensors.get(f"{self.position}.{layer}"), fit.bias.get(str(layer))
         if weight is None or bias is None or weight.shape != (target.hidden_size,):
             raise IncompatibleStack(
                 f"'{self.weights}' holds no probe for position {self.position}, layer {layer}; expected a bias and a "
-                f"weight [{target.hidden_size}] for a layer of {sorted(fit.bias) if fit else []}. Check judge.position "
+                f"weight [{target.hidden_size}] for a layer of {sorted(fit.bias)}. Check judge.position "
                 "and judge.layer."
             )
         suffix: tuple[int, ...] = ()
@@ -171,7 +176,7 @@ class ProbeJudge(PassJudge):
             suffix=suffix,
             chosen=chosen,
             reason=reason,
-            card=fit if fit and fit.layer == layer else None,
+            card=fit if fit.layer == layer else None,
             weight=weight.float().to(target.device),
             bias=float(bias),
         )
