@@ -25,7 +25,11 @@ from parsedec.types import Author
 
 pytestmark = pytest.mark.server
 GAP, BEST_SHARE, MARGIN = 0.5, 0.9, 0.3  # nats, share of tokens, nats
-QUESTIONS = ("What is the capital of France?", "List three animals that can swim, one per line.")
+QUESTIONS = (
+    "What is the capital of France?",
+    "List three animals that can swim, one per line.",
+    "Write two sentences about rain.",
+)
 
 
 def test_server_is_understood(remote, kind):
@@ -35,15 +39,19 @@ def test_server_is_understood(remote, kind):
     print(can, file=sys.stderr)
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_greedy_text_is_the_local_one_up_to_near_ties(remote, local, question):
-    ids = prompt_ids(local, [{"role": "user", "content": question}])
-    result = Parse(remote).generate(question, max_new_tokens=48)
-    with torch.inference_mode():
-        logits = local.hf(input_ids=torch.tensor([[*ids, *result.tokens]])).logits[0, len(ids) - 1 : -1]
-    written = logits.gather(-1, torch.tensor(result.tokens)[:, None])[:, 0]
-    gaps = logits.max(-1).values - written
-    assert result.prompt_tokens == len(ids)
+def test_greedy_text_is_the_local_one_up_to_near_ties(remote, local):
+    """The share of best tokens is that of all answers: a short one may happen to hold two near ties."""
+    every = []
+    for question in QUESTIONS:
+        ids = prompt_ids(local, [{"role": "user", "content": question}])
+        result = Parse(remote).generate(question, max_new_tokens=48)
+        with torch.inference_mode():
+            logits = local.hf(input_ids=torch.tensor([[*ids, *result.tokens]])).logits[0, len(ids) - 1 : -1]
+        written = logits.gather(-1, torch.tensor(result.tokens)[:, None])[:, 0]
+        every.append(logits.max(-1).values - written)
+        assert result.prompt_tokens == len(ids)
+    gaps = torch.cat(every)
+    assert len(gaps) > 40
     assert float(gaps.max()) < GAP
     assert float((gaps == 0).float().mean()) >= BEST_SHARE
 
