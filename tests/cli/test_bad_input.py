@@ -99,6 +99,14 @@ def test_resuming_answers_only_what_is_missing(folder):
     assert answers[0] == answers[1]
     assert after["summary"]["requests"] == 3
 
+    for n in (4, 1):  # the same run with more problems, and with fewer
+        again = run(folder, f"task.n={n}", "resume=true")
+        assert again.returncode == 0, again.stderr
+        requests = recorded(folder)["arms"][0]["requests"]
+        kept = min(n, 3)
+        assert len(requests) == n == recorded(folder)["config"]["task"]["n"]
+        assert requests[:kept] == after["arms"][0]["requests"][:kept]
+
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
 def test_ctrl_c_saves_what_is_finished(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from parsedec.experiment.summary import compare, summarise
 from parsedec.experiment.trace import write_trace
 from parsedec.ranks import leading
 from parsedec.remote.model import RemoteModel
-from parsedec.tasks.base import Problem
+from parsedec.tasks.base import Problem, first_turn
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ def run_job(
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
-    earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume)
-    if earlier and _complete(earlier):
+    earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume, free=["task.n"])
+    if earlier and _complete(earlier, plain(cfg)):
         log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
         return earlier
     settings = _settings(cfg)
@@ -49,7 +49,7 @@ def run_job(
     problems = task.problems()
     arms = make_arms()
     if earlier:
-        _take_over(arms, earlier)
+        _take_over(arms, earlier, problems)
     head = _head(cfg, arms, earlier)
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
@@ -115,9 +115,11 @@ def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
         return None
 
 
-def _complete(record: dict[str, Any]) -> bool:
+def _complete(record: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether nothing of a run is left to do; requests that failed are tried again."""
-    return record["status"] == "finished" and not any(r["error"] for arm in record["arms"] for r in arm["requests"])
+    as_many = record["config"]["task"].get("n") == config["task"].get("n")
+    failed = any(request["error"] for arm in record["arms"] for request in arm["requests"])
+    return as_many and record["status"] == "finished" and not failed
 
 
 def _head(cfg: DictConfig, arms: Sequence[Arm], earlier: dict[str, Any] | None) -> dict[str, Any]:
@@ -131,11 +133,18 @@ def _head(cfg: DictConfig, arms: Sequence[Arm], earlier: dict[str, Any] | None) 
     }
 
 
-def _take_over(arms: Sequence[Arm], earlier: dict[str, Any]) -> None:
-    """The finished requests of an interrupted run; those that failed are tried again."""
+def _take_over(arms: Sequence[Arm], earlier: dict[str, Any], problems: Sequence[Problem]) -> None:
+    """The finished requests of an earlier run, as far as their problems are asked: there may be more or fewer now.
+    Those that failed are tried again."""
+    asked = {problem.id: problem.prompt for problem in problems}
+
+    def stands(request: Mapping[str, Any]) -> bool:
+        known = request["prompt"] if request["id"] in asked else asked.get(first_turn(request["id"]))
+        return not request["error"] and known is not None and asked.get(request["id"], known) == known
+
     for arm in arms:
         before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
-        arm.requests = [request for request in before if not request["error"]]
+        arm.requests = [request for request in before if stands(request)]
 
 
 def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:

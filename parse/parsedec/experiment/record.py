@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import importlib.metadata
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,13 @@ def is_run(record: Mapping[str, Any]) -> bool:
     return "arms" in record and "kind" not in record
 
 
-def earlier_record(path: Path, config: dict[str, Any], resume: bool | None) -> dict[str, Any] | None:
+def earlier_record(
+    path: Path, config: dict[str, Any], resume: bool | None, free: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations.
 
     resume  None: this kind of run is always made whole, and cannot be gone on with
+    free    dotted settings that may differ from the record's
     """
     if not path.exists():
         if resume:
@@ -123,17 +127,26 @@ def earlier_record(path: Path, config: dict[str, Any], resume: bool | None) -> d
             "(output=DIR), or resume=true to finish that run."
         )
     record = read_record(path)
-    changed = sorted(
-        key
-        for key in {*config, *record["config"]}
-        if key not in ("resume", "output") and config.get(key) != record["config"].get(key)
-    )
+    ours, theirs = (_without(one, ("resume", "output", *free)) for one in (config, record["config"]))
+    changed = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if changed:
         raise OutputExistsError(
             f"{path} was made with another configuration (it differs in {changed}), so it cannot be "
             "resumed with this one. Use the same overrides, or another folder (output=DIR)."
         )
     return record
+
+
+def _without(config: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A configuration without some dotted settings."""
+    left = copy.deepcopy(dict(config))
+    for setting in settings:
+        *path, name = setting.split(".")
+        node: Any = left
+        for key in path:
+            node = node.get(key) or {}
+        node.pop(name, None)
+    return left
 
 
 def _hydra() -> Any:

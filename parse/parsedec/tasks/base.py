@@ -64,7 +64,12 @@ class Problem:
 
 def is_later_turn(problem_id: str) -> bool:
     """Whether `Problem.next_turn` made this id: messages stand before such a problem's prompt."""
-    return re.search(r"/turn\d+$", problem_id) is not None
+    return first_turn(problem_id) != problem_id
+
+
+def first_turn(problem_id: str) -> str:
+    """The id of the problem a conversation began with."""
+    return re.sub(r"/turn\d+$", "", problem_id)
 
 
 @dataclass(frozen=True, slots=True)
