@@ -2,7 +2,7 @@
 
 A root folder holds `eagle3/cases/*`, `medusa/cases/*` and `medusa/tree_buffers.json`. A case names its target and head;
 its checker drives the adapter with the engine's own session and acceptance rule, and yields for every recorded item
-whether ours is equal: whole numbers exactly, scores and tensors within 1e-4.
+whether ours is equal: whole numbers exactly, scores and tensors within 1e-4 and float32's rounding.
 """
 
 from __future__ import annotations
