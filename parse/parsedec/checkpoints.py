@@ -1,18 +1,23 @@
 """Files of checkpoints: where a name leads to, and tensors out of files that may be damaged.
 
-A source is a directory, a hub id, or `zoo:NAME` for what ships with parsedec.
+A source is a directory, a `.gguf` file, a hub id (`ORG/NAME`; `ORG/NAME/FILE.gguf` for a file there), each of the hub's
+also at a commit, tag or branch (`ORG/NAME@REVISION`), or `zoo:NAME` for what ships with parsedec.
 """
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from parsedec.errors import IncompatibleStack, ModelLoadError
 
@@ -32,21 +37,115 @@ def in_zoo(source: str) -> Path:
     return _zoo_folder() / name
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a source leads to.
+
+    location  a directory, or the id of a repository on the hub
+    gguf      the file of it that is the model, where it is a GGUF file
+    revision  commit, tag or branch of a repository; None: its main branch
+    """
+
+    location: str
+    gguf: str | None = None
+    revision: str | None = None
+
+    @property
+    def local(self) -> bool:
+        return Path(self.location).is_dir()
+
+    @property
+    def id(self) -> str:
+        """What a record calls it: ORG/NAME or ORG/NAME@REVISION."""
+        return self.location if self.revision is None else f"{self.location}@{self.revision}"
+
+    @property
+    def commit(self) -> str | None:
+        """The revision to read: the commit at which this process has read it before, else what was asked for."""
+        return _commits.get(self.id, self.revision)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` is told besides the location."""
+        given = {"gguf_file": self.gguf, "revision": self.commit}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def find(self, name: str) -> Path | None:
+        """A file of it, downloaded if need be; None if it has no such file, or cannot be reached.
+
+        Raises OSError for a repository or revision that the hub has not, or that needs a login.
+        """
+        if self.local:
+            path = Path(self.location) / name
+            return path if path.is_file() else None
+        found = cached_file(
+            self.location, name, revision=self.commit, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        self.read_at(extract_commit_hash(found, None))
+        return None if found is None else Path(found)
+
+    def read_at(self, commit: str | None) -> None:
+        """Remember the commit it was read at, for what is read of it from now on; None: it is a directory."""
+        if commit is not None:
+            _commits[self.id] = commit
+
+
+# A branch moves, so what is read of it once is read at that commit until the process ends, and a record names it.
+_commits: dict[str, str] = {}
+
+
+def hub_commits() -> dict[str, str]:
+    """Which commit of each repository of the hub this process has read."""
+    return dict(sorted(_commits.items()))
+
+
+def pin_commits(commits: Mapping[str, str]) -> None:
+    """Read these repositories at these commits: those of a record that is gone on with."""
+    _commits.update(commits)
+
+
+def find_checkpoint(source: str | Path) -> Checkpoint:
+    """Where a source leads to; nothing is downloaded.
+
+    Raises ModelLoadError for a local path that does not exist, and for a name the zoo has not.
+    """
+    source = str(source)
+    if source.startswith("zoo:"):
+        return Checkpoint(str(in_zoo(source)))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Checkpoint(str(path))
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(str(path.parent), path.name)
+    name, _, revision = source.partition("@")
+    parts = name.split("/")
+    if source.startswith((".", "/", "~")) or (name.endswith(".gguf") and len(parts) < 3):
+        what = "GGUF file" if name.endswith(".gguf") else "model directory"
+        raise ModelLoadError(
+            f"the {what} '{source}' does not exist. Check the path, or give a hub id (ORG/NAME, ORG/NAME@REVISION, "
+            "ORG/NAME/FILE.gguf)."
+        )
+    if name.endswith(".gguf"):
+        return Checkpoint("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
+    return Checkpoint(name, None, revision or None)
+
+
 def find_file(source: str | Path, name: str) -> Path | None:
     """A file of a checkpoint; None if the source has no such file, or is a hub id that cannot be reached.
 
-    Raises IncompatibleStack for a directory that does not exist.
+    Raises IncompatibleStack for a directory that does not exist, and a repository or revision that the hub has not or
+    that needs a login.
     """
-    source = str(source)
-    folder = in_zoo(source) if source.startswith("zoo:") else Path(source).expanduser()
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    if source.startswith((".", "/", "~")):
-        raise IncompatibleStack(f"the directory '{source}' does not exist. Check the path, or give a hub id.")
-    found = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False)  # fmt: skip
-    return None if found is None else Path(found)
+    try:
+        return find_checkpoint(source).find(name)
+    except ModelLoadError as error:
+        raise IncompatibleStack(str(error)) from error
+    except OSError as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise IncompatibleStack(
+            f"'{source}' cannot be had from the hub: {why}. Check the id; a gated or private repository needs your "
+            "login (hf auth login)."
+        ) from error
 
 
 Version = tuple[tuple[str, int, int], ...]

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from parsedec.acceptance import Acceptance
+from parsedec.checkpoints import Checkpoint
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, IncompatibleStack, PromptError
 from parsedec.inner import InnerSpeculator
@@ -205,8 +206,11 @@ class DropIn:
                 "the model does not say where it was loaded from, so its tokenizer is not known. "
                 "Give it: hf_generate(tokenizer=…)."
             )
-        tokenizer = AutoTokenizer.from_pretrained(where) if self.tokenizer is None else self.tokenizer
-        return LanguageModel.wrap(model, tokenizer, judge_card=read_judge_card(where) if where else None)
+        place = Checkpoint(where, revision=getattr(model.config, "_commit_hash", None))
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(where, **place.arguments)
+        return LanguageModel.wrap(model, tokenizer, judge_card=read_judge_card(place) if where else None)
 
     def _draft_for(self, model: PreTrainedModel) -> LanguageModel | None:
         if isinstance(self.draft, PreTrainedModel):

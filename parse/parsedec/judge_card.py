@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from transformers.utils import cached_file
-
+from parsedec.checkpoints import Checkpoint
 from parsedec.errors import ModelLoadError
 
 
@@ -34,14 +32,11 @@ class JudgeCard:
             raise ValueError(f"thresholds {scores} are not numbers from 0 to 1")
 
 
-def read_judge_card(location: str) -> JudgeCard | None:
+def read_judge_card(checkpoint: Checkpoint) -> JudgeCard | None:
     """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
-    found = cached_file(
-        location, "judge.json", _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
-    if found is None:
+    path = checkpoint.find("judge.json")
+    if path is None:
         return None
-    path = Path(found)
     try:
         return JudgeCard(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -18,12 +18,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
 from transformers.utils import output_capturing
 
 from parsedec import kv, ranks
-from parsedec.checkpoints import in_zoo
+from parsedec.checkpoints import find_checkpoint
 from parsedec.errors import ConfigError, ModelLoadError
 from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
@@ -286,7 +293,8 @@ def load(
 ) -> LanguageModel:
     """Load a model and its tokenizer.
 
-    source         hub id, directory, `.gguf` file, or `zoo:NAME` for a model that ships with parsedec
+    source         directory, `.gguf` file, hub id (also ID@REVISION and ID/FILE.gguf), or `zoo:NAME` for a model that
+                   ships with parsedec
     dtype          "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
     attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
@@ -303,18 +311,25 @@ def load(
     """
     where, precision = _device(device), _dtype(dtype)
     spread = _spread(device_map, tp_plan, backend)
-    location, gguf = find_checkpoint(str(source))
-    arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    place = find_checkpoint(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
+        place.find(place.gguf or "config.json")  # from here on all of it is read at one commit
+        arguments = place.arguments
+        if place.gguf is None:  # of a repository that is not there, a configuration says so and a tokenizer does not
+            AutoConfig.from_pretrained(place.location, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(place.location, **arguments)
         if attention != "auto":
             arguments["attn_implementation"] = attention
-        hf = AutoModelForCausalLM.from_pretrained(location, dtype=precision, **arguments, **spread)
+        hf = AutoModelForCausalLM.from_pretrained(place.location, dtype=precision, **arguments, **spread)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
+        check = (
+            "Check the path, and that the download or copy is complete."
+            if place.local
+            else "Check the id and the network; a gated or private repository needs your login (hf auth login)."
+        )
         raise ModelLoadError(
             f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
-            "a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. Check the "
-            "path, and that the download or copy is complete."
+            f"a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. {check}"
         ) from error
     return LanguageModel.wrap(
         hf if spread else hf.to(where),
@@ -323,7 +338,7 @@ def load(
         context_limit=context_limit,
         chat_template=read_template(chat_template),
         template_args=template_args,
-        judge_card=read_judge_card(location),
+        judge_card=read_judge_card(place),
         backend="eager" if tp_plan else backend,
         compiled=compiled,
         judge_kernel=judge_kernel,
@@ -345,20 +360,6 @@ def _spread(device_map: str | None, tp_plan: str | None, backend: str) -> dict[s
             "torchrun --nproc-per-node GPUS …, or use device_map=auto to spread the layers within one process."
         )
     return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
-
-
-def find_checkpoint(source: str) -> tuple[str, str | None]:
-    """(location, gguf file name or None) as `from_pretrained` wants them."""
-    if source.startswith("zoo:"):
-        return str(in_zoo(source)), None
-    path = Path(source).expanduser()
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelLoadError(f"the GGUF file '{source}' does not exist. Check the path.")
-        return str(path.parent), path.name
-    if source.startswith((".", "/", "~")) and not path.is_dir():
-        raise ModelLoadError(f"the model directory '{source}' does not exist. Check the path, or give a hub id.")
-    return (str(path) if path.is_dir() else source), None
 
 
 def _device(device: str) -> torch.device:
@@ -397,4 +398,4 @@ def read_template(chat_template: str | None) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -336,12 +336,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """`datasets` replaced by what it would return; the calls it got."""
     calls: list[dict[str, Any]] = []
 
-    def load_dataset(dataset: str, config: str | None, **settings: Any) -> list[dict[str, Any]]:
+    def load_dataset_builder(dataset: str, config: str | None, **settings: Any) -> SimpleNamespace:
         calls.append({"dataset": dataset, "config": config, **settings})
         name = next(name for name, member in YAMLS.items() if member.hub.dataset == dataset)
-        return [ROWS[name][0]]
 
-    fake = SimpleNamespace(load_dataset=load_dataset, get_dataset_config_names=lambda *_, **__: ["virology"])
+        def as_dataset(split: str) -> list[dict[str, Any]]:
+            calls[-1]["split"] = split
+            return [ROWS[name][0]]
+
+        return SimpleNamespace(base_path=None, download_and_prepare=lambda: None, as_dataset=as_dataset)
+
+    fake = SimpleNamespace(
+        load_dataset_builder=load_dataset_builder, get_dataset_config_names=lambda *_, **__: ["virology"]
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(base, "find_spec", lambda name: object())
     return calls
@@ -381,7 +388,7 @@ def test_unreachable_hub_is_explained(hub: list[dict[str, Any]], monkeypatch: py
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", refuse)
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset_builder", refuse)
     with pytest.raises(TaskDataError, match=r"openai/gsm8k .*ConnectionError: no route.*task\.path=FILE"):
         Hub(dataset="openai/gsm8k", rows="gsm8k").problems()
 

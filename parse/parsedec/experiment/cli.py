@@ -182,7 +182,10 @@ def _escape(text: str) -> str:
 
 
 def _quiet_transformers() -> None:
-    import transformers  # here: importing it takes a second, and --help should not wait for it
+    import transformers  # here: importing them takes a second, and --help should not wait for it
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # its own, and those of downloads with it
+    if stderr.is_terminal:
+        enable_progress_bars()

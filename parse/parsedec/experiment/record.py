@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from parsedec.checkpoints import hub_commits, pin_commits
 from parsedec.errors import OutputExistsError, ParsedecError
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,12 @@ def provenance() -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any], path: Path) -> Path:
-    """Write beside the target and rename: a reader, or a kill, never meets half a record."""
+    """Write beside the target and rename: a reader, or a kill, never meets half a record.
+
+    What was read from the hub so far is added to its provenance: `hub`, the commit of each repository.
+    """
+    if "provenance" in record and (commits := hub_commits()):
+        record = record | {"provenance": record["provenance"] | {"hub": commits}}
     return write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")), path)
 
 
@@ -107,7 +113,8 @@ def is_run(record: Mapping[str, Any]) -> bool:
 def earlier_record(
     path: Path, config: dict[str, Any], resume: bool | None, free: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations.
+    """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations. What it read from
+    the hub is read at the same commits from now on.
 
     resume  None: this kind of run is always made whole, and cannot be gone on with
     free    dotted settings that may differ from the record's
@@ -134,6 +141,7 @@ def earlier_record(
             f"{path} was made with another configuration (it differs in {changed}), so it cannot be "
             "resumed with this one. Use the same overrides, or another folder (output=DIR)."
         )
+    pin_commits(record.get("provenance", {}).get("hub", {}))
     return record
 
 

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from parsedec.chat import closing_token
+from parsedec.checkpoints import Checkpoint, find_checkpoint
 from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError
 from parsedec.judge_card import read_judge_card
-from parsedec.model import LanguageModel, find_checkpoint, read_template
+from parsedec.model import LanguageModel, read_template
 from parsedec.remote.capabilities import Capabilities, Labels
 from parsedec.remote.client import Connection, Server, server_of
 from parsedec.remote.probing import probe
@@ -139,15 +140,15 @@ def connect(
     Raises ServerError if it cannot be reached, ModelLoadError if the tokenizer is not that of the model there.
     """
     _check_ways(labels, probes, top_logprobs)
-    location, gguf = find_checkpoint(tokenizer)
-    spoken = _tokenizer(tokenizer, location, gguf)
+    place = find_checkpoint(tokenizer)
+    spoken = _tokenizer(tokenizer, place)
     server = server_of(
         Connection(
             url=url, api_key=_key(api_key_env), connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s,
             request_timeout_s=request_timeout_s, retries=retries, backoff_s=backoff_s, cooldown_s=cooldown_s,
             max_connections=max_connections)
     )  # fmt: skip
-    here = LanguageModel.wrap(_shell(location, gguf, spoken), spoken, name=tokenizer)
+    here = LanguageModel.wrap(_shell(place, spoken), spoken, name=tokenizer)
     can = probe(server, here, model, top_logprobs, labels == "generative_scoring")
     together = can.many_prompts and (probes == "together" or (probes == "auto" and can.kind not in SLOTS))
     return RemoteModel(
@@ -157,7 +158,7 @@ def connect(
         context_limit=context_limit or min(can.context_limit or here.context_limit, here.context_limit),
         chat_template=read_template(chat_template),
         template_args=dict(here.template_args if template_args is None else template_args),
-        judge_card=read_judge_card(location),
+        judge_card=read_judge_card(place),
         server=server,
         can=can,
         together=together,
@@ -179,9 +180,10 @@ def _key(name: str | None) -> str | None:
     return None if name is None else os.environ[name]
 
 
-def _tokenizer(source: str, location: str, gguf: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(source: str, place: Checkpoint) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(location, **({"gguf_file": gguf} if gguf else {}))
+        place.find(place.gguf or "tokenizer_config.json")  # from here on all of it is read at one commit
+        return AutoTokenizer.from_pretrained(place.location, **place.arguments)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
         raise ModelLoadError(
             f"cannot load the tokenizer '{source}': {type(error).__name__}: {error}. Expected a hub id, a directory, a "
@@ -189,19 +191,18 @@ def _tokenizer(source: str, location: str, gguf: str | None) -> PreTrainedTokeni
         ) from error
 
 
-def _shell(location: str, gguf: str | None, spoken: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _shell(place: Checkpoint, spoken: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model without weights, as far as it is known here: from its configuration, else from its tokenizer alone."""
-    arguments = {"gguf_file": gguf} if gguf else {}
     try:
-        config = AutoConfig.from_pretrained(location, **arguments)
+        config = AutoConfig.from_pretrained(place.location, **place.arguments)
     except (OSError, ValueError) as error:  # a folder with a tokenizer only, or a family transformers does not know
-        log.info("no configuration for %s (%s); its tokenizer has to do", location, error)
+        log.info("no configuration for %s (%s); its tokenizer has to do", place.location, error)
         config = LlamaConfig(vocab_size=len(spoken), eos_token_id=spoken.eos_token_id, num_hidden_layers=0)
         config.max_position_embeddings = 1 << 20  # not known: the server's own limit holds
     with torch.device("meta"):
         shell: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     try:
-        shell.generation_config = GenerationConfig.from_pretrained(location)
+        shell.generation_config = GenerationConfig.from_pretrained(place.location, revision=place.commit or "main")
     except OSError:  # none beside it: what the configuration says holds
-        log.info("no generation config at %s", location)
+        log.info("no generation config at %s", place.location)
     return shell

@@ -7,10 +7,12 @@ dataset=json and files=PATH.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from parsedec.checkpoints import Checkpoint
 from parsedec.errors import ConfigError
 from parsedec.tasks.base import Problem, TaskDataError, require_extra
 
@@ -43,6 +45,10 @@ class Hub:
         if self.rows not in ROWS:
             raise ConfigError(f"hub.rows={self.rows!r} is unknown; expected one of {', '.join(ROWS)}.")
 
+    @property
+    def _place(self) -> Checkpoint:
+        return Checkpoint(f"datasets/{self.dataset}", revision=self.revision)
+
     def problems(self) -> list[Problem]:
         """All problems of the split, in its order. Raises TaskDataError where it cannot be had."""
         require_extra("datasets", f"the hub's dataset {self.dataset}", "or give a local file: task.path=FILE.jsonl")
@@ -51,14 +57,17 @@ class Hub:
         problems = []
         for config in self._configs(datasets):
             try:
-                split = datasets.load_dataset(
-                    self.dataset, config, split=self.split, revision=self.revision, data_files=self.files
+                builder = datasets.load_dataset_builder(
+                    self.dataset, config, revision=self._place.commit, data_files=self.files
                 )
+                self._place.read_at(commit_in(builder.base_path))
+                builder.download_and_prepare()
+                split = builder.as_dataset(split=self.split)
             except Exception as error:  # network, access, a missing split: a dozen kinds, each chained and shown
                 raise TaskDataError(
                     f"cannot load {self.dataset} (config {config}, split {self.split}) from the hub: "
-                    f"{type(error).__name__}: {error}. Check the network and your access to it (huggingface-cli "
-                    "login for gated ones), or give a local file: task.path=FILE.jsonl."
+                    f"{type(error).__name__}: {error}. Check the network and your access to it (hf auth login for "
+                    "gated ones), or give a local file: task.path=FILE.jsonl."
                 ) from error
             problems += to_problems(split, ROWS[self.rows], where=f"{self.dataset}/{config}", config=config or "")
         return problems
@@ -67,12 +76,18 @@ class Hub:
         if self.config != EVERY_CONFIG:
             return [self.config]
         try:
-            return sorted(datasets.get_dataset_config_names(self.dataset, revision=self.revision))
+            return sorted(datasets.get_dataset_config_names(self.dataset, revision=self._place.commit))
         except Exception as error:  # as above
             raise TaskDataError(
                 f"cannot list the configurations of {self.dataset}: {type(error).__name__}: {error}. Check the "
                 "network, or give a local file: task.path=FILE.jsonl."
             ) from error
+
+
+def commit_in(address: str | None) -> str | None:
+    """The commit in an address of the hub's files, hf://datasets/NAME@COMMIT; None where there is none."""
+    found = re.search(r"@([0-9a-f]{40})\b", address or "")
+    return found[1] if found else None
 
 
 def to_problems(
