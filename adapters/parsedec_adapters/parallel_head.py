@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from parsedec.checkpoints import find_file, read_tensors
+from parsedec.checkpoints import find_file, read_tensors, write_tensors
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 
@@ -191,10 +190,8 @@ def _rotated(x: Tensor, positions: Tensor, config: HeadConfig) -> Tensor:
 def save_head(head: ParallelHead, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(head.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"format": FORMAT, **asdict(head.config)}, indent=2) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
 
 
 def load_head(source: str | Path) -> ParallelHead:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -182,6 +183,15 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
             f"{path} holds {type(tensors).__name__}, no table of tensors by name. Is it a file of weights?"
         )
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Path:
+    """Write a `.safetensors` file that `read_tensors` and others read; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone
+    return path
 
 
 def _zoo_folder() -> Path:

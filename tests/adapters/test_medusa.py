@@ -113,6 +113,7 @@ def test_saved_heads_are_read_back(vocab, tmp_path):
     heads = random_heads(vocab=vocab, layers=2)
     layout = "v0.1" if vocab else "legacy"
     file = save_heads(heads.half(), tmp_path / "new", layout=layout, base_model="a model")
+    assert file.stat().st_mode & 0o777 == 0o644  # others may read it
     assert same(load_heads(file.parent), heads)
     assert set(load_file(file)) == set(tensors_of(heads))
     config = json.loads((file.parent / "config.json").read_text())

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from parsedec.checkpoints import find_file, read_tensors
+from parsedec.checkpoints import find_file, read_tensors, write_tensors
 from parsedec.errors import IncompatibleStack
 from parsedec_adapters.eagle3.config import HeadConfig, flat_config, read_config
 from parsedec_adapters.eagle3.head import EagleHead
@@ -87,9 +86,8 @@ def with_overrides(head: EagleHead, rope_theta: float | None, norm_before_residu
 def save_head(head: EagleHead, folder: str | Path) -> Path:
     """Write config.json and model.safetensors in the EAGLE repository's layout; returns the folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_published(name, head.config): t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {_published(name, head.config): tensor for name, tensor in head.state_dict().items()}
+    write_tensors(tensors, folder / "model.safetensors")
     written = flat_config(head.config) | {"torch_dtype": str(head.fc.weight.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     return folder

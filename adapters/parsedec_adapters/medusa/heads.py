@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parsedec.checkpoints import write_tensors
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 
@@ -125,8 +125,7 @@ def save_heads(heads: MedusaHeads, folder: str | Path, *, layout: str = "v0.1", 
             tensors[f"{k}.{heads.layers}.weight"] = heads.output[k]
     config = {"medusa_num_heads": heads.heads, "medusa_num_layers": heads.layers, "base_model_name_or_path": base_model}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / HEADS_FILE)
+    write_tensors(tensors, folder / HEADS_FILE)
     config |= {"version": "2"} if layout == "legacy" else {}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return folder / HEADS_FILE

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
 from parsedec.backends import open_session
 from parsedec.chat import suffix_text
+from parsedec.checkpoints import write_tensors
 from parsedec.errors import ConfigError
 from parsedec.experiment.record import to_json, write_text
 from parsedec.judge import CombinedJudge, Reading, judging_session
@@ -192,8 +192,7 @@ def fit_mixture(
 
 def write_probes(folder: Path, card: ProbeCard, found: Mapping[tuple[str, int], Linear]) -> Path:
     """The folder that judge=probe and judge=combined read as `judge.weights`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"{position}.{layer}": fit.weight for (position, layer), fit in found.items()}, folder / WEIGHTS)
+    write_tensors({f"{position}.{layer}": fit.weight for (position, layer), fit in found.items()}, folder / WEIGHTS)
     write_text(json.dumps({"model_type": "parsedec_probe", **to_json(card)}, indent=1), folder / CARD)
     return folder
 
