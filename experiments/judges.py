@@ -2,6 +2,7 @@
 
 python experiments/judges.py                                     the judges that need no training, on the zoo pair
 python experiments/judges.py probes=DIR/probe task.n=500         and those that experiments/train_probe.py trained
+python experiments/judges.py target=HUB_ID draft=HUB_ID task=gsm8k labelled_by=answers     by final answers alone
 python experiments/judges.py target=HUB_ID draft=none steps.path=FILE.jsonl '~judges.confidence' '~judges.escalating'
 python experiments/judges.py --help                              all groups and settings
 
@@ -29,7 +30,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from parsedec.boundary import DEFAULT_THRESHOLD
-    from parsedec.calibration.sources import Checker, Question
+    from parsedec.calibration.sources import Answers, Checker, Question
     from parsedec.errors import ConfigError
     from parsedec.experiment import judging
     from parsedec.experiment.build import build_model
@@ -39,6 +40,9 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 
     check_local(cfg)
+    sources = {"checker": Checker, "answers": Answers}
+    if cfg.labelled_by not in sources:
+        raise ConfigError(f"labelled_by={cfg.labelled_by!r}; expected one of {', '.join(sources)}.")
     chosen = {**cfg.judges, **(cfg.trained if cfg.probes is not None else {})}
     unknown = {part for parts in cfg.combinations.values() for part in parts} - set(chosen)
     if unknown:
@@ -58,7 +62,8 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         problems = task.problems()
         written = write_answers(draft, prompts(draft, problems), max_new_tokens=cfg.max_new_tokens, batch=cfg.batch)
         questions = [Question("check", problem, task) for problem in problems]
-        marked = from_task(target, draft, Checker(task=task, fit={}), questions, [[answer] for answer in written])
+        source, pool = sources[cfg.labelled_by](task=task, fit={}), [[answer] for answer in written]
+        marked = from_task(target, draft, source, questions, pool, instantiate(cfg.segmenter))
     if not judges or not marked:
         raise ConfigError(f"{len(judges)} judges and {len(marked)} drafts; expected some of both.")
     if draft is not None and any(judge.needs.draft_logprobs for judge in judges.values()):
@@ -74,6 +79,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     summary = judging.summarise(said, steps, marked, kept_share=cfg.kept_share, threshold=threshold, seed=cfg.seed)
     scores = {name: verdicts.scores for name, verdicts in said.items()}
     drafts = [{"problem": one.problem, "cuts": one.cuts, "right": one.right} for one in marked]
+    summary["labels"] = "steps" if cfg.steps.path is not None else cfg.labelled_by
     return {"summary": summary, "drafts": drafts, "scores": scores}
 
 
@@ -83,7 +89,7 @@ def main(cfg: DictConfig) -> None:
 
     from parsedec.experiment.build import apply_runtime, plain
     from parsedec.experiment.cli import announced, stderr
-    from parsedec.experiment.judging import HEADS, cells, markdown, note
+    from parsedec.experiment.judging import cells, heads, markdown, note
     from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record, write_text
     from parsedec.experiment.table import printed
 
@@ -101,7 +107,7 @@ def main(cfg: DictConfig) -> None:
         record = to_json(head | measure(cfg, list(HydraConfig.get().overrides.task)))
         write_record(record, path)
         write_text(markdown(record), path.with_name("table.md"))
-        stderr.print(printed(record["title"], HEADS, cells(record), note(record)))
+        stderr.print(printed(record["title"], heads(record), cells(record), note(record)))
         stderr.print(f"table: {path.with_name('table.md')}", soft_wrap=True)
 
 

@@ -143,3 +143,34 @@ def test_the_command_measures_judges_on_labelled_steps(tmp_path):
     table = (tmp_path / "out" / "table.md").read_text()
     assert all(f"| {name} |" in table for name in judges)
     assert "2 drafts" in table
+
+
+def test_the_area_of_whole_drafts_counts_their_last_cuts():
+    marked, scores = drafts(60, seed=2)
+    verdicts = judging.Verdicts(scores=scores, rows=[9] * 60, seconds=[0.1] * 60)
+    found = judging.summarise({"one": verdicts}, [0.1] * 60, marked, kept_share=0.5, threshold=0.5)["judges"]["one"]
+    good = [row[-1] for row, one in zip(scores, marked, strict=True) if one.right[-1]]
+    bad = [row[-1] for row, one in zip(scores, marked, strict=True) if not one.right[-1]]
+    pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
+    assert found["auc_whole"] == pytest.approx(sum(pairs) / len(pairs))
+    assert found["auc_whole_interval"][0] < found["auc_whole"] < found["auc_whole_interval"][1]
+
+
+def test_the_command_measures_judges_by_final_answers(tmp_path):
+    """On the zoo, whose checker says the same of whole drafts: final answers give that verdict to every prefix."""
+    records = {}
+    for labels in ("answers", "checker"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "experiments" / "judges.py", "runtime=cpu", f"labelled_by={labels}", "task.n=30",
+             "~judges.digit", "~judges.confidence", "~judges.escalating", f"output={tmp_path / labels}"],
+            capture_output=True, text=True, cwd=tmp_path, check=False, env=ENVIRONMENT)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        records[labels] = json.loads((tmp_path / labels / "record.json").read_text())
+    answers, checked = (records[labels]["drafts"] for labels in ("answers", "checker"))
+    assert [one["cuts"] for one in answers] == [one["cuts"] for one in checked]
+    assert [one["right"] for one in answers] == [[one["right"][-1]] * len(one["cuts"]) for one in checked]
+    assert {one["right"][-1] for one in answers} == {True, False}
+    table = (tmp_path / "answers" / "table.md").read_text()
+    assert "AUC of whole drafts" in table
+    assert "first error exactly" not in table
+    assert "first error exactly" in (tmp_path / "checker" / "table.md").read_text()

@@ -10,7 +10,7 @@ Shapes in this file:  D drafts, P prefixes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -133,7 +133,7 @@ def summarise(
     threshold: float,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Quality and cost of every judge.
+    """Quality and cost of every judge. `auc` is of all prefixes, `auc_whole` of the last cuts: of whole drafts.
 
     kept_share  share of the draft tokens each judge is to keep at most; None: what the first judge keeps at `threshold`
     """
@@ -143,6 +143,7 @@ def summarise(
         np.random.default_rng(seed).multinomial(len(marked), [1 / len(marked)] * len(marked), RESAMPLES).astype(float)
     )
     areas = {name: _areas(marked, verdicts.scores, draws) for name, verdicts in said.items()}
+    ends = [replace(one, cuts=one.cuts[-1:], right=one.right[-1:]) for one in marked]
     against = areas[next(iter(said))]
     step = float(np.median(steps))
     judges = {}
@@ -151,12 +152,15 @@ def summarise(
         at = threshold_keeping(marked, verdicts.scores, wanted)
         curve = [localised(marked, verdicts.scores, t) for t in _curve(verdicts.scores)]
         pass_s = float(np.median(verdicts.seconds))
+        whole, whole_spread = _areas(ends, [row[-1:] for row in verdicts.scores], draws)
         judges[name] = {
             "path": verdicts.path,
             "auc": point,
             "auc_interval": _interval(spread),
             "auc_difference": point - against[0],
             "auc_difference_interval": _interval(spread - against[1]),
+            "auc_whole": whole,
+            "auc_whole_interval": _interval(whole_spread),
             "at": localised(marked, verdicts.scores, at),
             "curve": curve,
             "f1": max((one["f1"] for one in curve if one["f1"] is not None), default=None),
@@ -256,34 +260,61 @@ def _now(model: LanguageModel) -> float:
     return perf_counter()
 
 
-HEADS = (
-    "judge", "pass", "AUC", "less the first's", "threshold", "kept", "first error exactly", "never later",
-    "best F1", "rows a pass", "ms a pass", "decode steps",
-)  # fmt: skip
+QUALITY = ("judge", "pass", "AUC", "less the first's")
+AT_THRESHOLD = ("threshold", "kept", "first error exactly", "never later", "best F1")
+COST = ("rows a pass", "ms a pass", "decode steps")
+
+
+def heads(record: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the columns. Final answers do not say where an error is, so nothing is said of finding it."""
+    return (*QUALITY, *(("AUC of whole drafts",) if _outcomes(record) else AT_THRESHOLD), *COST)
+
+
+def _outcomes(record: dict[str, Any]) -> bool:
+    """Whether only the drafts' final answers are labelled; older records do not say, and knew no such labels."""
+    return bool(record["summary"].get("labels") == "answers")
 
 
 def cells(record: dict[str, Any]) -> list[list[str]]:
     """One list of cells a judge."""
-    return [[name, *_row(judge)] for name, judge in record["summary"]["judges"].items()]
+    middle = _of_whole if _outcomes(record) else _at_threshold
+    return [
+        [name, *_areas_told(judge), *middle(judge), *_cost(judge)]
+        for name, judge in record["summary"]["judges"].items()
+    ]
 
 
-def _row(judge: dict[str, Any]) -> list[str]:
-    at = judge["at"]
-    low, high = judge["auc_interval"]
+def _areas_told(judge: dict[str, Any]) -> list[str]:
     less, more = judge["auc_difference_interval"]
     return [
         judge["path"],
-        f"{judge['auc']:.4f} [{low:.4f}, {high:.4f}]",
+        _area(judge["auc"], judge["auc_interval"]),
         f"{judge['auc_difference']:+.4f} [{less:+.4f}, {more:+.4f}]",
+    ]
+
+
+def _of_whole(judge: dict[str, Any]) -> list[str]:
+    return [_area(judge["auc_whole"], judge["auc_whole_interval"])]
+
+
+def _at_threshold(judge: dict[str, Any]) -> list[str]:
+    at = judge["at"]
+    return [
         f"{at['threshold']:.4g}",
         f"{100 * at['kept_share']:.1f} %",
         _percent(at["exact"], at["wrong_drafts"]),
         _percent(at["never_later"], at["wrong_drafts"]),
         "-" if judge.get("f1") is None else f"{100 * judge['f1']:.1f} %",  # older records have none
-        f"{judge['rows']:.0f}",
-        f"{1000 * judge['pass_s']:.1f}",
-        f"{judge['decode_steps']:.2f}",
     ]
+
+
+def _cost(judge: dict[str, Any]) -> list[str]:
+    return [f"{judge['rows']:.0f}", f"{1000 * judge['pass_s']:.1f}", f"{judge['decode_steps']:.2f}"]
+
+
+def _area(value: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _percent(hits: int, n: int) -> str:
@@ -296,14 +327,21 @@ def _percent(hits: int, n: int) -> str:
 def note(record: dict[str, Any]) -> str:
     """What a reader needs to weigh the figures."""
     summary = record["summary"]
-    return (
+    told = (
         f"Tier: {tier(record)}. n = {summary['drafts']} drafts of {summary['draft_tokens']:.0f} tokens on average, "
-        f"{summary['prefixes']} prefixes, {summary['wrong_prefixes']} of them wrong. Each judge at the threshold at "
-        f"which at most {100 * summary['kept_share']:.1f} % of the draft tokens stand; 95 % intervals (bootstrap over "
-        f"drafts; Wilson). Best F1: ProcessBench's, at the judge's own best threshold. A decode step "
-        f"takes {1000 * summary['decode_step_s']:.2f} ms; medians. {origin(record)}"
+        f"{summary['prefixes']} prefixes, {summary['wrong_prefixes']} of them wrong. "
     )
+    if _outcomes(record):
+        told += "Labels are of final answers: a prefix counts as right if its draft ends right. "
+        told += "95 % intervals (bootstrap over drafts). "
+    else:
+        told += (
+            f"Each judge at the threshold at which at most {100 * summary['kept_share']:.1f} % of the draft tokens "
+            "stand; 95 % intervals (bootstrap over drafts; Wilson). Best F1: ProcessBench's, at the judge's own best "
+            "threshold. "
+        )
+    return f"{told}A decode step takes {1000 * summary['decode_step_s']:.2f} ms; medians. {origin(record)}"
 
 
 def markdown(record: dict[str, Any]) -> str:
-    return document(record, grid(HEADS, cells(record)), note(record))
+    return document(record, grid(heads(record), cells(record)), note(record))

@@ -211,7 +211,7 @@ def _judges(source: Source) -> Section:
         anchor=source.anchor,
         kind="Judges",
         title=record["title"],
-        tables=[TextTable(title="All judges", heads=judging.HEADS, cells=judging.cells(record),
+        tables=[TextTable(title="All judges", heads=judging.heads(record), cells=judging.cells(record),
                           note=judging.note(record))],
         figures=judged.judge_pictures(record["summary"], source.anchor),
         words=frozenset({"target", "kept", "judge", "threshold", "interval", "n", "auc"}),
