@@ -78,7 +78,9 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     threshold = card.threshold if card else DEFAULT_THRESHOLD
     summary = judging.summarise(said, steps, marked, kept_share=cfg.kept_share, threshold=threshold, seed=cfg.seed)
     scores = {name: verdicts.scores for name, verdicts in said.items()}
-    drafts = [{"problem": one.problem, "cuts": one.cuts, "right": one.right} for one in marked]
+    drafts = [
+        {"problem": one.problem, "cuts": one.cuts, "right": one.right, "ended": one.draft.ended} for one in marked
+    ]
     summary["labels"] = "steps" if cfg.steps.path is not None else cfg.labelled_by
     return {"summary": summary, "drafts": drafts, "scores": scores}
 

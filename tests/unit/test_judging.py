@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,15 +146,24 @@ def test_the_command_measures_judges_on_labelled_steps(tmp_path):
     assert "2 drafts" in table
 
 
-def test_the_area_of_whole_drafts_counts_their_last_cuts():
+def test_the_area_of_whole_drafts_counts_the_last_cuts_of_those_that_ended():
     marked, scores = drafts(60, seed=2)
+    cut_off = replace(marked[0].draft, ended=False)
+    marked = [replace(one, draft=cut_off) if i % 3 == 0 else one for i, one in enumerate(marked)]
     verdicts = judging.Verdicts(scores=scores, rows=[9] * 60, seconds=[0.1] * 60)
-    found = judging.summarise({"one": verdicts}, [0.1] * 60, marked, kept_share=0.5, threshold=0.5)["judges"]["one"]
-    good = [row[-1] for row, one in zip(scores, marked, strict=True) if one.right[-1]]
-    bad = [row[-1] for row, one in zip(scores, marked, strict=True) if not one.right[-1]]
-    pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
-    assert found["auc_whole"] == pytest.approx(sum(pairs) / len(pairs))
-    assert found["auc_whole_interval"][0] < found["auc_whole"] < found["auc_whole_interval"][1]
+
+    def summary(marked):
+        return judging.summarise({"one": verdicts}, [0.1] * 60, marked, kept_share=0.5, threshold=0.5)
+
+    found = summary(marked)
+    area, low, high = found["judges"]["one"]["auc_whole"]
+    last = [(row[-1], one.right[-1]) for row, one in zip(scores, marked, strict=True) if one.draft.ended]
+    pairs = [(g > b) + 0.5 * (g == b) for g, right in last if right for b, wrong in last if not wrong]
+    assert area == pytest.approx(sum(pairs) / len(pairs))
+    assert low < area < high
+    assert found["ended"] == 40
+    unended = summary([replace(one, draft=cut_off) for one in marked])
+    assert (unended["ended"], unended["judges"]["one"]["auc_whole"]) == (0, None)
 
 
 def test_the_command_measures_judges_by_final_answers(tmp_path):

@@ -133,7 +133,8 @@ def summarise(
     threshold: float,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Quality and cost of every judge. `auc` is of all prefixes, `auc_whole` of the last cuts: of whole drafts.
+    """Quality and cost of every judge. `auc` is the area of all prefixes, `auc_whole` that of whole drafts with its
+    interval, None where they are all right or all wrong.
 
     kept_share  share of the draft tokens each judge is to keep at most; None: what the first judge keeps at `threshold`
     """
@@ -143,7 +144,7 @@ def summarise(
         np.random.default_rng(seed).multinomial(len(marked), [1 / len(marked)] * len(marked), RESAMPLES).astype(float)
     )
     areas = {name: _areas(marked, verdicts.scores, draws) for name, verdicts in said.items()}
-    ends = [replace(one, cuts=one.cuts[-1:], right=one.right[-1:]) for one in marked]
+    whole = _whole_areas(marked, said, draws)
     against = areas[next(iter(said))]
     step = float(np.median(steps))
     judges = {}
@@ -152,15 +153,13 @@ def summarise(
         at = threshold_keeping(marked, verdicts.scores, wanted)
         curve = [localised(marked, verdicts.scores, t) for t in _curve(verdicts.scores)]
         pass_s = float(np.median(verdicts.seconds))
-        whole, whole_spread = _areas(ends, [row[-1:] for row in verdicts.scores], draws)
         judges[name] = {
             "path": verdicts.path,
             "auc": point,
             "auc_interval": _interval(spread),
             "auc_difference": point - against[0],
             "auc_difference_interval": _interval(spread - against[1]),
-            "auc_whole": whole,
-            "auc_whole_interval": _interval(whole_spread),
+            "auc_whole": whole[name],
             "at": localised(marked, verdicts.scores, at),
             "curve": curve,
             "f1": max((one["f1"] for one in curve if one["f1"] is not None), default=None),
@@ -171,6 +170,7 @@ def summarise(
     right = [good for one in marked for good in one.right]
     return {
         "drafts": len(marked),
+        "ended": sum(one.draft.ended for one in marked),
         "prefixes": len(right),
         "wrong_prefixes": len(right) - sum(right),
         "draft_tokens": sum(len(one.draft.tokens) for one in marked) / len(marked),
@@ -244,6 +244,21 @@ def _areas(marked: Sequence[Marked], scores: Sequence[Sequence[float]], draws: F
     return area(np.ones(len(values))), np.array([area(drawn[owner]) for drawn in draws])
 
 
+def _whole_areas(
+    marked: Sequence[Marked], said: Mapping[str, Verdicts], draws: Floats
+) -> Mapping[str, list[float] | None]:
+    """Area and interval of every judge's last verdict on the drafts that ended: no other can be the whole answer."""
+    ended = [i for i, one in enumerate(marked) if one.draft.ended]
+    ends = [replace(marked[i], cuts=marked[i].cuts[-1:], right=marked[i].right[-1:]) for i in ended]
+    if len({one.right for one in ends}) < 2:
+        return dict.fromkeys(said)
+    found = {}
+    for name, verdicts in said.items():
+        point, spread = _areas(ends, [verdicts.scores[i][-1:] for i in ended], draws[:, ended])
+        found[name] = [point, *_interval(spread)]
+    return found
+
+
 def _interval(values: Floats) -> list[float]:
     return [float(bound) for bound in np.nanpercentile(values, (2.5, 97.5))]
 
@@ -294,7 +309,8 @@ def _areas_told(judge: dict[str, Any]) -> list[str]:
 
 
 def _of_whole(judge: dict[str, Any]) -> list[str]:
-    return [_area(judge["auc_whole"], judge["auc_whole_interval"])]
+    whole = judge["auc_whole"]
+    return ["-" if whole is None else _area(whole[0], whole[1:])]
 
 
 def _at_threshold(judge: dict[str, Any]) -> list[str]:
@@ -333,6 +349,7 @@ def note(record: dict[str, Any]) -> str:
     )
     if _outcomes(record):
         told += "Labels are of final answers: a prefix counts as right if its draft ends right. "
+        told += f"Whole drafts: the {summary['ended']} that ended before the limit, others cannot be the answer. "
         told += "95 % intervals (bootstrap over drafts). "
     else:
         told += (
