@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from parsedec.errors import IncompatibleStack, ModelLoadError
+from parsedec.errors import IncompatibleStack, ModelLoadError, first_line
 
 DAMAGE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -142,10 +142,9 @@ def find_file(source: str | Path, name: str) -> Path | None:
     except ModelLoadError as error:
         raise IncompatibleStack(str(error)) from error
     except OSError as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise IncompatibleStack(
-            f"'{source}' cannot be had from the hub: {why}. Check the id; a gated or private repository needs your "
-            "login (hf auth login)."
+            f"'{source}' cannot be had from the hub: {first_line(error)}. Check the id; a gated or private repository "
+            "needs your login (hf auth login)."
         ) from error
 
 

@@ -71,6 +71,11 @@ class TargetRefused(ServerRefused):
     partial: Result | None = None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without its full stop; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def without_frames(error: BaseException) -> BaseException:
     """The same error with its chain of causes, but without tracebacks: their frames hold the caches of its request."""
     seen: set[int] = set()

@@ -31,7 +31,7 @@ from transformers.utils import output_capturing
 
 from parsedec import kv, ranks
 from parsedec.checkpoints import find_checkpoint
-from parsedec.errors import ConfigError, ModelLoadError
+from parsedec.errors import ConfigError, ModelLoadError, first_line
 from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
 from parsedec.judge_card import read_judge_card
@@ -328,7 +328,7 @@ def load(
             else "Check the id and the network; a gated or private repository needs your login (hf auth login)."
         )
         raise ModelLoadError(
-            f"cannot load the model '{source}': {type(error).__name__}: {_first_line(error)}. Expected "
+            f"cannot load the model '{source}': {type(error).__name__}: {first_line(error)}. Expected "
             f"a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. {check}"
         ) from error
     return LanguageModel.wrap(
@@ -395,7 +395,3 @@ def read_template(chat_template: str | None) -> str | None:
             f"chat_template='{chat_template}' is neither Jinja text nor an existing file. Check the path."
         )
     return path.read_text()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 from torch._dynamo.exc import TorchDynamoException
 
 from parsedec.backends import runs_static
-from parsedec.errors import ConfigError, ParsedecError
+from parsedec.errors import ConfigError, ParsedecError, first_line
 from parsedec.experiment import claims, floors
 from parsedec.experiment.build import build_model, plain
 from parsedec.experiment.cuda_tests import CudaTests
@@ -252,7 +252,3 @@ def _warnings_in(found: list[str]) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
