@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import output_capturing
 
 from parsedec import kv, ranks
-from parsedec.checkpoints import find_checkpoint
+from parsedec.checkpoints import Checkpoint, find_checkpoint
 from parsedec.errors import ConfigError, ModelLoadError, first_line
 from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
@@ -312,25 +312,8 @@ def load(
     where, precision = _device(device), _dtype(dtype)
     spread = _spread(device_map, tp_plan, backend)
     place = find_checkpoint(source)
-    try:
-        place.find(place.gguf or "config.json")  # from here on all of it is read at one commit
-        arguments = place.arguments
-        if place.gguf is None:  # of a repository that is not there, a configuration says so and a tokenizer does not
-            AutoConfig.from_pretrained(place.location, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(place.location, **arguments)
-        if attention != "auto":
-            arguments["attn_implementation"] = attention
-        hf = AutoModelForCausalLM.from_pretrained(place.location, dtype=precision, **arguments, **spread)
-    except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
-        check = (
-            "Check the path, and that the download or copy is complete."
-            if place.local
-            else "Check the id and the network; a gated or private repository needs your login (hf auth login)."
-        )
-        raise ModelLoadError(
-            f"cannot load the model '{source}': {type(error).__name__}: {first_line(error)}. Expected "
-            f"a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. {check}"
-        ) from error
+    given = spread if attention == "auto" else {**spread, "attn_implementation": attention}
+    hf, tokenizer = _read(place, str(source), dtype=precision, **given)
     return LanguageModel.wrap(
         hf if spread else hf.to(where),
         tokenizer,
@@ -343,6 +326,26 @@ def load(
         compiled=compiled,
         judge_kernel=judge_kernel,
     )
+
+
+def _read(place: Checkpoint, source: str, **given: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a checkpoint, all of it at one commit; `given` are what the model's loader is told."""
+    try:
+        place.find(place.gguf or "config.json")  # from here on its commit is settled
+        if place.gguf is None:  # of a repository that is not there, a configuration says so and a tokenizer does not
+            AutoConfig.from_pretrained(place.location, **place.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(place.location, **place.arguments)
+        return AutoModelForCausalLM.from_pretrained(place.location, **place.arguments, **given), tokenizer
+    except Exception as error:  # the loaders above raise a dozen kinds; each is chained and shown
+        check = (
+            "Check the path, and that the download or copy is complete."
+            if place.local
+            else "Check the id and the network; a gated or private repository needs your login (hf auth login)."
+        )
+        raise ModelLoadError(
+            f"cannot load the model '{source}': {type(error).__name__}: {first_line(error)}. Expected "
+            f"a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. {check}"
+        ) from error
 
 
 def _spread(device_map: str | None, tp_plan: str | None, backend: str) -> dict[str, Any]:
