@@ -282,17 +282,17 @@ COST = ("rows a pass", "ms a pass", "decode steps")
 
 def heads(record: dict[str, Any]) -> tuple[str, ...]:
     """Names of the columns. Final answers do not say where an error is, so nothing is said of finding it."""
-    return (*QUALITY, *(("AUC of whole drafts",) if _outcomes(record) else AT_THRESHOLD), *COST)
+    return (*QUALITY, *(("AUC of whole drafts",) if outcomes(record["summary"]) else AT_THRESHOLD), *COST)
 
 
-def _outcomes(record: dict[str, Any]) -> bool:
+def outcomes(summary: Mapping[str, Any]) -> bool:
     """Whether only the drafts' final answers are labelled; older records do not say, and knew no such labels."""
-    return bool(record["summary"].get("labels") == "answers")
+    return bool(summary.get("labels") == "answers")
 
 
 def cells(record: dict[str, Any]) -> list[list[str]]:
     """One list of cells a judge."""
-    middle = _of_whole if _outcomes(record) else _at_threshold
+    middle = _of_whole if outcomes(record["summary"]) else _at_threshold
     return [
         [name, *_areas_told(judge), *middle(judge), *_cost(judge)]
         for name, judge in record["summary"]["judges"].items()
@@ -347,7 +347,7 @@ def note(record: dict[str, Any]) -> str:
         f"Tier: {tier(record)}. n = {summary['drafts']} drafts of {summary['draft_tokens']:.0f} tokens on average, "
         f"{summary['prefixes']} prefixes, {summary['wrong_prefixes']} of them wrong. "
     )
-    if _outcomes(record):
+    if outcomes(summary):
         told += "Labels are of final answers: a prefix counts as right if its draft ends right. "
         told += f"Whole drafts: the {summary['ended']} that ended before the limit, others cannot be the answer. "
         told += "95 % intervals (bootstrap over drafts). "

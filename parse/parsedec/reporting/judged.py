@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from parsedec.experiment.judging import outcomes
 from parsedec.experiment.summary import wilson
 from parsedec.reporting.curves import threshold_figure
 from parsedec.reporting.figure import (
@@ -213,7 +214,7 @@ def judge_pictures(summary: Json, prefix: str) -> list[Figure]:
             height=4,
         )
     ]
-    if curve and summary.get("labels") != "answers":  # a final answer does not say where the mistake is
+    if curve and not outcomes(summary):  # a final answer does not say where the mistake is
         figures.append(
             Figure(
                 name=f"{prefix}-tradeoff",
