@@ -93,10 +93,11 @@ class DraftModel:
         ahead = state.session.fork()
         guesses: list[int] = []
         rows: list[Tensor] = []
-        for _ in range(length):
+        for left in range(length - 1, -1, -1):
             logits = fitted(ahead.feed([]), self.vocab)  # [V]
             if state.sampler.greedy:
-                guesses.append(int(logits.argmax()))
+                best, certain = logits.argmax(), left > 0 and self.confidence is None
+                guesses.append(ahead.prefetch(best) if certain else int(best))  # the last one is never read here
             else:
                 rows.append(state.sampler.log_distribution(logits))
                 guesses.append(state.sampler.draw(rows[-1].exp()))

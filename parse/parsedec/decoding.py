@@ -106,6 +106,16 @@ class DecodingSession:
         self._drop_staged()
         self.tokens.append(token)
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether `prefetch` gains anything."""
+        return False
+
+    def prefetch(self, token: Tensor) -> int:
+        """The value of a token [] that is still on the device. Where that gains anything the model reads it meanwhile,
+        so that the device never waits for the host. The token is then committed and read as any other."""
+        return int(token)
+
     def read_ahead(self) -> None:
         """Read all pending tokens but the last; there is more than one after a rewind or an injection."""
         if len(self.pending) > 1:

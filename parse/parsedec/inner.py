@@ -16,7 +16,7 @@ from parsedec.backends import open_session
 from parsedec.inference import inference
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
-from parsedec.sampling import Sampler
+from parsedec.sampling import Sampler, known_token
 from parsedec.session import Session
 from parsedec.staged import token_logprobs
 from parsedec.types import Author, Needs, Outcome, Seen, Shown, StopReason, Tree
@@ -116,6 +116,7 @@ class Decoder:
         self.logprobs: list[float] | None = None  # of the tokens written, if somebody has set it to a list
         self.top: int | None = None  # how many of the most probable tokens `shown` has; None: nobody asks for it
         self.shown: list[Shown] = []
+        self._plain = isinstance(inner, NoSpeculation) and self.acceptance.lossless  # each token is read by itself
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of
         self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
@@ -124,14 +125,19 @@ class Decoder:
     def step(self, budget: int) -> list[int]:
         """Commit at least one and at most `budget` tokens; returns them."""
         logits = self.session.next_logits
-        if logits is not None:  # after a prefill or a boundary: the token is there without another pass
-            root = Tree.chain(self.session.tokens[-1:])
-            _, token = self.acceptance.accept(root, logits[None], self.sampler)
-            self.session.append(token)
-            self._record(logits[None], [token])
-            return [token]
-        tree = self._propose(budget - 1)
-        logits = self.session.tree(tree)
+        if logits is None:
+            tree = self._propose(budget - 1)
+            rows = self.session.tree(tree)
+            if tree.size > 1:
+                return self._accept(tree, rows)
+            self.session.keep([0])
+            self.tally.count_tree(0, 0)
+            logits = rows.select(0, 0)
+        # else, after a prefill or a boundary, the token is there without another pass
+        return [self._next(logits, budget)]
+
+    def _accept(self, tree: Tree, logits: Tensor) -> list[int]:
+        """Commit what stands of a tree that was read, and the token after it.  logits  [N, V]"""
         path, bonus = self.acceptance.accept(tree, logits, self.sampler)
         tokens = [*(tree.tokens[node] for node in path[1:]), bonus]
         self._record(logits, tokens, path)
@@ -139,6 +145,17 @@ class Decoder:
         self.session.append(bonus)
         self.tally.count_tree(tree.depth, len(path) - 1)
         return tokens
+
+    def _next(self, logits: Tensor, budget: int) -> int:
+        """Commit the token after the last one, whose logits these are [V]."""
+        session = self.session
+        if self._plain and budget > 1 and session.prefetches:
+            token = known_token(session.prefetch(self.sampler.chosen(logits)), len(logits))
+        else:
+            _, token = self.acceptance.accept(Tree.chain(session.tokens[-1:]), logits[None], self.sampler)
+        session.append(token)
+        self._record(logits[None], [token])
+        return token
 
     def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:
         """Decode until the answer stops; yields the tokens of each step that became part of it."""

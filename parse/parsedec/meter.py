@@ -1,6 +1,7 @@
 """What one request takes: wall-clock by phase, and the counts its levels add to.
 
-On CUDA every boundary of a phase synchronises, so a phase holds the work it started.
+On CUDA every boundary of a phase synchronises, so a phase holds the work it started. Between the steps of one phase,
+and where a reader takes its time, nothing is waited for: a session may have the device read on meanwhile.
 """
 
 from __future__ import annotations
@@ -85,24 +86,25 @@ class Meter:
 
     def timed(self, steps: Iterator[T], phase: str) -> Iterator[T]:
         """Pass `steps` on, counting the time inside them but not what their reader does between."""
-        while True:
-            start = self.now()
-            try:
-                step = next(steps, None)
-            finally:
-                self._phases[phase] += self.now() - start
-            if step is None:
-                return
-            yield step
+        since = self.now()
+        try:
+            for step in steps:
+                self._phases[phase] += self._clock() - since
+                try:
+                    yield step
+                finally:
+                    since = self._clock()
+        finally:
+            self._phases[phase] += self.now() - since
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Time that is not the request's, such as what the reader of a stream does between pieces."""
-        start, left = self.now(), time.perf_counter()
+        start, left = self._clock(), time.perf_counter()
         try:
             yield
         finally:
-            self._start += self.now() - start
+            self._start += self._clock() - start
             self._began += time.perf_counter() - left
 
     def saw_token(self) -> None:

@@ -19,6 +19,20 @@ def request_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
 
 
+def known_token(token: int, vocabulary: int) -> int:
+    """The token, if it is one: what is drawn from logits that are no numbers is not."""
+    if token >= vocabulary:
+        raise ValueError("a token was to be drawn from logits that are not numbers (nan), as the model gave them.")
+    return token
+
+
+def token_at(probabilities: Tensor, share: float) -> Tensor:
+    """The first token [] up to which there is more than `share`, 0 to below 1, of the mass of probabilities [V]; V if
+    they are not numbers."""
+    mass = probabilities.cumsum(-1, dtype=torch.float64)
+    return (~(mass > share * mass[-1])).sum()
+
+
 class Sampler:
     """Sampling settings with the generator they draw from; one per request and model."""
 
@@ -63,10 +77,24 @@ class Sampler:
             return int(logits.argmax())
         return self.draw(self.log_distribution(logits).exp())
 
+    def chosen(self, logits: Tensor) -> Tensor:
+        """The same token, still on the device of the logits: a whole number [], V if they are not numbers."""
+        return logits.argmax() if self.greedy else self._drawn(self.log_distribution(logits).exp())
+
     def draw(self, probabilities: Tensor) -> int:
-        """A token from a distribution [V], drawn on the generator's device."""
+        """A token from a distribution [V]."""
+        return known_token(int(self._drawn(probabilities)), len(probabilities))
+
+    def _drawn(self, probabilities: Tensor) -> Tensor:
+        """A token [] from a distribution [V], on its device. Where the generator is there, too, it draws as `generate`
+        of Hugging Face does; elsewhere it draws one number, and nothing of the size of a vocabulary changes devices."""
         assert self.generator is not None
-        return int(torch.multinomial(probabilities.to(self.generator.device), 1, generator=self.generator))
+        if self._is_beside(probabilities):
+            return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(0)
+        return token_at(probabilities, self.uniform())
+
+    def _is_beside(self, probabilities: Tensor) -> bool:
+        return self.generator is not None and self.generator.device.type == probabilities.device.type
 
     def uniform(self) -> float:
         assert self.generator is not None

@@ -23,12 +23,13 @@ from parsedec.tasks.prompts import Prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-SMALL = ["runtime=cpu", "max_new_tokens=48", "n=3", "short=1", "segmenters=[lines]", "thresholds=[null,0.5]",
-         "loops=[]", "inners=[draft_model]", "task.seed=3"]  # fmt: skip
+SMALL = ["runtime=cpu", "runtime.backend=static", "max_new_tokens=48", "n=3", "short=1", "segmenters=[lines]",
+         "thresholds=[null,0.5]", "loops=[]", "inners=[draft_model]", "task.seed=3"]  # fmt: skip
+QUICK = [*SMALL, "target.source=zoo:draft"]  # where what is advised does not matter
 
 
-def advised(folder, *overrides):
-    overrides = [*SMALL, *overrides, f"output={folder}"]
+def advised(folder, *overrides, small=SMALL):
+    overrides = [*small, *overrides, f"output={folder}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         record = run_advice(
             compose("advise", overrides=overrides), folder, lambda own: compose("advise", overrides=[*overrides, *own])
@@ -96,21 +97,21 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
     folder = tmp_path / "out"
     monkeypatch.setattr(Prober, "measure", twice)
     with pytest.raises(KeyboardInterrupt):
-        advised(folder)
+        advised(folder, small=QUICK)
     first = json.loads((folder / "record.json").read_text())
     assert (first["status"], len(first["trials"])) == ("interrupted", 2)
     with pytest.raises(OutputExistsError):
-        advised(folder)
+        advised(folder, small=QUICK)
     monkeypatch.setattr(Prober, "measure", measure)
-    record, _ = advised(folder, "resume=true")
+    record, _ = advised(folder, "resume=true", small=QUICK)
     assert record["status"] == "finished"
     assert record["trials"][:2] == first["trials"]
     assert len(record["trials"]) == 3
 
 
 def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tmp_path, monkeypatch):
-    folder, small = tmp_path / "out", ("inners=[]", "n=2")
-    record, _ = advised(folder, *small)
+    folder, wanted = tmp_path / "out", ("inners=[]", "n=2")
+    record, _ = advised(folder, *wanted, small=QUICK)
     assert set(record["arm_overrides"]["rehearsal"]) == set(record["rehearsal"]) == {"target", "once"}
     for requests in record["rehearsal"].values():
         for request in requests:
@@ -118,7 +119,7 @@ def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tm
     record["arm_overrides"]["rehearsal"]["once"][-1] = "loop=something_else"
     record["rehearsal"]["no_longer_wanted"] = record["rehearsal"]["once"]
     (folder / "record.json").write_text(json.dumps(record | {"status": "interrupted"}))
-    again, _ = advised(folder, *small, "resume=true")
+    again, _ = advised(folder, *wanted, "resume=true", small=QUICK)
     assert {name: ["of" in one for one in runs] for name, runs in again["rehearsal"].items()} == {
         "target": [True, True], "once": [False, False]}  # fmt: skip
     assert "loop=something_else" not in again["arm_overrides"]["rehearsal"]["once"]
@@ -127,15 +128,15 @@ def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tm
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Prober, "__init__", loaded)
-    assert advised(folder, *small, "resume=true")[0] == again
+    assert advised(folder, *wanted, "resume=true", small=QUICK)[0] == again
     again["trials"][0]["error"] = "too long"  # is tried again
     (folder / "record.json").write_text(json.dumps(again))
     with pytest.raises(KeyboardInterrupt):
-        advised(folder, *small, "resume=true")
+        advised(folder, *wanted, "resume=true", small=QUICK)
 
 
 def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):
-    record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2")
+    record, _ = advised(tmp_path / "out", "inners=[]", "n=2", small=QUICK)
     verdict = record["verdict"]
     assert not verdict["helps"]
     assert "slow_draft" in {finding["kind"] for finding in verdict["findings"]}
@@ -156,10 +157,15 @@ def test_of_the_rehearsed_loops_one_that_stays_right_is_advised(tmp_path, monkey
     wanted = ["draft.model.source=zoo:draft", "inners=[]", "n=2", "gain=0.01", "loops=['rounds loop.rounds=2']"]
     fell, kept = ({"requests": 9, "change": change, "interval": [-1.0, 1.0]} for change in (-0.5, 0.0))
 
+    path = tmp_path / "out" / "record.json"
+
     def advising(changes):
+        """On the same measurements: what a broken run has of them is not made again."""
         real = iter(changes)
         monkeypatch.setattr(job, "accuracy_change", lambda *_: next(real))
-        return advised(tmp_path / str(len(list(tmp_path.iterdir()))), *wanted)[0]["verdict"]
+        if path.exists():
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "interrupted"}))
+        return advised(path.parent, *wanted, "resume=true")[0]["verdict"]
 
     for changes, loop in (((fell, kept), "rounds loop.rounds=2"), ((kept, fell), "once")):
         verdict = advising(changes)

@@ -14,20 +14,14 @@ from pathlib import Path
 
 import pytest
 
+import commands
+
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, str(ROOT / "experiments" / "run.py")]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("parse", "adapters")),
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
-}
 SMALL = ["task.n=2", "warmup=0", "max_new_tokens=16", "runtime=cpu"]
 
 
 def run(folder, *overrides):
-    return subprocess.run(
-        [*COMMAND, *SMALL, f"output={folder}", *overrides],
-        cwd=folder.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    return commands.run("run.py", *SMALL, f"output={folder}", *overrides, cwd=folder.parent, timeout=120)
 
 
 def refusal(folder, *overrides):
@@ -111,8 +105,8 @@ def test_resuming_answers_only_what_is_missing(folder):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
 def test_ctrl_c_saves_what_is_finished(folder):
     process = subprocess.Popen(
-        [*COMMAND, *SMALL, "task.n=3000", f"output={folder}"],
-        cwd=folder.parent, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, ROOT / "experiments" / "run.py", *SMALL, "task.n=3000", f"output={folder}"],
+        cwd=folder.parent, env=commands.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # a test run in the background ignores Ctrl-C, and its children would inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     try:

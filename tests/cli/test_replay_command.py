@@ -1,13 +1,11 @@
 """experiments/replay.py end to end on tiny shapes: every arm, the record, the table and the plot."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import commands
 from parsedec.experiment import replay
 from parsedec.experiment.record import read_record
 
@@ -16,12 +14,8 @@ SMALL = ["task.n=1", "warmup=0", "max_new_tokens=12", "task.words=8", "runtime.d
 
 
 def test_a_replay_leaves_record_table_and_plot(tmp_path):
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("parse", "adapters"))
     more = ["target.source=replay:tiny_draft", "segmenter.delta=2", "judge.kept=0.5", "judge.whole=0", "judge.spread=0"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "replay.py", *SMALL, *more, f"output={tmp_path / 'run'}"], text=True,
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}, capture_output=True,
-        timeout=300, check=False)  # fmt: skip
+    done = commands.run("replay.py", *SMALL, *more, f"output={tmp_path / 'run'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip().splitlines()[-1])
     record = read_record(path)

@@ -1,13 +1,12 @@
 """Every command and every Python example the documents print is run here, on small settings."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (
@@ -32,7 +31,7 @@ def blocks(language):
                 yield name, found[1]
 
 
-def commands():
+def printed():
     """`python experiments/…` lines, once each; those that name the reader's own models are not runnable here."""
     seen = set()
     for _, block in blocks("(?:bash|sh|console)"):
@@ -44,19 +43,16 @@ def commands():
 
 
 def test_there_are_commands():
-    assert len(list(commands())) >= 3
+    assert len(list(printed())) >= 3
 
 
-@pytest.mark.parametrize("line", list(commands()))
+@pytest.mark.parametrize("line", list(printed()))
 def test_command_runs(line, tmp_path):
     _, script, *overrides = shlex.split(line)
     overrides = [o for o in overrides if not o.startswith(("task.n=", "output="))]
     small = [s for s in SMALL[Path(script).name] if "--help" not in overrides]
     output = [] if "--help" in overrides else [f"output={tmp_path / 'run'}"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "parse"), str(ROOT / "adapters")])}
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *overrides, *small, *output], cwd=tmp_path, env=env, text=True,
-        capture_output=True, timeout=300)  # fmt: skip
+    done = commands.run(Path(script).name, *overrides, *small, *output, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     if output:
         assert Path(done.stdout.strip().splitlines()[-1]).is_file()

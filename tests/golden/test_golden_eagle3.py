@@ -6,15 +6,13 @@ head made for it. The full set is replayed where it lies beside the repository.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import commands
 from parsedec.errors import ConfigError
 from parsedec_adapters.eagle3 import EagleHead, load_head, rows
 from parsedec_adapters.eagle3.head import Layer
@@ -107,10 +105,7 @@ def test_the_command_counts_and_fails(golden, tmp_path):
     record["steps"][2]["verify"]["tree_argmax"][0] += 1
     (case / "case.json").write_text(json.dumps(record))
     (case / "tensors.safetensors").symlink_to(golden / "eagle3/cases/greedy_chain/tensors.safetensors")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "parse"), str(ROOT / "adapters")])}
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments/golden.py", f"root={root}", "attention=[sdpa]"], cwd=tmp_path, env=env,
-        text=True, capture_output=True, timeout=120)  # fmt: skip
+    done = commands.run("golden.py", f"root={root}", "attention=[sdpa]", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     items = len(list(eagle3.check(case, "sdpa")))
     assert done.stdout.splitlines()[-1] == f"golden: {items - 1}/{items} items equal in 1 cases"

@@ -21,7 +21,10 @@ POLICIES = {
 
 def answers(*overrides):
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", ["runtime=cpu", "target.dtype=float32", "draft.model.dtype=float32", *overrides])
+        cfg = compose(
+            "config",
+            ["runtime=cpu", "runtime.backend=static", "target.dtype=float32", "draft.model.dtype=float32", *overrides],
+        )
     engine, task = build_engine(cfg), instantiate(cfg.task)
     results = [engine.generate(problem.prompt, max_new_tokens=160) for problem in task.problems()]
     return [result.tokens for result in results], results

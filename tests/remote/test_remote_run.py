@@ -1,13 +1,11 @@
 """`engine=openai` from the command line, and the cost model of docs/scale-out.md."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import commands
 from fake_server import FakeServer
 from parsedec import load
 from parsedec.experiment.scale import Gpus, Request, Served, expected, table, tabulate
@@ -25,11 +23,9 @@ def test_run_with_servers_writes_the_record_of_a_local_run(tmp_path):
         remote = ["engine=openai", f"engine.target.url={first.url}", "engine.target.tokenizer=zoo:target",
                   f"engine.draft.url={second.url}", "engine.draft.model=small"]  # fmt: skip
         for name, overrides in (("local", []), ("remote", remote)):
-            env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "parse"), str(ROOT / "adapters")])}
-            done = subprocess.run(
-                [sys.executable, ROOT / "experiments/run.py", "task.n=1", "warmup=0", "max_new_tokens=32",
-                 "runtime=cpu", f"output={tmp_path / name}", *overrides],
-                env=env, text=True, capture_output=True, timeout=600, check=False)  # fmt: skip
+            done = commands.run(
+                "run.py", "task.n=1", "warmup=0", "max_new_tokens=32", "runtime=cpu", f"output={tmp_path / name}",
+                *overrides, cwd=tmp_path)  # fmt: skip
             assert done.returncode == 0, done.stderr
             records[name] = json.loads(Path(done.stdout.strip().splitlines()[-1]).read_text())
     results = {name: record["arms"][0]["requests"][0]["result"] for name, record in records.items()}

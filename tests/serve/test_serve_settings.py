@@ -1,8 +1,6 @@
 """`parsedec serve` from its words to the server's settings; what is wrong is said before a model is loaded."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import commands
 from parsedec import __main__ as command
 from parsedec.errors import ConfigError
 from parsedec.serve.settings import ServeSettings
@@ -99,10 +98,8 @@ def test_the_first_word_names_the_command(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("override", "said"), [("serve.prot=1", "serve.port"), ("serve.api_key=env", "API_KEY")])
 def test_a_mistake_ends_the_command_with_two(override, said, tmp_path):
-    env = {key: value for key, value in os.environ.items() if key != "PARSEDEC_API_KEY"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "parse"), str(ROOT / "adapters")])
-    done = subprocess.run([sys.executable, "-m", "parsedec", "serve", override], cwd=tmp_path, env=env, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+    assert "PARSEDEC_API_KEY" not in commands.ENVIRONMENT
+    done = commands.run("-m parsedec", "serve", override, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

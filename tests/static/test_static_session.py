@@ -64,12 +64,12 @@ class Replayed(Steps):
         return replay, outputs
 
 
-def in_steps(monkeypatch, model, kind=Steps):
+def in_steps(monkeypatch, model, kind=Steps, *, prefetches=False):
     """The model's decode steps in buckets, as on CUDA."""
     machine = static.machine_of(model)
     steps = kind(machine.network, compiled=False)
     pool = Pool(machine.pool.weights)  # buffers whose graphs are of this kind
-    changed = dataclasses.replace(machine, pool=pool, steps={False: steps, True: steps})
+    changed = dataclasses.replace(machine, pool=pool, steps={False: steps, True: steps}, prefetches=prefetches)
     monkeypatch.setitem(static._machines, model.hf, changed)
     return steps
 

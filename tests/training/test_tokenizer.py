@@ -1,9 +1,6 @@
 """The tokenizer recipe: any text survives, digits stay single, the special tokens and template are the shipped ones."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import commands
 import parsedec.training.tokenizer as recipe
 from parsedec.chat import closing_token, label_tokens, prompt_ids, suffix_text
 from parsedec.errors import ConfigError, OutputExistsError
@@ -20,10 +18,6 @@ from parsedec.tasks import ZooArithmetic, ZooLists, zoo_arithmetic, zoo_lists
 from parsedec.training.tokenizer import CARD, SPECIAL, learn, tokenizer_of, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("parse", "adapters")),
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 SMALL = ["corpus.arithmetic.task.n=200", "corpus.lists.task.n=200", "corpus.lists.held_out=5",
          "corpus.arithmetic.held_out=5"]  # fmt: skip
 
@@ -134,10 +128,8 @@ def test_same_settings_same_tokenizer_and_nothing_is_overwritten(run, tmp_path):
 
 
 def test_command_leaves_the_record(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "tokenizer.py", *SMALL, "~corpus.lists", "vocabulary=300",
-         f"output={tmp_path / 'out'}"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)  # fmt: skip
+    overrides = [*SMALL, "~corpus.lists", "vocabulary=300", f"output={tmp_path / 'out'}"]
+    done = commands.run("tokenizer.py", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads(Path(done.stdout.strip().splitlines()[-1]).read_text())
     assert record["vocabulary"] == 300

@@ -5,7 +5,7 @@ import torch
 
 from parsedec.errors import ConfigError
 from parsedec.experiment import floors
-from parsedec.experiment.floors import Device, JudgeSize, measure, passes, weights_of, wide_tree
+from parsedec.experiment.floors import TOKENS, Device, JudgeSize, measure, passes, weights_of, wide_tree
 from parsedec.experiment.shapes import random_model
 
 
@@ -40,11 +40,11 @@ def test_the_tree_branches():
 def test_every_pass_is_what_it_says_and_can_be_repeated(model):
     sizes = [JudgeSize(draft=30, probes=4, suffix=5)]
     names = []
-    for name, rows, call in passes(model, 20, 16, sizes, ["sdpa", "cascade"]):
+    for name, rows, run, times in passes(model, 20, 16, sizes, ["sdpa", "cascade"]):
         for _ in range(2):
-            session = call()
-            assert (session.calls, session.rows) == (1, rows), name
-        assert session.length == 20 + (not name.startswith("judge"))
+            session = run()
+            assert (session.calls, session.rows) == (times, times * rows), name
+        assert session.length == 20 + (0 if name.startswith("judge") else 1 + TOKENS if name == "decode" else 1)
         names.append(name)
     assert names == ["decode", "tree of 16", "judge 30 + 4 x 5, sdpa", "judge 30 + 4 x 5, cascade"]
 

@@ -1,22 +1,16 @@
 """Judges side by side: areas against scikit-learn, thresholds against trying all of them, and the whole command."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import commands
 from parsedec.errors import ConfigError
 from parsedec.experiment import judging
 from parsedec.text import Draft
 from parsedec.training.prefixes import Marked
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'parse'}{os.pathsep}{ROOT / 'adapters'}"}
 
 
 def drafts(n, seed=0, cuts=(3, 5, 9), signal=1.0):
@@ -129,10 +123,9 @@ def test_the_command_measures_judges_on_labelled_steps(tmp_path):
     steps = tmp_path / "steps.jsonl"
     rows = [{"problem": "How many?", "steps": ["1 + 1 = 2", "2 + 2 = 5", "5"], "label": label} for label in (1, -1)]
     steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "judges.py", "runtime=cpu", "draft=none", f"steps.path={steps}",
-         "~judges.confidence", "~judges.escalating", f"output={tmp_path / 'out'}"],
-        capture_output=True, text=True, cwd=tmp_path, check=False, env=ENVIRONMENT)  # fmt: skip
+    done = commands.run(
+        "judges.py", "runtime=cpu", "draft=none", f"steps.path={steps}", "~judges.confidence", "~judges.escalating",
+        f"output={tmp_path / 'out'}", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "record.json")
     record = json.loads((tmp_path / "out" / "record.json").read_text())
@@ -170,10 +163,9 @@ def test_the_command_measures_judges_by_final_answers(tmp_path):
     """On the zoo, whose checker says the same of whole drafts: final answers give that verdict to every prefix."""
     records = {}
     for labels in ("answers", "checker"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "experiments" / "judges.py", "runtime=cpu", f"labelled_by={labels}", "task.n=30",
-             "~judges.digit", "~judges.confidence", "~judges.escalating", f"output={tmp_path / labels}"],
-            capture_output=True, text=True, cwd=tmp_path, check=False, env=ENVIRONMENT)  # fmt: skip
+        overrides = ["~judges.digit", "~judges.confidence", "~judges.escalating", f"output={tmp_path / labels}"]
+        small = ["runtime=cpu", "runtime.backend=static", "task.n=20"]
+        done = commands.run("judges.py", *small, f"labelled_by={labels}", *overrides, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         records[labels] = json.loads((tmp_path / labels / "record.json").read_text())
     answers, checked = (records[labels]["drafts"] for labels in ("answers", "checker"))

@@ -6,7 +6,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from parsedec.errors import ConfigError
-from parsedec.sampling import Sampler, request_generator
+from parsedec.sampling import Sampler, known_token, request_generator, token_at
 from parsedec.types import Sampling
 
 SETTINGS = [
@@ -105,13 +105,36 @@ def test_tokens_that_are_filtered_out_are_never_drawn():
     assert drawn == set(row.topk(4).indices.tolist())
 
 
-def test_draws_follow_the_distribution():
+@pytest.mark.parametrize("beside", [True, False], ids=["generator_there", "generator_elsewhere"])
+def test_draws_follow_the_distribution(beside, monkeypatch):
     """Chi-square over 6 tokens, 6,000 draws, fixed seed. A right sampler would exceed 40 once in 10^6 seeds."""
+    monkeypatch.setattr(Sampler, "_is_beside", lambda *_: beside)
     p = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
     sampler = seeded(dict(temperature=1.0))
     counts = np.bincount([sampler.draw(p) for _ in range(6000)], minlength=6)
     wanted = 6000 * p.numpy()
     assert ((counts - wanted) ** 2 / wanted).sum() < 40
+
+
+def test_a_share_of_the_mass_is_a_token():
+    """Ranges add up to the distribution, scaled or not; what has no mass is never hit."""
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    for scale in (1.0, 3.0):
+        found = [int(token_at(scale * p, share)) for share in (0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24)]
+        assert found == [1, 1, 3, 3, 4, 4]
+    assert int(token_at(p * torch.nan, 0.5)) == len(p)
+    with pytest.raises(ValueError, match="not numbers"):
+        known_token(len(p), len(p))
+
+
+def test_a_token_that_stays_on_the_device_is_the_one_that_is_picked(monkeypatch):
+    for beside in (True, False):
+        monkeypatch.setattr(Sampler, "_is_beside", lambda *_, beside=beside: beside)
+        for settings in (dict(), dict(temperature=1.0, top_k=5), dict(temperature=0.7, top_p=0.9)):
+            one, other = seeded(settings), seeded(settings)
+            for row in logits(rows=20):
+                token = one.chosen(row)
+                assert (token.shape, int(token)) == ((), other.pick(row))
 
 
 def test_uniform_numbers_come_from_the_generator():

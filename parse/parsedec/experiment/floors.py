@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -26,10 +26,13 @@ from parsedec.backends import open_session
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
 from parsedec.experiment.plot import Bar, draw_bars
+from parsedec.inner import Decoder, NoSpeculation
+from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.reference import random_tokens
+from parsedec.sampling import Sampler
 from parsedec.session import Session
-from parsedec.types import Tree
+from parsedec.types import Sampling, Tree
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,18 @@ SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product is ti
 GIB = 1 << 30
 HEADS = ("shape", "pass", "rows", "ms", "of its decode step", "floor ms", "bound by", "share of floor", "peak GiB")
 
+TOKENS = 16  # written one after another to time a decode step: what the host does between two is a part of it
+
 Row = dict[str, Any]  # of one pass, as it is stored
-Pass = tuple[str, int, Callable[[], Session]]  # its name, its rows, and what runs it: see `passes`
+
+
+class Pass(NamedTuple):
+    """rows: of one pass;  run: makes `times` passes, one after another, see `passes`"""
+
+    name: str
+    rows: int
+    run: Callable[[], Session]
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +141,7 @@ def wide_tree(root: int, guesses: Sequence[int]) -> Tree:
 def passes(
     model: LanguageModel, context: int, nodes: int, sizes: Sequence[JudgeSize], kernels: Sequence[str]
 ) -> Iterator[Pass]:
-    """(name, rows, call) of every pass behind `context` tokens. A call works on a fork and returns it, so that all see
-    the same cache."""
+    """Every pass behind `context` tokens. A run works on a fork and returns it, so that all see the same cache."""
     yield from step_passes(model, context, nodes)
     yield from judge_passes(model, context, sizes, kernels)
 
@@ -140,12 +152,15 @@ def step_passes(model: LanguageModel, context: int, nodes: int | None) -> Iterat
     base = open_session(model)
     base.feed(prompt)
 
-    def step() -> Session:
+    def write() -> Session:
         session = base.fork()
-        session.feed([token])
+        session.append(token)
+        decoder = Decoder(model, NoSpeculation(), Sampler(Sampling()), Tally(), session=session)
+        for left in range(TOKENS, 0, -1):
+            decoder.step(left)
         return session
 
-    yield "decode", 1, step
+    yield Pass("decode", 1, write, TOKENS)
     if nodes is None:
         return
     tree = wide_tree(token, random_tokens(model, nodes - 1, 2))
@@ -157,7 +172,7 @@ def step_passes(model: LanguageModel, context: int, nodes: int | None) -> Iterat
         session.keep([0])
         return session
 
-    yield tree_name(nodes), nodes, verify
+    yield Pass(tree_name(nodes), nodes, verify)
 
 
 def tree_name(nodes: int) -> str:
@@ -173,7 +188,7 @@ def judge_passes(
         for kernel in kernels:
             own = open_session(replace(model, judge_kernel=kernel))
             own.feed(prompt)
-            yield f"{size.name}, {kernel}", size.rows, judging(own, size)
+            yield Pass(f"{size.name}, {kernel}", size.rows, judging(own, size))
 
 
 def judging(base: Session, size: JudgeSize) -> Callable[[], Session]:
@@ -216,27 +231,28 @@ def timed(
 ) -> Iterator[Row]:
     """A row for every pass of the model: seconds of each repeat, and the floor on this device."""
     weights, width = weights_of(model), model.dtype.itemsize
-    for name, count, call in found:
-        floor, bound = device.floor(weights, width, count)
-        row = {"shape": model.name, "pass": name, "rows": count, "floor_s": floor, "bound": bound}
+    for one in found:
+        floor, bound = device.floor(weights, width, one.rows)
+        row = {"shape": model.name, "pass": one.name, "rows": one.rows, "floor_s": floor, "bound": bound}
         try:
-            row |= _timed(call, model.device, repeats, warm_ups)
+            row |= _timed(one, model.device, repeats, warm_ups)
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the other passes are worth having
-            log.warning("%s, %s was not measured: %s: %s", model.name, name, type(error).__name__, error)
+            log.warning("%s, %s was not measured: %s: %s", model.name, one.name, type(error).__name__, error)
             row |= {"seconds": [], "peak_bytes": None, "error": f"{type(error).__name__}: {error}"}
         yield row
 
 
-def _timed(call: Callable[[], object], device: torch.device, repeats: int, warm_ups: int) -> Row:
-    """Seconds of each repeat, and the most memory they took."""
+def _timed(one: Pass, device: torch.device, repeats: int, warm_ups: int) -> Row:
+    """Seconds a pass of each repeat, and the most memory they took."""
     began = perf_counter()
     for _ in range(warm_ups):
-        call()
+        one.run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = [seconds_of(call, device) for _ in range(repeats)]
+    seconds = [seconds_of(one.run, device) for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"seconds": seconds, "peak_bytes": peak, "prepared_s": perf_counter() - began - sum(seconds)}
+    prepared = perf_counter() - began - sum(seconds)
+    return {"seconds": [taken / one.times for taken in seconds], "peak_bytes": peak, "prepared_s": prepared}
 
 
 def cells(record: Mapping[str, Any]) -> list[list[str]]:
@@ -271,7 +287,8 @@ def caption(record: Mapping[str, Any]) -> str:
     )
     return (
         f"Random weights of real shapes, {config['target']['dtype']}, batch 1, {config['context']} tokens of context, "
-        f"medians of {config['repeats']}. Floor: weights read once at the bandwidth of a copy, or 2 x weights x rows "
+        f"medians of {config['repeats']}; a decode step is one of {TOKENS} in a row. "
+        f"Floor: weights read once at the bandwidth of a copy, or 2 x weights x rows "
         f"at the rate of a matrix product, whichever is longer; attention is left out of it. {measured}. "
         f"{table.origin(dict(record))}"
     )

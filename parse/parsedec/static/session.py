@@ -30,7 +30,7 @@ from parsedec.static.joint import StaticPass
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
-from parsedec.static.steps import ROWS, Steps
+from parsedec.static.steps import ROWS, Mail, Steps
 from parsedec.static.weights import Weights, read_weights
 from parsedec.types import Tree
 
@@ -43,13 +43,15 @@ BLOCK = {"cpu": 512, "cuda": 2048}  # most rows at a time: enough to be bound by
 class Machine:
     """What the sessions of one model share.
 
-    steps  decode steps in buckets, by whether they are compiled; None where passes run as they are
+    steps       decode steps in buckets, by whether they are compiled; None where passes run as they are
+    prefetches  whether the device works on while the host looks at a token
     """
 
     network: Network
     pool: Pool
     block: int
     steps: dict[bool, Steps | None]
+    prefetches: bool
 
     @classmethod
     def of(cls, weights: Weights) -> Machine:
@@ -62,7 +64,7 @@ class Machine:
             )
         plain = Steps(network, compiled=False) if graphs else None
         steps = {False: plain, True: Steps(network, compiled=True)}
-        return cls(network, Pool(weights), BLOCK[weights.device.type], steps)
+        return cls(network, Pool(weights), BLOCK[weights.device.type], steps, prefetches=graphs)
 
 
 _machines: WeakKeyDictionary[PreTrainedModel, Machine] = WeakKeyDictionary()
@@ -76,6 +78,14 @@ def machine_of(model: LanguageModel) -> Machine:
     return machine
 
 
+@dataclass(frozen=True, slots=True)
+class Prefetched:
+    """A token that is read, but neither committed nor counted: its row is behind those of the session's books."""
+
+    token: int
+    output: Output
+
+
 class StaticSession(Session):
     """A session of a model that `static_obstacle` has nothing against."""
 
@@ -83,12 +93,38 @@ class StaticSession(Session):
         super().__init__(model, taps)
         self._machine = machine_of(model)
         self._steps = self._machine.steps[model.compiled]
-        self._lease = Lease(self._machine.pool)  # rows: the cached ones, and the staged ones behind them
+        self._lease = Lease(self._machine.pool)  # rows: cached ones, and staged ones or a prefetched one behind them
+        self._prefetched: Prefetched | None = None
+        self._mail = Mail(model.device)
 
     def fork(self) -> Self:
+        self._forget_prefetched()
         twin = super().fork()
-        twin._lease = self._lease.fork()
+        twin._lease, twin._mail = self._lease.fork(), Mail(self.model.device)
         return twin
+
+    @property
+    def prefetches(self) -> bool:
+        return self._machine.prefetches and self._steps is not None and fibers.current() is None
+
+    @torch.inference_mode()
+    def prefetch(self, token: Tensor) -> int:
+        """What is read in the end need not be this token: the row is then forgotten, and written over."""
+        if self._steps is None or not self.prefetches:
+            return int(token)
+        if self.next_logits is None:
+            raise ValueError(f"prefetch() in a session with {len(self.pending)} pending tokens; expected none")
+        self._forget_prefetched()
+        self._mail.post(token)
+        output = self._steps.run(self._lease, token.view(1), None, None, self.taps)
+        known = self._mail.read()
+        self._prefetched = Prefetched(known, output)
+        return known
+
+    def _forget_prefetched(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched = None
+            self._lease.rows -= 1
 
     @torch.inference_mode()
     def _forward(
@@ -105,6 +141,9 @@ class StaticSession(Session):
         assert mask is None
         self.calls += 1
         self.rows += len(ids)
+        if self._prefetched is not None and [self._prefetched.token] == ids:
+            output, self._prefetched = self._prefetched.output, None
+            return output
         wanted, parts = len(ids) - keep, []
         for start in range(0, len(ids), self._machine.block):
             block = ids[start : start + self._machine.block]
@@ -160,6 +199,7 @@ class StaticSession(Session):
         Yields for every block how many rows of the draft it holds, their logits and then those of its probes' last rows
         [rows + probes, V], and taps [all rows, L, H].
         """
+        self._forget_prefetched()  # blocks are laid out behind what the lease holds
         size, first, start = self._machine.block, 0, 0
         while start < len(tokens) or first < len(ends):
             text = tokens[start : start + size]
@@ -190,6 +230,7 @@ class StaticSession(Session):
         positions  [R], None: plainly onwards;  allowed  [R, columns] bool, None: causal;  keep  None: logits of all
         block      rows of a judge pass, in place of positions and allowed
         """
+        self._forget_prefetched()
         if block is not None:
             positions = block.positions()
         if (request := fibers.current()) is not None:
@@ -222,6 +263,7 @@ class StaticSession(Session):
         self._lease.rows = self.cached
 
     def _go_back(self, length: int) -> None:
+        self._forget_prefetched()
         super()._go_back(length)
         self._lease.rows = self.cached
 

@@ -55,10 +55,16 @@ class Steps:
         self._device: AbstractContextManager[Any] = torch.cuda.device(device) if graphs else nullcontext()
 
     def run(
-        self, lease: Lease, ids: list[int], positions: list[int] | None, sees: Tensor | None, taps: tuple[int, ...]
+        self,
+        lease: Lease,
+        ids: list[int] | Tensor,
+        positions: list[int] | None,
+        sees: Tensor | None,
+        taps: tuple[int, ...],
     ) -> Output:
         """Logits [rows, V] and taps [rows, L, H] of at most 64 rows behind those of the lease, which grows by them.
 
+        ids        also one that is known on the device alone [1]
         positions  None: plainly onwards;  sees  [rows, rows] bool, which rows see which; None: those before them
         """
         count, start = len(ids), lease.rows
@@ -95,6 +101,33 @@ class Steps:
             return None
         self.captures += 1
         return graph.replay, outputs
+
+
+class Mail:
+    """A whole number that is fetched from the device without waiting for what is asked of the device afterwards."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._there: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def post(self, number: Tensor) -> None:
+        """number  []"""
+        if self._device.type != "cuda":
+            self._there = number
+            return
+        if self._there is None or self._event is None:
+            self._there = torch.zeros((), dtype=torch.long, pin_memory=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._there.copy_(number, non_blocking=True)
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def read(self) -> int:
+        """The number that was posted last."""
+        assert self._there is not None
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._there)
 
 
 def column_bucket(count: int) -> int:
@@ -136,8 +169,12 @@ class Step:
         self._graph: tuple[Callable[[], object], Output] | None = None
         self._tried = False
 
-    def __call__(self, ids: list[int], start: int, positions: list[int] | None, sees: Tensor | None) -> Output:
-        self._load(ids, start, positions, sees)
+    def __call__(self, ids: list[int] | Tensor, start: int, positions: list[int] | None, sees: Tensor | None) -> Output:
+        if self.rows == 1 and positions is None:
+            self._load_one(ids[0], start)
+        else:
+            assert isinstance(ids, list)
+            self._load(ids, start, positions, sees)
         if not self._tried:
             with _many_shapes() if self._steps.compiled else nullcontext():
                 self._graph = self._steps.captured(self._body)
@@ -149,6 +186,15 @@ class Step:
         replay, outputs = self._graph
         replay()
         return outputs
+
+    def _load_one(self, token: int | Tensor, start: int) -> None:
+        """One row plainly onwards: nothing is copied from the host, so nothing has to be waited for."""
+        at = self._numbers.narrow(0, 0, 1)
+        if isinstance(token, Tensor):  # what no forward could give would end the process if it was looked up
+            torch.clamp(token.view(1), max=self._network.weights.embedding.shape[0] - 1, out=at)
+        else:
+            at.fill_(token)
+        self._numbers.narrow(0, 1, 2).fill_(start)
 
     def _load(self, ids: list[int], start: int, positions: list[int] | None, sees: Tensor | None) -> None:
         padding = [0] * (self.rows - len(ids))
