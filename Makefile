@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+TESTS := -m pytest -n $(JOBS) --dist worksteal   # neighbours share what takes long to make
 
 # Spinning OpenMP threads make small machines many times slower; must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -29,10 +30,10 @@ check: setup  ## lint, format, types
 	$(BIN)/mypy
 
 test: setup check  ## lint, types and the CPU tests
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python $(TESTS)
 
 test-slow: setup  ## the tests that take longer than ten seconds each
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python $(TESTS) -m slow
 
 test-gpu: setup  ## the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu

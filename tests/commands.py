@@ -1,8 +1,8 @@
 """Commands as users type them, each in a process of its own that need not import torch first.
 
 A process that has imported what commands import, one per test worker, is forked for each. So a command has its own
-interpreter, arguments, folder, output and exit code, and starts at once instead of after several seconds. Commands
-whose environment says something that is read while modules are imported are started afresh, as users start them.
+interpreter, arguments, folder, output and exit code, and starts at once instead of after several seconds. (What starts
+as users start it: tests/cli/test_bad_input.py's Ctrl-C, and the servers of tests/serving.py.)
 """
 
 from __future__ import annotations
@@ -23,35 +23,39 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PARSEDEC_")} | {
     "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("parse", "adapters")),
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
 }
+STUCK_S = 600  # nothing here takes that long
 
 
 def run(script, *arguments, cwd, timeout=300, **environment):
-    """`python experiments/SCRIPT ARGUMENTS` as subprocess.run returns it; `script` may also be "-m parsedec"."""
-    name, *rest = script.split() if script.startswith("-m ") else [str(ROOT / "experiments" / script)]
-    words = [name, *rest, *map(str, arguments)]
-    if environment:
-        command, env = [sys.executable, *words], ENVIRONMENT | environment
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-    return _forkable().run(words, Path(cwd), timeout)
+    """`python experiments/SCRIPT ARGUMENTS` as subprocess.run returns it; `script` may also be "-m parsedec", or a path
+    elsewhere."""
+    words = script.split() if script.startswith("-m ") else [str(ROOT / "experiments" / script)]
+    forkable = _forkable(tuple(sorted(environment.items())))
+    try:
+        return forkable.run([*words, *map(str, arguments)], str(cwd), timeout)
+    except BaseException:
+        _forkable.cache_clear()  # an answer that nobody waited for would be taken for the next one's
+        raise
 
 
 @cache
-def _forkable():
-    return Forkable()
+def _forkable(environment):
+    return Forkable(ENVIRONMENT | dict(environment))
 
 
 class Forkable:
     """The other end of `serve`."""
 
-    def __init__(self):
+    def __init__(self, environment):
         ours, theirs = socket.socketpair()
+        ours.settimeout(STUCK_S)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())], env=ENVIRONMENT, pass_fds=[theirs.fileno()],
+            [sys.executable, __file__, str(theirs.fileno())], env=environment, pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL)  # fmt: skip
         theirs.close()  # it ends when our end is closed, at the latest with this process
         self._lines = ours.makefile("rw")
@@ -59,9 +63,11 @@ class Forkable:
     def run(self, words, cwd, timeout):
         with TemporaryDirectory() as folder:
             outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-            self._lines.write(json.dumps([words, str(cwd), timeout, *map(str, outputs)]) + "\n")
+            self._lines.write(json.dumps([words, cwd, timeout, *map(str, outputs)]) + "\n")
             self._lines.flush()
-            code = json.loads(self._lines.readline())
+            code = json.loads(self._lines.readline() or '"ended"')
+            if code == "ended":
+                raise ChildProcessError(f"the process that is forked for commands has ended: {self._process.wait()}")
             if code is None:
                 raise subprocess.TimeoutExpired(words, timeout)
             return subprocess.CompletedProcess(words, code, *(path.read_text() for path in outputs))
@@ -111,6 +117,8 @@ def become(words):
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - as the interpreter would, which this stands for
         traceback.print_exc()
         code = 1

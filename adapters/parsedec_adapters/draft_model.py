@@ -96,8 +96,8 @@ class DraftModel:
         for left in range(length - 1, -1, -1):
             logits = fitted(ahead.feed([]), self.vocab)  # [V]
             if state.sampler.greedy:
-                best, certain = logits.argmax(), left > 0 and self.confidence is None
-                guesses.append(ahead.prefetch(best) if certain else int(best))  # the last one is never read here
+                best, is_read = logits.argmax(), left > 0 and self.confidence is None
+                guesses.append(ahead.prefetch(best) if is_read else int(best))
             else:
                 rows.append(state.sampler.log_distribution(logits))
                 guesses.append(state.sampler.draw(rows[-1].exp()))

@@ -16,7 +16,7 @@ from parsedec.backends import open_session
 from parsedec.inference import inference
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
-from parsedec.sampling import Sampler, known_token
+from parsedec.sampling import Sampler, checked_token
 from parsedec.session import Session
 from parsedec.staged import token_logprobs
 from parsedec.types import Author, Needs, Outcome, Seen, Shown, StopReason, Tree
@@ -117,6 +117,7 @@ class Decoder:
         self.top: int | None = None  # how many of the most probable tokens `shown` has; None: nobody asks for it
         self.shown: list[Shown] = []
         self._plain = isinstance(inner, NoSpeculation) and self.acceptance.lossless  # each token is read by itself
+        self._whole = True  # whether all is wanted that `write` can write
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of
         self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
@@ -149,21 +150,30 @@ class Decoder:
     def _next(self, logits: Tensor, budget: int) -> int:
         """Commit the token after the last one, whose logits these are [V]."""
         session = self.session
-        if self._plain and budget > 1 and session.prefetches:
-            token = known_token(session.prefetch(self.sampler.chosen(logits)), len(logits))
+        if self._reads_on and budget > 1 and session.prefetches:
+            token = checked_token(session.prefetch(self.sampler.chosen(logits)), len(logits))
         else:
             _, token = self.acceptance.accept(Tree.chain(session.tokens[-1:]), logits[None], self.sampler)
         session.append(token)
         self._record(logits[None], [token])
         return token
 
-    def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:
-        """Decode until the answer stops; yields the tokens of each step that became part of it."""
+    def write(self, answer: Answer, author: Author, *, whole: bool = True) -> Iterator[list[int]]:
+        """Decode until the answer stops; yields the tokens of each step that became part of it.
+
+        whole   that is what the caller wants, and not to stop after a segment: then the next token is sure to be read
+        """
+        self._whole = whole
         while answer.stop is None:
             if self.session.room <= 0:
                 answer.stop = StopReason.CONTEXT_LIMIT
                 return
             yield answer.extend(self.step(min(answer.remaining, self.session.room)), author)
+
+    @property
+    def _reads_on(self) -> bool:
+        """Whether the next token will be read by itself, and nothing else is asked of the device before."""
+        return self._plain and self._whole and self.logprobs is None and self.top is None
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` tokens, speculator included."""

@@ -109,8 +109,7 @@ class Meter:
 
     def saw_token(self) -> None:
         """A token is sure to stand: the first one ends the time to first token."""
-        if self._first_token is None:
-            self.now()  # waits for the device
+        if self._first_token is None:  # it is known here, so the device has written it
             self._first_token = time.perf_counter() - self._began
 
     def seconds(self, phase: str) -> float:

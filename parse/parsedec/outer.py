@@ -53,7 +53,8 @@ class Work:
         before, start = self.meter.seconds("decode"), len(self.answer.tokens)
         free = self.target.session.next_logits is not None  # the first token then costs no call
         own = GrowingDraft(self.answer.model)
-        for tokens in self.meter.timed(self.target.write(self.answer, Author.TARGET), "decode"):
+        writing = self.target.write(self.answer, Author.TARGET, whole=until is None)
+        for tokens in self.meter.timed(writing, "decode"):
             complete = until is not None and any(until.first_end(own.push(token)) is not None for token in tokens)
             beyond = start + len(own.tokens) if complete else len(self.answer.tokens)
             taken = len(tokens) - (len(self.answer.tokens) - beyond)

@@ -19,7 +19,7 @@ def request_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
 
 
-def known_token(token: int, vocabulary: int) -> int:
+def checked_token(token: int, vocabulary: int) -> int:
     """The token, if it is one: what is drawn from logits that are no numbers is not."""
     if token >= vocabulary:
         raise ValueError("a token was to be drawn from logits that are not numbers (nan), as the model gave them.")
@@ -28,7 +28,7 @@ def known_token(token: int, vocabulary: int) -> int:
 
 def token_at(probabilities: Tensor, share: float) -> Tensor:
     """The first token [] up to which there is more than `share`, 0 to below 1, of the mass of probabilities [V]; V if
-    they are not numbers."""
+    they are not numbers. In double precision: many tokens of a large vocabulary have less than 2^-24."""
     mass = probabilities.cumsum(-1, dtype=torch.float64)
     return (~(mass > share * mass[-1])).sum()
 
@@ -83,15 +83,18 @@ class Sampler:
 
     def draw(self, probabilities: Tensor) -> int:
         """A token from a distribution [V]."""
-        return known_token(int(self._drawn(probabilities)), len(probabilities))
+        return checked_token(int(self._drawn(probabilities)), len(probabilities))
 
     def _drawn(self, probabilities: Tensor) -> Tensor:
-        """A token [] from a distribution [V], on its device. Where the generator is there, too, it draws as `generate`
-        of Hugging Face does; elsewhere it draws one number, and nothing of the size of a vocabulary changes devices."""
+        """A token [] from a distribution [V], on its device; all draws of tokens are made here. Where the generator is
+        there, too, it draws as `generate` of Hugging Face does; elsewhere it draws one number, and nothing of the size
+        of a vocabulary changes devices."""
         assert self.generator is not None
         if self._is_beside(probabilities):
             return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(0)
-        return token_at(probabilities, self.uniform())
+        device = self.generator.device
+        share = torch.rand((), dtype=torch.float64, generator=self.generator, device=device)
+        return token_at(probabilities, float(share))
 
     def _is_beside(self, probabilities: Tensor) -> bool:
         return self.generator is not None and self.generator.device.type == probabilities.device.type

@@ -24,7 +24,14 @@ from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-SMALL = ["runtime=cpu", "max_new_tokens=160", "goal.risk=0.5", "goal.confidence=0.6", "goal.explore=0.5"]
+SMALL = [
+    "runtime=cpu",
+    "runtime.backend=static",
+    "max_new_tokens=160",
+    "goal.risk=0.5",
+    "goal.confidence=0.6",
+    "goal.explore=0.5",
+]
 CHECKED = ["labels.fit.n=12", "labels.check.n=4", "goal.points=6"]
 ANSWERS = ["labels=answers", "task.split=calibration", "labels.fit.n=5", "labels.check={n: 4, split: test}",
            "goal.points=2", "goal.of=requests"]  # fmt: skip
@@ -62,7 +69,9 @@ def outcome(tmp_path_factory):
 
 def engine_at(used, *overrides):
     thresholds = [f"boundary.{name}={used[name]!r}" for name in ("threshold", "full_threshold")]
-    return build_engine(composed("unused", "runtime=cpu", *thresholds, *overrides, config="config"))
+    return build_engine(
+        composed("unused", "runtime=cpu", "runtime.backend=static", *thresholds, *overrides, config="config")
+    )
 
 
 def test_scores_and_decisions_are_the_engines(unbroken):
@@ -141,7 +150,7 @@ def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):
     assert record["calibration"]["used"]["fitted"]
     assert {"table.md", FILE, "record.json"} <= {path.name for path in folder.iterdir()}
     overrides = expand_shorthand(f"calibration={folder / FILE}", CONF)
-    cfg = composed("unused", "runtime=cpu", *overrides, config="config")
+    cfg = composed("unused", "runtime=cpu", "runtime.backend=static", *overrides, config="config")
     assert cfg.calibration == str(folder / FILE)
     bound = build_engine(cfg).outer.boundary
     used = record["calibration"]["used"]

@@ -4,14 +4,12 @@ Oracle: the same checkpoints from disk.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import commands
 import tiny
 from fake_hub import FakeHub
 from parsedec import Parse, TargetOnly, load
@@ -38,16 +36,8 @@ def hub(tmp_path_factory):
         yield hub
 
 
-def python(hub, *arguments):
-    paths = os.pathsep.join(str(ROOT / name) for name in ("parse", "adapters"))
-    environment = os.environ | hub.environment | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300,
-        check=False)  # fmt: skip
-
-
 def run(hub, folder, *overrides):
-    done = python(hub, ROOT / "experiments" / "run.py", *HEAD_FROM_HUB, f"output={folder}", *overrides)
+    done = commands.run("run.py", *HEAD_FROM_HUB, f"output={folder}", *overrides, cwd=folder.parent, **hub.environment)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "record.json").read_text())
 
@@ -110,7 +100,9 @@ def test_what_load_takes_and_says(hub, tmp_path):
     hub.gated.add("org/gated")
     old = next(iter(hub.repositories["models", "org/tiny"]))
     sources = ["org/tiny", f"org/tiny@{old}", "org/tiny@nowhere", "org/none", "org/gated", "org/tiny/q4/x.gguf"]
-    done = python(hub, "-c", LOADED.format(sources=sources))
+    script = tmp_path / "loaded.py"
+    script.write_text(LOADED.format(sources=sources))
+    done = commands.run(str(script), cwd=tmp_path, **hub.environment)
     said = dict(line.split(" -> ", 1) for line in done.stdout.splitlines())
     assert list(said) == [*sources, *(f"head {name}" for name in ("org/none", "org/gated", "org/tiny"))], done.stderr
 

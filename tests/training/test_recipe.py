@@ -1,5 +1,6 @@
 """Recipes: each composes, trains a few steps, exports what `load` reads, and finishes an interrupted run."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,18 @@ def composed(recipe, output, *more):
         return compose("train", [f"recipe={recipe}", *COMMON, *SETTINGS[recipe], f"output={output}", *more])
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, record) of a recipe that nothing interrupted."""
+
+    @functools.cache
+    def run(recipe):
+        folder = tmp_path_factory.mktemp(recipe)
+        return folder, run_recipe(composed(recipe, folder))
+
+    return run
+
+
 def interrupted(cfg, at, monkeypatch):
     """A run that Ctrl-C ends before step `at`."""
     step = Trainer.train_step
@@ -102,8 +115,8 @@ def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", HEADS)
-def test_a_few_steps_make_a_head_that_guesses(recipe, tmp_path):
-    record = run_recipe(composed(recipe, tmp_path))
+def test_a_few_steps_make_a_head_that_guesses(recipe, finished):
+    folder, record = finished(recipe)
     assert record["status"] == "finished"
     first, last = record["history"][0], record["history"][-1]
     assert last["depth_2_loss"] < first["depth_2_loss"]
@@ -113,8 +126,8 @@ def test_a_few_steps_make_a_head_that_guesses(recipe, tmp_path):
     assert 1 <= low <= measured["tau"] <= high
     assert measured["offered_by_depth"][0] >= measured["accepted_by_depth"][0]
     # the exported head is what was measured: the same weights give the same figures again
-    cfg = composed(recipe, tmp_path)
-    assert acceptance(cfg, tmp_path / "model", problems_of(cfg.recipe)[1]) == measured
+    cfg = composed(recipe, folder)
+    assert acceptance(cfg, folder / "model", problems_of(cfg.recipe)[1]) == measured
 
 
 def test_a_head_for_ones_own_prompts(tmp_path):
@@ -133,13 +146,13 @@ def test_a_head_for_ones_own_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", HEADS)
-def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(recipe, tmp_path, monkeypatch):
-    run_recipe(composed(recipe, tmp_path / "unbroken"))
+def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(recipe, finished, tmp_path, monkeypatch):
+    unbroken, _ = finished(recipe)
     interrupted(composed(recipe, tmp_path / "broken"), 3, monkeypatch)
     run_recipe(composed(recipe, tmp_path / "broken", "resume=true"))
-    weights = next((tmp_path / "unbroken" / "model").glob("*.safetensors")).name
+    weights = next((unbroken / "model").glob("*.safetensors")).name
     for name in (f"model/{weights}", "answers.json"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+        assert (tmp_path / "broken" / name).read_bytes() == (unbroken / name).read_bytes()
 
 
 def test_answers_to_other_prompts_are_not_taken_over(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from parsedec.errors import ConfigError
-from parsedec.sampling import Sampler, known_token, request_generator, token_at
+from parsedec.sampling import Sampler, checked_token, request_generator, token_at
 from parsedec.types import Sampling
 
 SETTINGS = [
@@ -123,8 +123,11 @@ def test_a_share_of_the_mass_is_a_token():
         found = [int(token_at(scale * p, share)) for share in (0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24)]
         assert found == [1, 1, 3, 3, 4, 4]
     assert int(token_at(p * torch.nan, 0.5)) == len(p)
+    rare = torch.tensor([1.0, 2**-30, 2**-30])  # two tokens within less than a step of single precision
+    shares = torch.linspace(1 - 2**-29, 1 - 2**-53, 40, dtype=torch.float64).tolist()
+    assert {int(token_at(rare, share)) for share in shares} == {1, 2}
     with pytest.raises(ValueError, match="not numbers"):
-        known_token(len(p), len(p))
+        checked_token(len(p), len(p))
 
 
 def test_a_token_that_stays_on_the_device_is_the_one_that_is_picked(monkeypatch):

@@ -98,7 +98,7 @@ def write_own(target: Decoder, answer: Answer, segmenter: Segmenter, limit: int)
     """
     base = target.session.length
     own = OwnWriting(answer, segmenter, limit)
-    for tokens in target.write(own.text, Author.TARGET):
+    for tokens in target.write(own.text, Author.TARGET, whole=False):
         for token in tokens:
             if not own.complete:
                 own.push(token)

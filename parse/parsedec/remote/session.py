@@ -162,7 +162,7 @@ class RemoteDecoder(Decoder):
         self.notes = self.session.notes
         self.notes |= {COUNTED, *model.can.workarounds}
 
-    def write(self, answer: Answer, author: Author) -> Iterator[list[int]]:
+    def write(self, answer: Answer, author: Author, *, whole: bool = True) -> Iterator[list[int]]:
         server = self.model.server
         if author is Author.DRAFT and server.resting:
             self._give_up(answer, "it was lost a short time ago")

@@ -30,7 +30,7 @@ from parsedec.static.joint import StaticPass
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
-from parsedec.static.steps import ROWS, Mail, Steps
+from parsedec.static.steps import ROWS, Readback, Steps
 from parsedec.static.weights import Weights, read_weights
 from parsedec.types import Tree
 
@@ -78,11 +78,14 @@ def machine_of(model: LanguageModel) -> Machine:
     return machine
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prefetched:
-    """A token that is read, but neither committed nor counted: its row is behind those of the session's books."""
+    """A token that is read, but neither committed nor counted: its row is behind those of the session's books.
 
-    token: int
+    token  None while the host does not know it
+    """
+
+    token: int | None
     output: Output
 
 
@@ -95,12 +98,12 @@ class StaticSession(Session):
         self._steps = self._machine.steps[model.compiled]
         self._lease = Lease(self._machine.pool)  # rows: cached ones, and staged ones or a prefetched one behind them
         self._prefetched: Prefetched | None = None
-        self._mail = Mail(model.device)
+        self._readback = Readback(model.device)
 
     def fork(self) -> Self:
         self._forget_prefetched()
         twin = super().fork()
-        twin._lease, twin._mail = self._lease.fork(), Mail(self.model.device)
+        twin._lease = self._lease.fork()
         return twin
 
     @property
@@ -110,15 +113,17 @@ class StaticSession(Session):
     @torch.inference_mode()
     def prefetch(self, token: Tensor) -> int:
         """What is read in the end need not be this token: the row is then forgotten, and written over."""
-        if self._steps is None or not self.prefetches:
+        if not self.prefetches:
             return int(token)
         if self.next_logits is None:
             raise ValueError(f"prefetch() in a session with {len(self.pending)} pending tokens; expected none")
+        assert self._steps is not None
+        self._drop_staged()
         self._forget_prefetched()
-        self._mail.post(token)
+        self._readback.begin(token)
         output = self._steps.run(self._lease, token.view(1), None, None, self.taps)
-        known = self._mail.read()
-        self._prefetched = Prefetched(known, output)
+        self._prefetched = Prefetched(None, output)  # already here: the wait may be interrupted
+        self._prefetched.token = known = self._readback.wait()
         return known
 
     def _forget_prefetched(self) -> None:
@@ -257,6 +262,7 @@ class StaticSession(Session):
         return out
 
     def _keep_rows(self, rows: list[int]) -> None:
+        self._forget_prefetched()
         if rows and rows[-1] != len(rows) - 1:
             self._lease.gather(self.cached, rows)
         super()._keep_rows(rows)

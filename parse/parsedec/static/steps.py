@@ -103,31 +103,31 @@ class Steps:
         return graph.replay, outputs
 
 
-class Mail:
-    """A whole number that is fetched from the device without waiting for what is asked of the device afterwards."""
+class Readback:
+    """A whole number fetched from the device without waiting for what the device was asked for afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._there: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
+        self._number: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
 
-    def post(self, number: Tensor) -> None:
+    def begin(self, number: Tensor) -> None:
         """number  []"""
         if self._device.type != "cuda":
-            self._there = number
+            self._number = number
             return
-        if self._there is None or self._event is None:
-            self._there = torch.zeros((), dtype=torch.long, pin_memory=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._there.copy_(number, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(self._device))
+        if self._number is None or self._copied is None:
+            self._number = torch.zeros((), dtype=torch.long, pin_memory=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._number.copy_(number, non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self._device))
 
-    def read(self) -> int:
-        """The number that was posted last."""
-        assert self._there is not None
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._there)
+    def wait(self) -> int:
+        """The number `begin` was given last."""
+        assert self._number is not None
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._number)
 
 
 def column_bucket(count: int) -> int:
