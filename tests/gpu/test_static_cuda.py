@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+import random
 
 import pytest
 import torch
 
 import tiny
 from medusa_heads import taught_heads
-from parsedec import Parse, TargetOnly
+from parsedec import Parse, Sampling, TargetOnly
 from parsedec.backends import open_session
+from parsedec.sampling import request_generator
 from parsedec.static import cascade
+from parsedec.static.attention import attention, hidden, in_pieces, reads_in_pieces
 from parsedec.static.session import StaticSession
 from parsedec.static.steps import ROWS
 from parsedec_adapters.medusa import Medusa
@@ -79,6 +82,60 @@ def test_judge_kernels_equal_an_exact_forward(name, dtype):
         plain = torch.cat([hf(input_ids=text.cuda(), use_cache=False).logits[0, -1:].float().cpu() for text in texts])
     allowed = 1e-3 if dtype is torch.float32 else 2 * float((plain - expected).abs().max())
     assert float((ours - expected).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["right_guesses", "wrong_guesses"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_prefetched_equals_the_cpu(family, kept):
+    """Tokens that are read before they are known, the right ones and others; forks and rewinds in between; taps."""
+    session, rng = StaticSession(on_cuda(family), (0, 4)), random.Random(family)
+    ids = [rng.randrange(5, tiny.VOCAB) for _ in range(60)]
+    session.feed(ids[:20])
+    for i, token in enumerate(ids[20:]):
+        guess = token if kept else rng.randrange(tiny.VOCAB)
+        assert session.prefetch(torch.tensor(guess, device="cuda")) == guess
+        if i % 7 == 3:
+            session.fork().feed([1, 2])
+        if i % 7 == 5:
+            session.rewind(session.length - 2)
+            session.feed(ids[session.length : 20 + i])
+            session.prefetch(torch.tensor(guess, device="cuda"))
+        logits = session.feed([token])
+    assert session.tokens == ids
+    with torch.inference_mode():
+        out = tiny.model(family).hf(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+    torch.testing.assert_close(logits.cpu(), out.logits[0, -1], rtol=0, atol=1e-3)
+    taps = torch.stack([out.hidden_states[i][0] for i in (0, 4)], dim=1)
+    torch.testing.assert_close(session.seen(0).taps.cpu(), taps, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(temperature=0.8, top_k=20)], ids=["greedy", "sampled"])
+def test_a_request_is_the_same_without_prefetching(settings, monkeypatch):
+    target, draft = on_cuda("llama"), on_cuda("qwen3")
+    prompt, results = tiny.plain_answer(tiny.model("llama"))[0], []
+    for prefetches in (True, False):
+        monkeypatch.setattr(StaticSession, "prefetches", property(lambda self, on=prefetches: on))
+        for engine in (Parse(target, outer=TargetOnly()), Parse(target, draft)):
+            generator = None if settings.greedy else request_generator(3, 0)
+            results.append(engine.generate(prompt, max_new_tokens=40, sampling=settings, generator=generator))
+    for having, without in zip(results[:2], results[2:], strict=True):
+        assert having.tokens == without.tokens
+        assert having.counters == without.counters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(16, 8, 128), (64, 8, 128), (4, 2, 16)], ids=str)
+def test_a_row_is_read_in_pieces(shape, dtype):
+    """The shapes of Qwen3 1.7B and 32B: they are read in pieces, with the numbers of one softmax over all columns."""
+    assert reads_in_pieces(torch.device("cuda"), dtype, *shape)
+    heads, shared, size = shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, heads, size, generator=generator)
+    keys, values = torch.randn(2, 1, shared, 1024, size, generator=generator).narrow(3, 0, 768)
+    mask = torch.zeros(1, 768).index_fill_(1, torch.arange(601, 768), hidden(dtype))
+    ours = in_pieces(*(x.to("cuda", dtype) for x in (q, keys, values, mask)), size**-0.5, 6)
+    expected = attention(*(x.to(dtype).double() for x in (q, keys, values, mask)), False, size**-0.5)
+    assert float((ours.cpu().double() - expected).abs().max()) <= (1e-3 if dtype is torch.float32 else 2e-2)
 
 
 def test_flash_attention_is_used_in_half_precision():

@@ -9,11 +9,22 @@ Shapes in this file:  R rows, T columns before the pass, A query heads, G key an
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from parsedec.errors import first_line
 from parsedec.static.memory import Buffers, Lease
+
+log = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+TOLERANCE = 2e-2  # of half precision, for outputs of size one
+PIECE, MOST = 128, 32  # columns a piece has at least, and pieces: enough of them keep a GPU busy
+ALIGNED = 8  # columns: where a mask in half precision begins for kernels that read it 16 bytes at a time
 
 
 class Rows:
@@ -55,19 +66,23 @@ class BucketRows:
 
     columns  M views [1, G, T, d] of the first T columns, where T is a bucket
     slots    [R] columns the rows are written to;  mask  [R, T] additive
+    pieces   in how many pieces the columns are read side by side, for a single row
     """
 
-    def __init__(self, columns: tuple[Tensor, ...], slots: Tensor, scale: float, mask: Tensor) -> None:
-        self._columns, self._slots, self._scale, self._mask = columns, slots, scale, mask
+    def __init__(self, columns: tuple[Tensor, ...], slots: Tensor, scale: float, mask: Tensor, pieces: int = 1) -> None:
+        self._columns, self._slots, self._scale, self._mask, self._pieces = columns, slots, scale, mask, pieces
 
     def only(self, layer: int) -> BucketRows:
         """The attention of one layer, as if it were the only one: what is compiled for it fits all others."""
-        return BucketRows(self._columns[2 * layer : 2 * layer + 2], self._slots, self._scale, self._mask)
+        columns = self._columns[2 * layer : 2 * layer + 2]
+        return BucketRows(columns, self._slots, self._scale, self._mask, self._pieces)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
         keys.index_copy_(2, self._slots, k.transpose(0, 1)[None])
         values.index_copy_(2, self._slots, v.transpose(0, 1)[None])
+        if self._pieces > 1:
+            return in_pieces(q, keys, values, self._mask, self._scale, self._pieces)
         return attention(q, keys, values, self._mask, False, self._scale)
 
 
@@ -92,6 +107,73 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, caus
             scale=scale,
         ).permute(2, 0, 1, 3)
     return out.reshape(rows, heads * size)
+
+
+def in_pieces(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, pieces: int) -> Tensor:
+    """`attention` of one row, its columns read in equal pieces side by side (Flash-Decoding, Dao et al. 2023).
+
+    One row keeps as many parts of a GPU busy as there are heads of keys, and each of them walks through all columns. A
+    piece gives what it sees, [G, A / G, d], and the logarithm of what that weighs, [G, A / G]; the softmax of the
+    weights over the pieces puts them together.
+    """
+    (_, heads, size), (_, shared, columns, _) = q.shape, keys.shape
+    group, width = heads // shared, columns // pieces
+    queries = q.view(1, shared, group, size).expand(pieces, -1, -1, -1)
+    keys, values = (x.view(shared, pieces, width, size).transpose(0, 1) for x in (keys, values))
+    seen = mask.view(pieces, 1, 1, width).expand(-1, shared, group, -1)
+    out, weight = weighed(queries, keys, values, seen, scale)
+    share = weight.softmax(0).unsqueeze(-1)
+    return (share * out).sum(0).to(q.dtype).reshape(1, heads * size)
+
+
+def weighed(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, A, R, d] and the logarithm of the sum of its exponentials [B, A, R], by torch's own kernels."""
+    if q.device.type == "cpu":
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, is_causal=causal, attn_mask=mask, scale=scale
+        )
+        return out, weight.float() if q.dtype in HALF else weight
+    out, weight, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, keys, values, mask, compute_log_sumexp=True, is_causal=causal, scale=scale
+    )
+    return out, weight[..., : q.shape[2]]  # it comes padded to whole blocks of rows
+
+
+def piece_count(columns: int) -> int:
+    """The most equal pieces of at least PIECE columns, whose masks begin where kernels can read them, up to MOST."""
+    most = max(1, min(MOST, columns // PIECE))
+    return next(n for n in range(most, 0, -1) if columns % n == 0 and (n == 1 or columns // n % ALIGNED == 0))
+
+
+@cache
+def reads_in_pieces(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int) -> bool:
+    """Whether `in_pieces` gives what `attention` gives on this device; tried once, on random numbers."""
+    columns, generator = 4 * PIECE, torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    q, keys, values = numbers(1, heads, size), numbers(1, shared, columns, size), numbers(1, shared, columns, size)
+    mask = torch.zeros(1, columns, dtype=dtype, device=device)
+    mask[:, PIECE + 3 :] = hidden(dtype)  # two pieces and a half are of nothing that is seen
+    scale = size**-0.5
+    try:
+        ours, plain = in_pieces(q, keys, values, mask, scale, 4), attention(q, keys, values, mask, False, scale)
+        off = float((ours - plain).float().abs().max())
+    except (RuntimeError, ValueError, TypeError) as error:
+        log.warning("decode steps read a text in one piece: %s", first_line(error))
+        return False
+    if not off <= TOLERANCE:
+        log.warning("decode steps read a text in one piece: in several it differs by %.2g", off)
+    return off <= TOLERANCE
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """What is added to a score that is not to count: far below any, but still a number when kernels take it to base 2.
+    So a piece of which nothing is seen has a weight, which is none beside the others'."""
+    return -3e4 if dtype is torch.float16 else -1e30
 
 
 def additive(allowed: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from parsedec.static.attention import additive
+from parsedec.static.attention import HALF, TOLERANCE, additive, weighed
 from parsedec.static.memory import Buffers
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ PAGE = 256  # columns of a page: flash attention asks for a multiple of it
 CAUSAL = (-1, 0)  # varlen_attn's name for it; rows stand at the right end of their columns
 # Before torch 2.13 varlen_attn knows neither pages nor lengths nor shared heads; the operator under it knows the latter
 PAGED = "block_table" in inspect.signature(varlen_attn).parameters
-HALF = (torch.float16, torch.bfloat16)
-TOLERANCE = 2e-2  # of half precision, for outputs of size one
 
 Part = tuple[Tensor, Tensor]  # [..., R, d] and the log-sum-exp of its scores [..., R], float32
 
@@ -117,10 +115,7 @@ def part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: fl
     (batch, group), columns = q.shape[:2], keys.shape[2]
     keys, values = (x.transpose(0, 1).expand(batch, group, columns, -1) for x in (keys, values))
     if q.device.type == "cpu":
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, keys, values, is_causal=causal, attn_mask=mask, scale=scale
-        )
-        return out, weight.float() if q.dtype in HALF else weight
+        return weighed(q, keys, values, mask, scale, causal)
     return by_hand(q, keys, values, mask, scale, causal)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from parsedec.static.attention import BucketRows
+from parsedec.static.attention import BucketRows, hidden, piece_count, reads_in_pieces
 from parsedec.static.memory import Buffers, Lease
 from parsedec.static.network import Angles, Attend, Network
 from parsedec.static.weights import Layer
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
 COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
 LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
+PIECES_FROM = {True: 512, False: 1536}  # columns, by compiled: putting the pieces together is one kernel or several
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
 
@@ -79,6 +80,14 @@ class Steps:
             lease.rows = start + count
             # clones: the next step writes to the same tensors
             return logits[:count].clone(), None if shown is None else shown[:count].clone()
+
+    def pieces(self, rows: int, columns: int) -> int:
+        """In how many pieces a step of so many rows reads its columns."""
+        weights = self.network.weights
+        if rows > 1 or weights.device.type != "cuda" or columns < PIECES_FROM[self.compiled]:
+            return 1
+        shape = weights.query_heads, weights.kv_heads, weights.head_size
+        return piece_count(columns) if reads_in_pieces(weights.device, weights.dtype, *shape) else 1
 
     def captured(self, body: Callable[[], Output]) -> tuple[Callable[[], object], Output] | None:
         """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None where there are no graphs."""
@@ -154,7 +163,8 @@ class Step:
         # by reference: these stay valid for a captured graph if the tables grow
         self._cos, self._sin = network.positions.cos, network.positions.sin
         self._views = buffers.columns(0, columns)
-        device, low = weights.device, torch.finfo(weights.dtype).min
+        self._pieces = steps.pieces(rows, columns)
+        device, low = weights.device, hidden(weights.dtype)
         with torch.inference_mode(False):
             self._numbers = torch.zeros(2 * rows + 1, dtype=torch.long, device=device)  # ids, positions, start
             self._sees = torch.zeros(rows, rows, dtype=weights.dtype, device=device)
@@ -210,7 +220,7 @@ class Step:
             allowed = torch.eye(self.rows, dtype=torch.bool)
             allowed[: len(ids), : len(ids)] = sees
             additive = torch.zeros(self.rows, self.rows, dtype=self._sees.dtype)
-            self._sees.copy_(additive.masked_fill_(~allowed, torch.finfo(self._sees.dtype).min))
+            self._sees.copy_(additive.masked_fill_(~allowed, hidden(self._sees.dtype)))
         self._sees_chain = sees is None
 
     def _body(self) -> Output:
@@ -219,7 +229,7 @@ class Step:
         inputs = (self._numbers, self._sees, self._row, self._column, self._shown, self._hidden)
         tables = (weights.embedding, self._cos, self._sin)
         x, angles, slots, mask = (_compiled(_opened) if self._steps.compiled else _opened)(*inputs, *tables)
-        attend = BucketRows(self._views, slots, weights.scale, mask)
+        attend = BucketRows(self._views, slots, weights.scale, mask, self._pieces)
         each = partial(_one_of_many, network) if self._steps.compiled else None
         return network.forward(x, angles, attend, self.rows, self.taps, each)
 
