@@ -9,7 +9,7 @@ from parsedec_adapters.draft_model import DraftModel
 
 
 def test_the_main_job():
-    target, draft = load("zoo:target", dtype="float32"), load("zoo:draft", dtype="float32")
+    target, draft = (load(f"zoo:{name}", dtype="float32", backend="auto") for name in ("target", "draft"))
     task = ZooArithmetic(n=6, seed=2)
     engine = Parse(target, draft, inner=DraftModel(length=3))
     alone = Parse(target)

@@ -51,7 +51,7 @@ def test_calibration_takes_the_lowest_threshold_that_costs_little():
 
 @pytest.fixture(scope="module")
 def pair():
-    return [load(f"zoo:{name}", dtype="float32", device="cpu") for name in ("target", "draft")]
+    return [load(f"zoo:{name}", dtype="float32", device="cpu", backend="static") for name in ("target", "draft")]
 
 
 def test_evaluation_decides_as_the_engine_does(pair):

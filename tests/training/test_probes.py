@@ -24,6 +24,7 @@ from parsedec.training.probe_job import labelled, train_probes
 from parsedec.training.probes import collect, fit_probe, grid_of_layers, lowest, rights
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+ZOO = ("target", "draft")
 
 pytest.importorskip("sklearn", reason="probes are fitted with scikit-learn; pip install -e '.[eval]'")
 
@@ -202,7 +203,7 @@ def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     assert read_record(tmp_path / "record.json") == json.loads(json.dumps(record))
     section_of_the_report(record, tmp_path)
     weights = tmp_path / "probe"
-    target, draft = (load(f"zoo:{name}", dtype="float32", device="cpu") for name in ("target", "draft"))
+    target, draft = (load(f"zoo:{name}", dtype="float32", device="cpu", backend="static") for name in ZOO)
     source = instantiate(cfg.labels)
     unseen = [question for question in source.questions(cfg.seed) if question.part == "check"]
     stored = json.loads((tmp_path / "drafts_calibration.json").read_text())["answers"]
