@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from parsedec.experiment.cli import announced, stderr
-    from parsedec.experiment.job import run_comparison
+    from parsedec.experiment.job import refuse_nothing_answered, run_comparison
     from parsedec.experiment.record import write_text
     from parsedec.experiment.table import markdown, terminal
     from parsedec.ranks import leading
@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> None:
             write_text(markdown(record), folder / "table.md")
         stderr.print(terminal(record))
         stderr.print(f"table: {folder / 'table.md'}\ntrace: {folder / 'trace.html'}", soft_wrap=True)
+    refuse_nothing_answered(record)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from parsedec.errors import ParsedecError
     from parsedec.experiment.cli import announced, stderr
+    from parsedec.experiment.job import refuse_nothing_answered
     from parsedec.experiment.table import terminal
     from parsedec.ranks import leading
 
@@ -46,8 +46,7 @@ def main(cfg: DictConfig) -> None:
         if leading():
             stderr.print(terminal(record))
             stderr.print(f"trace: {folder / 'trace.html'}", soft_wrap=True)
-    if record["summary"]["errors"] == record["summary"]["requests"]:
-        raise ParsedecError("no request could be answered; the record says why, request by request.")
+    refuse_nothing_answered(record)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,10 @@ def drafting_model(
         )
     model = model or draft
     if model is None:
-        raise IncompatibleStack(f"inner={inner} has no model to draft with; set inner.model or draft.")
+        raise IncompatibleStack(
+            f"inner={inner} has no model to draft with; set inner.model or draft (draft.inner.model, for the draft "
+            "model's own inner level)."
+        )
     if not target.same_vocabulary(model):
         raise IncompatibleStack(
             f"inner={inner} needs the target's vocabulary, but {model.name} ({len(model.tokenizer)} tokens) "

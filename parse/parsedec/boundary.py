@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 
 DEFAULT_THRESHOLD = 0.9
 
@@ -37,6 +37,9 @@ class BoundaryRule(ABC):
     full_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "full_threshold"):
+            if getattr(self, name) is not None:
+                require_number(f"boundary.{name}", getattr(self, name))
         if not all(0 <= value <= 1 for value in (self.threshold, self.full_threshold) if value is not None):
             raise ConfigError(
                 f"boundary has threshold={self.threshold}, full_threshold={self.full_threshold}; expected "

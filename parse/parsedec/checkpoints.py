@@ -114,6 +114,11 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
     if source.startswith("zoo:"):
         return Checkpoint(str(in_zoo(source)))
     path = Path(source).expanduser()
+    if not source or (path.is_file() and path.suffix != ".gguf"):
+        raise ModelLoadError(
+            f"'{source}' is {'a file of another kind' if source else 'no place of a model'}; expected a directory, a "
+            "GGUF file, a hub id (ORG/NAME) or zoo:NAME."
+        )
     if path.is_dir():
         return Checkpoint(str(path))
     if path.is_file() and path.suffix == ".gguf":

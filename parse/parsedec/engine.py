@@ -21,6 +21,7 @@ from parsedec.errors import (
     PromptError,
     TargetLost,
     TargetRefused,
+    require_objects,
 )
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
@@ -67,8 +68,12 @@ class Parse:
         judge: Judge | None = None,
     ) -> None:
         _check_models(target, draft)
+        require_objects(inner=inner, draft_inner=draft_inner, acceptance=acceptance, outer=outer, judge=judge)
         if outer is not None and judge is not None:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
+        if draft is None and (draft_inner is not None or (judge is not None and outer is None)):
+            given = "draft_inner" if draft_inner is not None else "judge"
+            raise IncompatibleStack(f"{given} is given, and no draft model that it could be for; set draft.")
         chosen = outer or (TargetOnly() if draft is None else PrefixVerification(judge=judge or LabelJudge()))
         if chosen.needs_draft and draft is None:
             raise IncompatibleStack(

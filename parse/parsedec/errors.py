@@ -3,6 +3,7 @@ expected and what to do; anything else that escapes the engine is a defect of ou
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,3 +88,18 @@ def without_frames(error: BaseException) -> BaseException:
             one.__traceback__ = None
             waiting += [one.__cause__, one.__context__]
     return error
+
+
+def require_objects(**parts: object) -> None:
+    """Raise ConfigError for a part of a stack that is given by its name, or as a class that was not called."""
+    for name, part in parts.items():
+        if isinstance(part, str):
+            raise ConfigError(f"{name}={part!r}; expected an object. Names are for the command line: {name}={part}.")
+        if isinstance(part, type):
+            raise ConfigError(f"{name} is the class {part.__name__}; expected an object of it: {part.__name__}(…).")
+
+
+def require_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Raise ConfigError for a setting that is no number, or has to be a whole one and is not."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ConfigError(f"{name}={value!r}; expected a {'whole ' if whole else ''}number.")

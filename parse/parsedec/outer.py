@@ -16,10 +16,10 @@ from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
 from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import ConfigError, IncompatibleStack, require_number, require_objects
 from parsedec.gate import Always, Gate, GateHistory
 from parsedec.inner import Decoder, InnerSpeculator
-from parsedec.judge import Judge, LabelJudge, Scores
+from parsedec.judge import Judge, LabelJudge, Scores, judged
 from parsedec.loop import Once, Rounds
 from parsedec.meter import Meter
 from parsedec.model import LanguageModel
@@ -143,6 +143,10 @@ class DraftVerification(ABC):
     end_token: int = -1  # closes an answer that is a whole draft; filled in by bind
 
     def __post_init__(self) -> None:
+        for name in ("judge", "segmenter", "boundary", "gate", "loop"):
+            require_objects(**{name: getattr(self, name)})
+        if self.max_draft_tokens is not None:
+            require_number("outer.max_draft_tokens", self.max_draft_tokens, whole=True)
         if self.max_draft_tokens is not None and self.max_draft_tokens < 1:
             raise ConfigError(
                 f"outer.max_draft_tokens={self.max_draft_tokens}; expected at least 1, or null for no limit."
@@ -289,13 +293,13 @@ class PrefixVerification(DraftVerification):
     def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
         """A score per cut (None where two_pass did not need to ask), and the passes made."""
         session = work.target.session
-        first = self.judge.score(session, draft, cuts, cuts if self.passes == "fused" else cuts[-1:])
+        first = judged(self.judge, session, draft, cuts, cuts if self.passes == "fused" else cuts[-1:])
         passes = [first]
         scores: list[float | None] = list(first.values)
         if self.passes == "two_pass" and len(cuts) > 1:
             scores = [*([None] * (len(cuts) - 1)), *first.values]
             if not self.boundary.whole(first.values[-1]):
-                passes.append(self.judge.score(session, draft, cuts, cuts[:-1]))
+                passes.append(judged(self.judge, session, draft, cuts, cuts[:-1]))
                 scores[:-1] = passes[-1].values
         self._count_passes(work, passes)
         return scores, passes

@@ -45,9 +45,32 @@ def messages_of(prompt: Prompt) -> list[Message]:
             f"message {shown(malformed[0])} is not of the form {{'role': …, 'content': …}}. Several prompts are for "
             "generate_batch."
         )
-    if not messages or not str(messages[-1]["content"]).strip():
+    texts: list[Message] = [{**message, "content": _text(message["content"])} for message in messages]
+    if not texts or not texts[-1]["content"].strip():
         raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
-    return list(messages)
+    return texts
+
+
+def _text(content: Any) -> str:
+    """What a message says: a text, or parts of one as OpenAI's clients send them."""
+    parts = [content] if isinstance(content, str) or not isinstance(content, Sequence) else content
+    read = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in parts]
+    texts = [part for part in read if isinstance(part, str) and is_unicode(part)]
+    if len(texts) < len(read):
+        raise PromptError(
+            f"a message's content is {shown(content)}; expected text, or a list of {{'type': 'text', 'text': …}}. Half "
+            "of a surrogate pair is no text."
+        )
+    return "".join(texts)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it is text: JSON can spell half of a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_length(model: LanguageModel, ids: Sequence[int]) -> None:

@@ -32,7 +32,7 @@ import torch
 from parsedec.boundary import BoundaryRule, FirstFailure, Smoothed
 from parsedec.drafter import Writing
 from parsedec.errors import ConfigError
-from parsedec.judge import Judge, Scores
+from parsedec.judge import Judge, Scores, judged
 from parsedec.outer import DraftVerification, Work, Written, drafter_of
 from parsedec.segmenters import Segmenter
 from parsedec.session import Session
@@ -220,7 +220,7 @@ class Judging:
     def _run(self, draft: Draft, cuts: Sequence[int], probes: Sequence[int], last: bool) -> None:
         if self.failed:
             return
-        scores = self.judge.score(self.session, draft, cuts, probes)
+        scores = judged(self.judge, self.session, draft, cuts, probes)
         self.passes.append(scores)
         self.scores += scores.values
         self.failed = not last and self.boundary.keep(self.scores) < len(self.scores)

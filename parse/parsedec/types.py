@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 
 COLDEST = 1e-4  # temperature: below it logits overflow, and greedy decoding is what is meant
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
@@ -185,6 +185,9 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
+        require_number("sampling.temperature", self.temperature)
+        require_number("sampling.top_p", self.top_p)
+        require_number("sampling.top_k", self.top_k, whole=True)
         warm = self.temperature == 0 or COLDEST <= self.temperature < math.inf
         if not warm or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from parsedec.experiment.build import conf_folder
+from parsedec.experiment.nodes import conf_folder
 from parsedec.experiment.record import write_text
 from parsedec.experiment.summary import wilson
 from parsedec.experiment.table import document, grid, origin, printed, tier

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from parsedec.engine import Parse
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, IncompatibleStack, require_number
 from parsedec.experiment.calibrated import warn_of_other_calibration
 from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.model import LanguageModel
@@ -22,16 +21,6 @@ from parsedec.types import Sampling
 log = logging.getLogger(__name__)
 
 _models: dict[str, LanguageModel] = {}
-
-
-def conf_folder() -> Path:
-    """The folder of the configuration groups: beside the package where it is installed, else in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    places = (package / "conf", package.parents[1] / "conf")
-    found = next((place for place in places if (place / "config.yaml").is_file()), None)
-    if found is None:
-        raise ConfigError(f"no configuration groups in {places[0]} or {places[1]}; install parsedec again.")
-    return found
 
 
 def build_model(cfg: DictConfig) -> LanguageModel:
@@ -50,6 +39,10 @@ def build_engine(cfg: DictConfig) -> Parse:
         warn_of_other_calibration(cfg)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
     draft = draft_node(cfg) if wants_draft else None
+    if outer.needs_draft and draft is None:  # before the target is loaded, which may take long
+        raise IncompatibleStack(
+            f"{type(outer).__name__} needs a draft model, and draft is none. Set draft=WHERE, or use outer=none."
+        )
     return Parse(
         build_model(target_node(cfg)),
         build_model(draft) if draft is not None else None,
@@ -81,6 +74,9 @@ def apply_runtime(cfg: DictConfig) -> None:
     """Thread settings, before the first tensor is made."""
     threads = cfg.runtime.threads
     if threads is not None:
+        require_number("runtime.threads", threads, whole=True)
+        if threads < 1:
+            raise ConfigError(f"runtime.threads={threads}; expected at least 1, or null for torch's choice.")
         torch.set_num_threads(threads)
     if not torch.cuda.is_available() and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         log.warning("OMP_WAIT_POLICY is not PASSIVE; on small machines torch can then be many times slower")

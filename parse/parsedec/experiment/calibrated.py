@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from parsedec.errors import ConfigError
-from parsedec.experiment.nodes import checkpoint_of, draft_node, target_node
+from parsedec.experiment.nodes import checkpoint_of, conf_folder, draft_node, target_node
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,25 @@ def read_calibration(path: Path) -> dict[str, Any]:
 
 
 def warn_of_other_calibration(cfg: DictConfig) -> None:
-    """Say so if the run has another pair, judge or segmenter than the one the thresholds were fitted for."""
-    holds = read_calibration(Path(str(cfg.calibration))).get("holds_for") or {}
+    """Say so if the run has another pair, judge or segmenter than the one the thresholds were fitted for, or other
+    thresholds."""
+    calibration = read_calibration(Path(str(cfg.calibration)))
+    holds = calibration.get("holds_for") or {}
+    pairs = [str(override).split("=", 1) for override in calibration["overrides"]]
+    fitted = OmegaConf.from_dotlist([f"{key}={value}" for key, value in pairs if key.startswith("boundary.")])
+    changed = [
+        f"boundary.{key} is {cfg.boundary.get(key)}, not {value}"
+        for key, value in (fitted.get("boundary") or {}).items()
+        if cfg.boundary.get(key) != value
+    ]
+    rule = dict(pairs).get("boundary")
+    if rule is not None and cfg.boundary._target_ != _target_of(rule):
+        changed.insert(0, f"the rule is {cfg.boundary._target_.rsplit('.', 1)[-1]}, not boundary={rule}")
+    if changed:
+        log.warning(
+            "calibration=%s is overridden: %s. What it promises does not hold for this run", cfg.calibration,
+            "; ".join(changed),
+        )  # fmt: skip
     draft = draft_node(cfg)
     here = {
         "target": checkpoint_of(target_node(cfg)),
@@ -52,3 +69,9 @@ def warn_of_other_calibration(cfg: DictConfig) -> None:
             cfg.calibration,
             " and ".join(other),
         )
+
+
+def _target_of(rule: str) -> str | None:
+    """The class that a file of the group boundary names."""
+    path = conf_folder() / "boundary" / f"{rule}.yaml"
+    return str(OmegaConf.select(OmegaConf.load(path), "_target_")) if path.is_file() else None

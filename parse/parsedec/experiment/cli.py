@@ -59,8 +59,11 @@ def expand_shorthand(argument: str, conf: Path) -> list[str]:
     """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model;
     `calibration=FILE` for the thresholds that calibrate.py wrote there."""
     key, _, value = argument.partition("=")
-    if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file() and _is_location(value):
-        return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={_quoted(value)}"]
+    if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file():
+        several = [value] if Path(value).exists() else value.split(",")  # of a sweep
+        if all(map(_is_location, several)):
+            sources = ",".join(map(_quoted, several))
+            return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={sources}"]
     if key == "calibration" and value not in ("", "null"):
         return [f"calibration={_quoted(value)}", *read_calibration(Path(value))["overrides"]]
     if key == "draft.inner":
@@ -82,8 +85,13 @@ def explain(error: Exception, conf: Path) -> str:
         other = f" A hub id without a slash is given as {group}=any {key}={name}." if key else ""
         return f"{group}={name} does not exist; {group} is one of {members}.{_close(name, members)}{other}"
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
-        key = found[1] or found[2]
-        return f"no setting is called '{key}'.{_close(key, known_settings(conf))} --help shows all of them."
+        key, names = found[1] or found[2], known_settings(conf)
+        if key in names:
+            return (
+                f"{key} is a setting of another member of {key.rsplit('.', 1)[0]} than the one chosen. --help and the "
+                "files of conf/ show what each has."
+            )
+        return f"no setting is called '{key}'.{_close(key, names)} --help shows all of them."
     if found := re.search(r"Missing mandatory value: ([\w.]+)", message):
         path = found[1].split(".")  # perhaps of a node that stands for a setting nearer to the root: outer.judge
         known = set(known_settings(conf))
@@ -170,7 +178,8 @@ def _is_location(value: str) -> bool:
 
 
 def _close(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    inside = [k for k in known if k.endswith(f".{name}")]  # the right name without its group
+    near = inside[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if not near and "." in name:  # right group, wrong setting
         group = name.rsplit(".", 1)[0]
         near = [k for k in known if k.startswith(f"{group}.")]

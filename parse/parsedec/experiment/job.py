@@ -12,7 +12,7 @@ from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.errors import ParsedecError
+from parsedec.errors import ConfigError, OutputExistsError, ParsedecError
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
@@ -40,16 +40,18 @@ def run_job(
     Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
-    earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume, free=["task.n"])
+    earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume, free=["task.n", "baseline"])
     if earlier and _complete(earlier, plain(cfg)):
         log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
         return earlier
     settings = _settings(cfg)
     task = instantiate(cfg.task)
     problems = task.problems()
+    if earlier:
+        earlier = earlier | {"arms": _standing(earlier, problems, folder)}
     arms = make_arms()
     if earlier:
-        _take_over(arms, earlier, problems)
+        _take_over(arms, earlier)
     head = _head(cfg, arms, earlier)
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
@@ -92,6 +94,11 @@ def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequen
     """Run (or finish) the arms of `cfg.arms`: each is the configuration `config` with the command's overrides and its
     own behind them, built when they are needed. Hydra must be initialised."""
     apply_runtime(cfg)
+    if cfg.baseline is not None and cfg.baseline not in cfg.arms and len(cfg.arms) > 1:
+        raise ConfigError(
+            f"baseline={cfg.baseline}; expected one of the arms, {', '.join(map(str, cfg.arms))}, or null to compare "
+            "nothing."
+        )
 
     def make_arms() -> list[Arm]:
         arms = []
@@ -102,6 +109,12 @@ def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequen
         return arms
 
     return run_job(cfg, folder, make_arms, baseline=cfg.baseline)
+
+
+def refuse_nothing_answered(record: Mapping[str, Any]) -> None:
+    """Raise ParsedecError for a run that has answered nothing: a script should not go on from it."""
+    if all(arm["summary"]["errors"] == arm["summary"]["requests"] for arm in record["arms"]):
+        raise ParsedecError("no request could be answered; the record says why, request by request.")
 
 
 def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
@@ -117,7 +130,8 @@ def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
 
 def _complete(record: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether nothing of a run is left to do; requests that failed are tried again."""
-    as_many = record["config"]["task"].get("n") == config["task"].get("n")
+    before = record["config"]
+    as_many = before["task"].get("n") == config["task"].get("n") and before.get("baseline") == config.get("baseline")
     failed = any(request["error"] for arm in record["arms"] for request in arm["requests"])
     return as_many and record["status"] == "finished" and not failed
 
@@ -133,18 +147,34 @@ def _head(cfg: DictConfig, arms: Sequence[Arm], earlier: dict[str, Any] | None) 
     }
 
 
-def _take_over(arms: Sequence[Arm], earlier: dict[str, Any], problems: Sequence[Problem]) -> None:
-    """The finished requests of an earlier run, as far as their problems are asked: there may be more or fewer now.
-    Those that failed are tried again."""
+def _standing(earlier: dict[str, Any], problems: Sequence[Problem], folder: Path) -> list[dict[str, Any]]:
+    """The arms of an earlier run with the requests that need not be answered again: those that did not fail, and whose
+    problem is asked as it was.
+
+    Raises OutputExistsError where a finished request's problem is not asked any more: its answer would be lost.
+    """
     asked = {problem.id: problem.prompt for problem in problems}
+    finished = [request for arm in earlier["arms"] for request in arm["requests"] if not request["error"]]
+    dropped = {first_turn(request["id"]) for request in finished} - {first_turn(name) for name in asked}
+    if dropped:
+        raise OutputExistsError(
+            f"{folder / 'record.json'} holds answers to {len(dropped)} problems that are not asked now, such as "
+            f"{min(dropped)!r}; resuming would lose them. Ask at least as many problems as before (task.n), or choose "
+            "another folder (output=DIR)."
+        )
 
     def stands(request: Mapping[str, Any]) -> bool:
         known = request["prompt"] if request["id"] in asked else asked.get(first_turn(request["id"]))
         return not request["error"] and known is not None and asked.get(request["id"], known) == known
 
+    return [arm | {"requests": [one for one in arm["requests"] if stands(one)]} for arm in earlier["arms"]]
+
+
+def _take_over(arms: Sequence[Arm], earlier: dict[str, Any]) -> None:
+    """The requests of an earlier run, each to the arm that answered it."""
+    answered = {arm["name"]: arm["requests"] for arm in earlier["arms"]}
     for arm in arms:
-        before = next(a["requests"] for a in earlier["arms"] if a["name"] == arm.name)
-        arm.requests = [request for request in before if stands(request)]
+        arm.requests = answered[arm.name]
 
 
 def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:
@@ -162,6 +192,8 @@ def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig) -> Settings:
     limits = Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop)
+    if isinstance(cfg.seeds, (int, str)):
+        raise ConfigError(f"seeds={cfg.seeds}; expected a list: seeds=[{cfg.seeds}].")
     seeds = tuple(cfg.seeds or ())
     return Settings(
         limits=limits,

@@ -1,6 +1,9 @@
-"""Which part of a configuration says where a model is: the groups target and draft, or the engine with its servers."""
+"""Where configurations are, and which part of one says where a model is: the groups target and draft, or the engine
+with its servers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,3 +44,13 @@ def check_local(cfg: DictConfig) -> None:
             f"engine has target.url={cfg.engine.target.url}, but this command needs the model itself. Use engine=local "
             "with the same checkpoint; what it finds holds for a server that serves it."
         )
+
+
+def conf_folder() -> Path:
+    """The folder of the configuration groups: beside the package where it is installed, else in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "conf", package.parents[1] / "conf")
+    found = next((place for place in places if (place / "config.yaml").is_file()), None)
+    if found is None:
+        raise ConfigError(f"no configuration groups in {places[0]} or {places[1]}; install parsedec again.")
+    return found

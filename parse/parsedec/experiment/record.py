@@ -101,6 +101,8 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{path} has schema_version {found!r}; expected {SCHEMA_VERSION}. It was written by another "
             "version of parsedec, or is no record."
         )
+    if missing := {"config", "provenance"} - set(record):
+        raise ParsedecError(f"{path} is no whole record: it has no {' and no '.join(sorted(missing))}.")
     return record
 
 
@@ -119,6 +121,8 @@ def earlier_record(
     resume  None: this kind of run is always made whole, and cannot be gone on with
     free    dotted settings that may differ from the record's
     """
+    if path.parent.is_file():
+        raise OutputExistsError(f"output={path.parent} is a file; expected a folder, which need not exist yet.")
     if not path.exists():
         if resume:
             log.info("nothing to resume in %s: this is a new run", path.parent)

@@ -21,7 +21,9 @@ from markupsafe import Markup, escape
 
 from parsedec.errors import ParsedecError
 from parsedec.experiment.html import rendered
-from parsedec.experiment.record import SCHEMA_VERSION, write_text
+from parsedec.experiment.record import SCHEMA_VERSION, to_json, write_text
+from parsedec.experiment.summary import summarise
+from parsedec.types import Result
 
 Json = Mapping[str, Any]
 
@@ -315,6 +317,14 @@ def render_trace(record: Mapping[str, Any]) -> str:
     return rendered(TEMPLATE, page_view(record), (decimal, percent, seconds, plural, wrap_indents))
 
 
-def write_trace(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the page of a record, atomically."""
-    return write_text(render_trace(record), Path(path))
+def write_trace(record: Mapping[str, Any] | Result, path: str | os.PathLike[str]) -> Path:
+    """Write the page of a record, or of one result, atomically."""
+    return write_text(render_trace(_record_of(record) if isinstance(record, Result) else record), Path(path))
+
+
+def _record_of(result: Result) -> dict[str, Any]:
+    """A record of one request, whose prompt is not known."""
+    request = {"id": "1", "prompt": "", "correct": None, "detail": "", "error": None, "result": to_json(result)}
+    arm = {"name": "result", "description": "", "summary": summarise([request]), "requests": [request]}
+    head = {"schema_version": SCHEMA_VERSION, "status": "finished", "title": "One result"}
+    return head | {"config": {}, "provenance": {}, "arms": [arm]}

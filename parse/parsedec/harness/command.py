@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from parsedec.errors import ConfigError, ParsedecError
-from parsedec.experiment.build import conf_folder
 from parsedec.experiment.cli import INTERRUPTED, USAGE, explain, stderr
+from parsedec.experiment.nodes import conf_folder
 from parsedec.tasks.base import require_extra
 
 SUBCOMMANDS = ("run", "ls", "validate")

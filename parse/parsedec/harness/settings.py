@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from parsedec.errors import ConfigError
-from parsedec.experiment.build import build_sampling, conf_folder
+from parsedec.experiment.build import build_sampling
 from parsedec.experiment.cli import expand_shorthand
+from parsedec.experiment.nodes import conf_folder
 from parsedec.types import Sampling
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from parsedec.judge.digit import DigitJudge
 from parsedec.judge.label import LABELS, QUESTION, LabelJudge, how_to_ask
 from parsedec.judge.logprob import LogprobJudge
 from parsedec.judge.probe import ProbeJudge
-from parsedec.judge.seam import Judge, JudgeNeeds, PassJudge, Reading, Scores, judging_session
+from parsedec.judge.seam import Judge, JudgeNeeds, PassJudge, Reading, Scores, judged, judging_session
 
 __all__ = [
     "LABELS",
@@ -34,5 +34,6 @@ __all__ = [
     "Reading",
     "Scores",
     "how_to_ask",
+    "judged",
     "judging_session",
 ]

@@ -43,6 +43,17 @@ class Scores:
     note: str | None = None  # e.g. why the packed path was not taken
 
 
+def judged(judge: Judge, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
+    """The judge's scores, of which there is one a probe: an outer level could not tell which of them are missing."""
+    scores = judge.score(session, draft, cuts, probes)
+    if len(scores.values) != len(probes):
+        raise JudgeError(
+            f"{type(judge).__name__} gave {len(scores.values)} scores for {len(probes)} cuts; expected one for each, "
+            "in their order."
+        )
+    return scores
+
+
 @dataclass(frozen=True, slots=True)
 class JudgeNeeds:
     """What a judge reads besides logits.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from parsedec.chat import closing_token
 from parsedec.errors import ConfigError
-from parsedec.judge import Judge, LabelJudge
+from parsedec.judge import Judge, LabelJudge, judged
 from parsedec.model import LanguageModel
 from parsedec.outer import Work, Written, drafter_of
 from parsedec.peers.steps import DraftSteps
@@ -106,7 +106,7 @@ class SpecReason:
     def _judge(self, work: Work, step: Draft, facts: dict[str, Any]) -> bool:
         """Whether the step stands; the target's session is then behind it, else before it."""
         session, n = work.target.session, len(step.tokens)
-        scores = self.judge.score(session, step, [n], [n])
+        scores = judged(self.judge, session, step, [n], [n])
         assert self.threshold is not None
         stands = scores.values[0] >= self.threshold
         session.keep_draft(n if stands else 0)

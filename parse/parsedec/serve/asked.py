@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from parsedec.errors import ConfigError
+from parsedec.prompt import is_unicode
 from parsedec.serve.desk import Task
 from parsedec.serve.refusals import Refusal
 from parsedec.types import COLDEST, Limits, Message, Sampling
@@ -47,11 +48,8 @@ WHY = {"echo": "only what was written is returned"}
 
 
 def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a surrogate pair, which is no Unicode text") from error
+    if not is_unicode(text):
+        raise ValueError("it holds half of a surrogate pair, which is no Unicode text")
     return text
 
 

@@ -24,8 +24,9 @@ import uvicorn
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from parsedec.experiment.build import apply_runtime, build_engine, build_sampling, conf_folder
+from parsedec.experiment.build import apply_runtime, build_engine, build_sampling
 from parsedec.experiment.cli import run_command, stderr
+from parsedec.experiment.nodes import conf_folder
 from parsedec.serve.app import Gateway
 from parsedec.serve.settings import KEY_VARIABLE, ServeSettings
 from parsedec.types import Limits
@@ -103,7 +104,7 @@ def serve(cfg: DictConfig) -> None:
     gateway = Gateway(
         engine,
         settings,
-        limits=Limits(max_new_tokens=cfg.max_new_tokens, stop=list(cfg.stop)),
+        limits=Limits(max_new_tokens=cfg.max_new_tokens, stop=cfg.stop),
         sampling=build_sampling(cfg),
         fingerprint=f"fp_{hashlib.sha256(OmegaConf.to_yaml(cfg, sort_keys=True).encode()).hexdigest()[:12]}",
     )

@@ -6,7 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 
 KEY_VARIABLE = "PARSEDEC_API_KEY"
 RUNS = ("auto", "batch", "threads")
@@ -45,8 +45,10 @@ class ServeSettings:
     def __post_init__(self) -> None:
         least = {"at_once": 1, "queue": 0, "max_request_bytes": 1024, "max_tokens": 1, "max_choices": 1, "drain_s": 0}
         for name, bound in least.items():
+            require_number(f"serve.{name}", getattr(self, name), whole=name != "drain_s")
             if getattr(self, name) < bound:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}; expected at least {bound}.")
+        require_number("serve.port", self.port, whole=True)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"serve.port={self.port}; expected 0 (any free one) to 65535.")
         if self.run not in RUNS:

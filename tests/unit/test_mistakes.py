@@ -1,0 +1,288 @@
+"""Mistakes that are easily made, in Python and in commands: none is silent, and none costs what is finished."""
+
+import json
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+
+from parsedec import Parse, PrefixVerification, load, write_trace
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, ModelLoadError, OutputExistsError, PromptError
+from parsedec.experiment import calibrated
+from parsedec.experiment.build import apply_runtime, build_engine
+from parsedec.experiment.cli import expand_shorthand, explain, known_settings
+from parsedec.experiment.job import refuse_nothing_answered, run_comparison, run_job
+from parsedec.experiment.nodes import conf_folder
+from parsedec.experiment.record import read_record
+from parsedec.experiment.runner import Arm
+from parsedec.inner import NoSpeculation
+from parsedec.judge import LabelJudge, Scores
+from parsedec.loop import Rounds
+from parsedec.prompt import messages_of
+from parsedec.segmenters import Lines
+from parsedec.serve import command
+from parsedec.streamed import StreamedVerification
+from parsedec.types import JudgePath, Tree
+from parsedec_adapters.draft_model import DraftModel
+
+CONF = conf_folder()
+QUESTION = "Tom has 12 coins. Ana gives Tom 30 coins. How many coins does Tom have now?"
+
+
+def composed(*overrides, config="config"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config, overrides=["runtime=cpu", "warmup=0", "max_new_tokens=8", *overrides])
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    return [load(f"zoo:{name}", dtype="float32", device="cpu", backend="static") for name in ("target", "draft")]
+
+
+# Python
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"outer": "parse"}, r"outer='parse'; expected an object.*outer=parse"),
+        ({"judge": "label"}, "judge='label'; expected an object"),
+        ({"judge": LabelJudge}, r"judge is the class LabelJudge; expected an object of it: LabelJudge\(…\)"),
+        ({"inner": DraftModel}, "inner is the class DraftModel"),
+        ({"acceptance": "siblings"}, "acceptance='siblings'"),
+    ],
+)
+def test_parts_are_objects(parts, said, tiny_target, tiny_draft):
+    with pytest.raises(ConfigError, match=said):
+        Parse(tiny_target, tiny_draft, **parts)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: PrefixVerification(segmenter=Lines), "segmenter is the class Lines"),
+        (lambda: StreamedVerification(judge="label"), "judge='label'"),
+        (lambda: PrefixVerification(max_draft_tokens=2.5), r"max_draft_tokens=2\.5; expected a whole number"),
+        (lambda: Rounds(rounds=2.5), r"loop\.rounds=2\.5; expected a whole number"),
+    ],
+)
+def test_parts_of_an_outer_level_are_looked_at_too(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        wrong()
+
+
+@pytest.mark.parametrize("given", ["judge", "draft_inner"])
+def test_what_only_a_draft_model_could_need_is_not_ignored(given, tiny_target):
+    part = LabelJudge() if given == "judge" else NoSpeculation()
+    with pytest.raises(IncompatibleStack, match=f"{given} is given, and no draft model"):
+        Parse(tiny_target, **{given: part})
+
+
+class Counts:
+    """A judge that gives as many scores as it likes."""
+
+    suffix_rows, card = 0, None
+
+    def __init__(self, count):
+        self.count = count
+
+    def bind(self, target):
+        return self
+
+    @property
+    def needs(self):
+        return LabelJudge().needs
+
+    def score(self, session, draft, cuts, probes):
+        session.judge(draft.tokens, cuts, [])
+        return Scores((1.0,) * self.count(len(probes)), (), 1, JudgePath.CAUSAL)
+
+
+@pytest.mark.parametrize("count", [lambda probes: probes - 1, lambda probes: probes + 1, lambda probes: 0])
+@pytest.mark.parametrize("outer", [PrefixVerification, StreamedVerification])
+def test_a_judge_gives_a_score_for_every_cut(outer, count, zoo):
+    engine = Parse(*zoo, outer=outer(judge=Counts(count)))
+    with pytest.raises(JudgeError, match=r"Counts gave \d scores for \d cuts; expected one for each"):
+        engine.generate(QUESTION)
+    right = Parse(*zoo, outer=outer(judge=Counts(lambda probes: probes))).generate(QUESTION)
+    assert right.counters.kept_draft_tokens > 0
+
+
+def test_a_speculator_proposes_tokens_of_the_model(tiny_target):
+    class Beyond(NoSpeculation):
+        def propose(self, state, budget):
+            return Tree.chain([state[-1], 10**6]) if budget else Tree.chain(state[-1:])
+
+    with pytest.raises(ValueError, match=r"Beyond proposed tokens from \d+ to 1000000; expected ids of tiny llama"):
+        Parse(tiny_target, inner=Beyond()).generate([5, 6, 7], max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("Hi", "Hi"), ([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}], "Hi"), (["H", "i"], "Hi")],
+)
+def test_parts_of_text_are_text(content, text):
+    assert messages_of([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "content", [None, 7, b"Hi", {"type": "text"}, [{"type": "image_url", "image_url": "x"}], [None], "a \ud800 b"]
+)
+def test_other_content_is_refused_in_its_place(content, tiny_target):
+    with pytest.raises(PromptError, match=r"content is .*expected text, or a list"):
+        messages_of([{"role": "user", "content": content}])
+    prompts = ["w1 w2", [{"role": "user", "content": content}], "w1 w2"]
+    results = Parse(tiny_target).generate_batch(prompts, max_new_tokens=4).answers
+    assert isinstance(results[1], PromptError)
+    assert results[0].tokens == results[2].tokens
+
+
+@pytest.mark.parametrize(("source", "said"), [("", "no place of a model"), (__file__, "a file of another kind")])
+def test_what_is_no_model(source, said):
+    with pytest.raises(ModelLoadError, match=f"{said}; expected a directory"):
+        load(source)
+
+
+def test_a_result_has_a_page(tiny_target, tmp_path):
+    result = Parse(tiny_target).generate([5, 6, 7], max_new_tokens=4)
+    page = write_trace(result, tmp_path / "trace.html").read_text()
+    assert re.findall(r"w\d+", result.text)[0] in page
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("target=zoo:target,zoo:draft", ["target=any", "target.source='zoo:target','zoo:draft'"]),
+        ("draft=a/b,./c.gguf", ["draft=any", "draft.model.source='a/b','./c.gguf'"]),
+        ("target=zoo,any", ["target=zoo,any"]),
+        ("target=zoo,a/b", ["target=zoo,a/b"]),
+    ],
+)
+def test_several_models_of_a_sweep(argument, expanded):
+    assert expand_shorthand(argument, CONF) == expanded
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("inner.head=x", r"inner\.head is a setting of another member of inner than the one chosen"),
+        ("inner.hed=x", r"no setting is called 'inner\.hed'. Did you mean inner\.head"),
+        ("path=x", r"no setting is called 'path'. Did you mean .*\.path"),
+    ],
+)
+def test_a_setting_of_something_else(override, said):
+    with pytest.raises(Exception, match="override") as refused:
+        composed("inner=medusa", override)
+    assert re.search(said, explain(refused.value, CONF)), explain(refused.value, CONF)
+    assert "inner.head" in known_settings(CONF)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("sampling.temperature=hot", r"sampling\.temperature='hot'; expected a number"),
+     ("sampling.top_k=2.5", r"sampling\.top_k=2\.5; expected a whole number"),
+     ("seeds=3", r"seeds=3; expected a list: seeds=\[3\]"),
+     ("boundary.threshold=high", r"boundary\.threshold='high'; expected a number"),
+     ("draft=none", "needs a draft model, and draft is none")],
+)  # fmt: skip
+def test_wrong_values_are_named(override, said, tmp_path, monkeypatch):
+    from parsedec.experiment import build
+
+    monkeypatch.setattr(build, "build_model", lambda node: pytest.fail("found only after a model was loaded"))
+    cfg = composed(override, "task.n=1")
+    with pytest.raises(Exception, match=r".") as refused:
+        run_job(cfg, tmp_path, lambda: [Arm("run", build.build_engine(cfg))])
+    assert re.search(said, explain(refused.value, CONF)), explain(refused.value, CONF)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("threads", [0, "many"])
+def test_threads(threads):
+    with pytest.raises(ConfigError, match=rf"runtime\.threads='?{threads}"):
+        apply_runtime(composed(f"runtime.threads={threads}"))
+
+
+def test_a_server_does_not_stop_at_each_letter_of_a_stop_string(monkeypatch):
+    monkeypatch.setattr(command, "build_engine", lambda cfg: None)
+    with pytest.raises(ConfigError, match=r"one string, which would stop at each of its letters|expected a list"):
+        command.serve(composed("stop=abc", config="serve"))
+    with pytest.raises(Exception, match="port") as refused:
+        command.serve(composed("serve.port=abc", config="serve"))
+    assert "serve.port='abc'; expected a whole number" in explain(refused.value, CONF)
+
+
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is a file; expected a folder"):
+        run_job(composed("task.n=1"), tmp_path / "out", list)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_resuming_with_fewer_problems_loses_no_answer(tmp_path):
+    def run(*overrides):
+        cfg = composed("outer=none", "target.source=zoo:draft", *overrides)
+        return run_job(cfg, tmp_path / "out", lambda: [Arm("run", build_engine(cfg))])
+
+    whole = run("task.n=3")
+    stored = (tmp_path / "out" / "record.json").read_text()
+    with pytest.raises(OutputExistsError, match=r"answers to 2 problems that are not asked now.*task\.n"):
+        run("task.n=1", "resume=true")
+    assert (tmp_path / "out" / "record.json").read_text() == stored
+    longer = run("task.n=4", "resume=true")
+    assert longer["arms"][0]["requests"][:3] == whole["arms"][0]["requests"]
+
+
+def test_a_baseline_is_one_of_the_arms_and_can_be_changed_afterwards(tmp_path):
+    def compared(*more):
+        overrides = ["task.n=2", "target.source=zoo:draft", "runtime=cpu", "warmup=0", "max_new_tokens=8", *more]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("compare", overrides=overrides)
+            with open_dict(cfg):
+                cfg.arms = {name: {"overrides": ["outer=none"]} for name in ("one", "two")}
+            return run_comparison(cfg, tmp_path / "out", "compare", overrides)
+
+    with pytest.raises(ConfigError, match=r"baseline=nope; expected one of the arms, one, two"):
+        compared("baseline=nope")
+    assert not (tmp_path / "out").exists()
+    first = compared("baseline=one")
+    assert [row["arm"] for row in first["comparison"]] == ["two"]
+    again = compared("baseline=two", "resume=true")
+    assert [row["arm"] for row in again["comparison"]] == ["one"]
+    assert [arm["requests"] for arm in again["arms"]] == [arm["requests"] for arm in first["arms"]]
+
+
+def test_a_run_that_answered_nothing_has_failed():
+    def record(*errors):
+        return {"arms": [{"summary": {"errors": n, "requests": 2}} for n in errors]}
+
+    refuse_nothing_answered(record(2, 1))
+    with pytest.raises(Exception, match="no request could be answered"):
+        refuse_nothing_answered(record(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], None),
+        (["boundary.threshold=0.1"], r"overridden: boundary\.threshold is 0\.1, not 0\.9[0-9]*"),
+        (["boundary=longest_valid"], "overridden: the rule is LongestValid, not boundary=first_failure"),
+    ],
+)
+def test_thresholds_that_promise_something_are_not_replaced_in_silence(overrides, said, tmp_path, caplog):
+    path = tmp_path / "calibration.yaml"
+    path.write_text(
+        "overrides: [boundary=first_failure, boundary.threshold=0.93, boundary.full_threshold=0.8]\nholds_for: {}\n"
+    )
+    cfg = composed(*expand_shorthand(f"calibration={path}", CONF), *overrides)
+    calibrated.warn_of_other_calibration(cfg)
+    assert re.search(said, caplog.text) if said else not caplog.records
+
+
+def test_half_a_record_is_said_to_be_one(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"schema_version": 1, "status": "finished", "arms": []}))
+    with pytest.raises(Exception, match="no whole record: it has no config and no provenance"):
+        read_record(tmp_path / "record.json")
