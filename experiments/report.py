@@ -36,12 +36,19 @@ def read_all(given: list[Path]) -> list[Found]:
             raise ParsedecError(f"there is no record.json below {path}. Expected the folder of a run or of a sweep.")
         for one in below:
             try:
-                found[one] = read_record(one)
+                found[one] = whole(read_record(one), one)
             except ParsedecError as error:
                 if one in given:
                     raise
                 print(f"left out: {error}", file=sys.stderr)
     return list(found.items())
+
+
+def whole(record: Json, path: Path) -> Json:
+    """The record, if it has what every command writes first."""
+    if missing := {"config", "provenance"} - set(record):
+        raise ParsedecError(f"{path} is no whole record: it has no {' and no '.join(sorted(missing))}.")
+    return record
 
 
 def with_sections(found: list[Found], named: list[Path]) -> list[Found]:

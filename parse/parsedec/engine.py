@@ -68,7 +68,7 @@ class Parse:
         judge: Judge | None = None,
     ) -> None:
         _check_models(target, draft)
-        require_objects(inner=inner, draft_inner=draft_inner, acceptance=acceptance, outer=outer, judge=judge)
+        require_objects(acceptance=acceptance, outer=outer, judge=judge)
         if outer is not None and judge is not None:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
         if draft is None and (draft_inner is not None or (judge is not None and outer is None)):
@@ -350,7 +350,7 @@ def _check_models(target: object, draft: object) -> None:
 
 
 def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageModel | None) -> InnerSpeculator:
-    if not hasattr(inner, "bind"):
+    if not hasattr(inner, "bind") or isinstance(inner, type):
         raise ConfigError(
             f"the inner speculator is {shown(inner)}; expected one of parsedec_adapters, e.g. "
             "parsedec_adapters.draft_model.DraftModel(length=4)."

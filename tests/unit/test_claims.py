@@ -6,7 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from parsedec.experiment import claims, replay
-from parsedec.experiment.build import conf_folder, plain
+from parsedec.experiment.build import plain
+from parsedec.experiment.nodes import conf_folder
 from parsedec.experiment.summary import summarise
 
 TARGET, ALSO, DRAFT = "replay:qwen3_32b", "replay:qwen3_8b", "replay:qwen3_1.7b"

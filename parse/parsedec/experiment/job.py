@@ -164,8 +164,10 @@ def _standing(earlier: dict[str, Any], problems: Sequence[Problem], folder: Path
         )
 
     def stands(request: Mapping[str, Any]) -> bool:
+        if request["error"]:
+            return False
         known = request["prompt"] if request["id"] in asked else asked.get(first_turn(request["id"]))
-        return not request["error"] and known is not None and asked.get(request["id"], known) == known
+        return known is not None and asked.get(request["id"], known) == known
 
     return [arm | {"requests": [one for one in arm["requests"] if stands(one)]} for arm in earlier["arms"]]
 

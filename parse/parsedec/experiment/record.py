@@ -101,8 +101,6 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{path} has schema_version {found!r}; expected {SCHEMA_VERSION}. It was written by another "
             "version of parsedec, or is no record."
         )
-    if missing := {"config", "provenance"} - set(record):
-        raise ParsedecError(f"{path} is no whole record: it has no {' and no '.join(sorted(missing))}.")
     return record
 
 
