@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+JOBS ?= 3   # of tests at a time; some of them wait for servers and time limits
 TESTS := -m pytest -n $(JOBS) --dist worksteal   # neighbours share what takes long to make
 
 # Spinning OpenMP threads make small machines many times slower; must be set before torch is imported.
@@ -16,9 +16,10 @@ help:  ## this list
 
 setup: $(VENV)/.installed  ## virtual environment with parsedec and its tools, from the known-good set
 
+# not compiled: most of the modules are never imported
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf,eval,report,server]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --editable '.[dev,gguf,eval,report,server]'
 	@touch $@
 
 demo: setup  ## the main job on the embedded models: five arms, the table, the trace page
