@@ -72,23 +72,22 @@ class Hasty(StaticSession):
         assert self.prefetch(torch.tensor(token)) == token
 
 
-@pytest.mark.parametrize("kind", [Steps, Replayed])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whatever_is_done_to_a_session_that_prefetches_it_equals_a_plain_forward(monkeypatch, family, kind):
-    in_steps(monkeypatch, tiny.model(family), kind, prefetches=True)
+def test_whatever_is_done_to_a_session_that_prefetches_it_equals_a_plain_forward(monkeypatch, family):
+    in_steps(monkeypatch, tiny.model(family), Replayed, prefetches=True)
     monkeypatch.setattr(walks, "Session", Hasty)
     monkeypatch.setattr(judging, "Session", Hasty)
     before = Hasty.right, Hasty.wrong
-    for seed in range(12):
+    for seed in range(6):
         walks.test_a_random_walk_equals_a_plain_forward(family, seed)
     judging.test_packed_scores_equal_separate_forwards(family, "sdpa")
     judging.test_two_passes_reuse_the_draft_rows(family)
     assert Hasty.right > before[0] + 5
-    assert Hasty.wrong > before[1] + 20
+    assert Hasty.wrong > before[1] + 15
 
 
 @pytest.mark.parametrize("settings", [Sampling(), Sampling(temperature=0.8, top_k=20)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_request_is_the_same_with_and_without(monkeypatch, family, settings):
     """Of both models, at both levels: text, counters, rounds. And nothing is read twice."""
     monkeypatch.setattr("parsedec.sampling.Sampler._is_beside", lambda *_: False)  # as with CUDA
