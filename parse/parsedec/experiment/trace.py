@@ -324,7 +324,8 @@ def write_trace(record: Mapping[str, Any] | Result, path: str | os.PathLike[str]
 
 def _record_of(result: Result) -> dict[str, Any]:
     """A record of one request, whose prompt is not known."""
-    request = {"id": "1", "prompt": "(a result does not hold it)", "correct": None, "detail": "", "error": None, "result": to_json(result)}
+    graded = {"correct": None, "detail": "", "error": None}
+    request = {"id": "1", "prompt": "(a result does not hold it)", **graded, "result": to_json(result)}
     arm = {"name": "result", "description": "", "summary": summarise([request]), "requests": [request]}
     head = {"schema_version": SCHEMA_VERSION, "status": "finished", "title": "One result"}
     return head | {"config": {}, "provenance": {}, "arms": [arm]}
