@@ -136,7 +136,7 @@ def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tm
 
 
 def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):
-    record, _ = advised(tmp_path / "out", "inners=[]", "n=2", small=QUICK)
+    record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2")
     verdict = record["verdict"]
     assert not verdict["helps"]
     assert "slow_draft" in {finding["kind"] for finding in verdict["findings"]}
