@@ -226,7 +226,7 @@ class Decoder:
                 f"{type(self.inner).__name__} proposed a tree {tree.depth} deep with root {tree.tokens[0]} for a "
                 f"budget of {budget} and root {tokens[-1]}"
             )
-        if not 0 <= min(tree.tokens) <= max(tree.tokens) < self.session.model.vocab_size:
+        if tree.size > 1 and not 0 <= min(tree.tokens) <= max(tree.tokens) < self.session.model.vocab_size:
             raise ValueError(
                 f"{type(self.inner).__name__} proposed tokens from {min(tree.tokens)} to {max(tree.tokens)}; expected "
                 f"ids of {self.session.model.name}, 0 to {self.session.model.vocab_size - 1}"

@@ -143,14 +143,14 @@ class DraftVerification(ABC):
     end_token: int = -1  # closes an answer that is a whole draft; filled in by bind
 
     def __post_init__(self) -> None:
-        for name in ("judge", "segmenter", "boundary", "gate", "loop"):
-            require_objects(**{name: getattr(self, name)})
-        if self.max_draft_tokens is not None:
-            require_number("outer.max_draft_tokens", self.max_draft_tokens, whole=True)
-        if self.max_draft_tokens is not None and self.max_draft_tokens < 1:
-            raise ConfigError(
-                f"outer.max_draft_tokens={self.max_draft_tokens}; expected at least 1, or null for no limit."
-            )
+        require_objects(
+            judge=self.judge, segmenter=self.segmenter, boundary=self.boundary, gate=self.gate, loop=self.loop
+        )
+        limit = self.max_draft_tokens
+        if limit is not None:
+            require_number("outer.max_draft_tokens", limit, whole=True)
+            if limit < 1:
+                raise ConfigError(f"outer.max_draft_tokens={limit}; expected at least 1, or null for no limit.")
 
     def bind(self, target: LanguageModel) -> Self:
         judge = self.judge.bind(target)

@@ -10,6 +10,7 @@ Shapes in this file:  R rows, T columns before the pass, A query heads, G key an
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -159,14 +160,23 @@ def reads_in_pieces(device: torch.device, dtype: torch.dtype, heads: int, shared
     mask = torch.zeros(1, columns, dtype=dtype, device=device)
     mask[:, PIECE + 3 :] = hidden(dtype)  # two pieces and a half are of nothing that is seen
     scale = size**-0.5
+    return agrees(
+        "decode steps read a text in one piece, not in several",
+        lambda: in_pieces(q, keys, values, mask, scale, 4),
+        lambda: attention(q, keys, values, mask, False, scale),
+    )
+
+
+def agrees(otherwise: str, quick: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
+    """Whether a quick way gives what the plain one does, on numbers of size one; a warning says what happens if not."""
     try:
-        ours, plain = in_pieces(q, keys, values, mask, scale, 4), attention(q, keys, values, mask, False, scale)
-        off = float((ours - plain).float().abs().max())
+        ours = quick()
     except (RuntimeError, ValueError, TypeError) as error:
-        log.warning("decode steps read a text in one piece: %s", first_line(error))
+        log.warning("%s: %s", otherwise, first_line(error))
         return False
+    off = float((ours - plain()).float().abs().max())
     if not off <= TOLERANCE:
-        log.warning("decode steps read a text in one piece: in several it differs by %.2g", off)
+        log.warning("%s: its output differs by %.2g", otherwise, off)
     return off <= TOLERANCE
 
 

@@ -19,7 +19,6 @@ g = A / G, d head size.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,10 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from parsedec.static.attention import HALF, TOLERANCE, additive, weighed
+from parsedec.static.attention import HALF, additive, agrees, weighed
 from parsedec.static.memory import Buffers
-
-log = logging.getLogger(__name__)
 
 GROUP = 128  # rows of a group of probes, about: fewer leave less behind the first cut, more fill the processor
 PAGE = 256  # columns of a page: flash attention asks for a multiple of it
@@ -273,18 +270,17 @@ def _flash_agrees(device: torch.device, dtype: torch.dtype, shared: int, size: i
     q, k, v = numbers(rows, heads, size), numbers(rows, shared, size), numbers(rows, shared, size)
     keys, values = (state[:, :, : before + drafted] for state in states)
     scale = size**-0.5
-    try:
-        ours = Pages.of(states, before, drafted, cuts, suffix).attend(0, q, keys, values, k, v, scale)
-    except (RuntimeError, ValueError, TypeError) as error:
-        log.warning("judge_kernel=cascade runs without flash attention: %s", str(error).splitlines()[0])
-        return False
-    column = torch.arange(before + drafted, device=device)
-    mask = additive(column <= column[before:, None], dtype, device)
-    draft, _ = part(_by_head(q[:drafted], shared), keys, values, mask, scale)
-    staircase = stairs(cuts, suffix, dtype, device)
-    rest = probes(q[drafted:], keys, values, k[drafted:], v[drafted:], staircase, suffix, scale)
-    expected = torch.cat([draft.permute(2, 0, 1, 3).reshape(drafted, -1), rest])
-    off = float((ours - expected).float().abs().max())
-    if not off <= TOLERANCE:
-        log.warning("judge_kernel=cascade runs without flash attention: its output differs by %.2g", off)
-    return off <= TOLERANCE
+
+    def expected() -> Tensor:
+        column = torch.arange(before + drafted, device=device)
+        mask = additive(column <= column[before:, None], dtype, device)
+        draft, _ = part(_by_head(q[:drafted], shared), keys, values, mask, scale)
+        staircase = stairs(cuts, suffix, dtype, device)
+        rest = probes(q[drafted:], keys, values, k[drafted:], v[drafted:], staircase, suffix, scale)
+        return torch.cat([draft.permute(2, 0, 1, 3).reshape(drafted, -1), rest])
+
+    return agrees(
+        "judge_kernel=cascade runs without flash attention",
+        lambda: Pages.of(states, before, drafted, cuts, suffix).attend(0, q, keys, values, k, v, scale),
+        expected,
+    )
