@@ -379,7 +379,7 @@ def test_a_batch_forward_says_what_drafting_says(target):
     state, seen = started(inner, target, tokens)
     ids = torch.tensor([tokens[1:]])
     out = inner.head(seen.clone()[None], ids)
-    assert torch.allclose(out.hidden[0], state.rows.outputs[: state.length], atol=1e-5)
+    assert torch.allclose(out.hidden[0], state.rows.store.outputs[: state.length], atol=1e-5)
     best = out.logits[0, -1].log_softmax(-1).topk(3)
     tree = inner.propose(state, 1)
     assert list(tree.tokens[1:]) == best.indices.tolist()
@@ -456,16 +456,16 @@ def test_it_serves_the_draft_model_and_the_outer_level():
 
 
 def test_drafting_copies_no_rows(target):
-    """A growing request appends to one buffer; an older state goes on in a copy, and both stay right."""
+    """A growing request appends to one store; an older state goes on in a copy, and both stay right."""
     inner = bound(target, eagle3_heads.random_head())
     tokens = torch.randint(5, tiny.VOCAB, (30,), generator=torch.Generator().manual_seed(1)).tolist()
     whole, seen = started(inner, target, tokens)
     state = inner.start(tokens[:2], Seen(seen[:1]), GREEDY)
-    where, old = state.rows.keys_values.data_ptr(), state
+    store, old = state.rows.store, state
     for at in range(2, 30):
         inner.propose(state, 3)
         state = inner.commit(state, Outcome((tokens[at],), Seen(seen[at - 1 : at])))
-        assert state.rows.keys_values.data_ptr() == where
+        assert state.rows.store is store
     other = inner.commit(old, Outcome((tokens[2],), Seen(seen[1:2])))
     assert other.rows is not state.rows
     assert inner.propose(state, 3) == inner.propose(whole, 3)

@@ -9,7 +9,7 @@ from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.types import Sampling
 from parsedec_adapters.eagle3 import Eagle3
-from parsedec_adapters.eagle3.rows import FEW, SPARE, Rows, Sight, causal_mask
+from parsedec_adapters.eagle3.rows import FEW, Sight, Store, causal_mask
 from parsedec_adapters.eagle3.speculator import Eagle3State
 
 CPU = torch.device("cpu")
@@ -40,13 +40,12 @@ def test_every_level_sees_the_stable_rows_its_ancestors_and_itself():
 
 def test_sight_grows_with_rows_and_levels():
     head = eagle3_heads.random_head()
-    rows = Rows.empty(head.config, head.fc.weight, 8)
-    small = rows.sight(2, 3)
-    assert rows.sight(2, 2) is small
-    assert rows.sight(3, 3) is not small
-    assert rows.sight(3, 4).first(8).shape == (3, 11)
-    rows.going_on(0, SPARE)
-    assert rows.sight(3, 4).first(rows.capacity).all(1).tolist() == [False] * 3
+    small = Store(head.config, head.fc.weight, 8).sight(2, 3)
+    store = Store(head.config, head.fc.weight, 300)
+    assert store.sight(2, 3) is store.sight(2, 2)
+    assert store.sight(3, 3).first(8).shape == (3, 11)
+    assert small.first(8).shape == (2, 10)
+    assert store.sight(3, 4).first(300).all(1).tolist() == [False] * 3
 
 
 def test_single_rotations_are_rows_of_the_table():

@@ -7,15 +7,20 @@ import random
 import pytest
 import torch
 
+import eagle3_heads
 import tiny
 from medusa_heads import taught_heads
 from parsedec import Parse, Sampling, TargetOnly
 from parsedec.backends import open_session
-from parsedec.sampling import request_generator
+from parsedec.sampling import Sampler, request_generator
+from parsedec.session import Session
 from parsedec.static import cascade
 from parsedec.static.attention import attention, hidden, in_pieces, reads_in_pieces
 from parsedec.static.session import StaticSession
 from parsedec.static.steps import ROWS
+from parsedec.types import Outcome, Seen
+from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.eagle3.graphed import drafting_of
 from parsedec_adapters.medusa import Medusa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -141,3 +146,43 @@ def test_a_row_is_read_in_pieces(shape, dtype):
 def test_flash_attention_is_used_in_half_precision():
     states = torch.zeros(2, 1, 2, 512, 64, device="cuda", dtype=torch.bfloat16)
     assert cascade._flash_agrees(states.device, states.dtype, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eagle3_drafts_from_graphs(dtype):
+    """The trees of the CPU in float32; in bfloat16 those of the same head run as it is, but for near ties."""
+    cpu = tiny.model("llama", layers=8)
+    head = eagle3_heads.random_head(draft_vocab_size=40)
+    cuda = dataclasses.replace(cpu, hf=copy.deepcopy(cpu.hf).to("cuda", dtype), backend="static")
+    ids = torch.randint(5, tiny.VOCAB, (120,), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = {"tokens": 14, "depth": 3, "top_k": 3}
+    graphed = Eagle3(head=head, **settings).bind(cuda, None)
+    assert graphed.graphed, "the static backend on CUDA has its heads' graphs"
+    if dtype is torch.float32:
+        plain = Eagle3(head=copy.deepcopy(head), graphed=False, **settings).bind(cpu, None)
+    else:
+        plain = Eagle3(head=head, graphed=False, **settings).bind(cuda, None)
+    session = Session(cpu, graphed.needs.hidden_layers)
+    session.feed(ids)
+    seen = session.seen(0).taps
+    states = [inner.start(ids[:20], Seen(seen[:19]), Sampler(Sampling())) for inner in (plain, graphed)]
+    equal = 0
+    for at in range(20, 110, 5):
+        outcome = Outcome(tuple(ids[at : at + 5]), Seen(seen[at - 1 : at + 4]))
+        states = [inner.commit(state, outcome) for inner, state in zip((plain, graphed), states, strict=True)]
+        ours, theirs = graphed.draft(states[1], 4), plain.draft(states[0], 4)
+        equal += ours.tree == theirs.tree
+        if dtype is torch.float32:
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-2)
+    assert equal == 18 if dtype is torch.float32 else equal >= 9
+    assert 1 <= drafting_of(graphed.head).captures <= 3, "the fallback ran, or forwards were captured again"
+
+
+def test_answers_with_eagle3_equal_the_cpu():
+    cpu = tiny.model("llama", layers=8)
+    prompt, tokens = tiny.plain_answer(cpu)
+    head = eagle3_heads.taught_head(cpu, (*prompt, *tokens))
+    cuda = dataclasses.replace(cpu, hf=copy.deepcopy(cpu.hf).cuda(), backend="static")
+    result = Parse(cuda, inner=Eagle3(head=head, tokens=14), outer=TargetOnly()).generate(prompt, max_new_tokens=40)
+    assert list(result.tokens) == tokens[:40]
+    assert sum(result.counters.accepted_by_depth) > 0

@@ -35,6 +35,7 @@ SPECULATORS = {
     "none": NoSpeculation(),
     "draft_model": DraftModel(length=3),
     "eagle3": Eagle3(head=tiny_head(), tokens=12, depth=2, top_k=3),
+    "eagle3_graphed": Eagle3(head=tiny_head(), tokens=12, depth=2, top_k=3, graphed=True),
     "eagle3_random": RandomEagle3(tokens=9, depth=1, top_k=2),
     "medusa": Medusa(heads=random_heads(), nodes=12),
     "draft_model_unsure": DraftModel(length=4, confidence=0.6),

@@ -3,6 +3,8 @@
 Eagle3                  the inner speculator                                     speculator.py
 load_head, save_head    every public weight layout -> head -> EAGLE's layout     checkpoint.py, config.py
 EagleHead, HeadConfig   the network, usable for training as well                 head.py
+
+A tree is grown in tree.py behind the rows a request has (rows.py), level by level or from one CUDA graph (graphed.py).
 """
 
 from parsedec_adapters.eagle3.checkpoint import load_head, save_head

@@ -13,7 +13,7 @@ Shapes in this file:  B batch, n rows of this call, S rows attended to, L taps, 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,15 +75,29 @@ class Attention(nn.Module):
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        causal = mask is None and query.shape[2] > 1
-        out = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
-        )  # [B, heads, n, d]
+        if self.grouped and mask is not None and query.shape[0] == 1:
+            out = _by_groups(query, key, value, mask)
+        else:
+            causal = mask is None and query.shape[2] > 1
+            out = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
+            )  # [B, heads, n, d]
         attended: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return attended
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, heads, n, d]
+
+
+def _by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Grouped attention, the groups being a batch: on CUDA no fused kernel takes both groups and a mask.
+
+    query [1, heads, n, d], key and value [1, kv, S, d]: [1, heads, n, d]
+    """
+    shared = key.shape[1]
+    groups = query.view(shared, -1, *query.shape[2:])  # [kv, heads / kv, n, d]
+    key, value = (part.transpose(0, 1).expand(-1, groups.shape[1], -1, -1) for part in (key, value))
+    return functional.scaled_dot_product_attention(groups, key, value, attn_mask=mask).reshape(query.shape)
 
 
 class GatedMLP(nn.Module):
@@ -125,7 +139,7 @@ class Layer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    """The network with its vocabulary map. Holds weights only; caches belong to whoever calls it.
+    """The network with its vocabulary map. Caches of requests belong to whoever calls it.
 
     Without embeddings of its own it borrows the target's: `with_embedding`.
     """
@@ -152,6 +166,7 @@ class EagleHead(nn.Module):
         self.register_buffer("t2d", first if reduced else None)
         self.rotations = Rotations(config.head_dim, config.max_position_embeddings, config.rope)
         self._borrowed: Tensor | None = None
+        self.shared: dict[Any, Any] = {}  # what speculators made for all requests of this head and of its twins
 
     @property
     def embedding(self) -> Tensor | None:

@@ -1,8 +1,8 @@
 """What an EAGLE-3 head remembers of a request: keys, values and outputs, a row for every position it has read.
 
-Rows are only ever appended, so the states of a request share one buffer, each with its own length; going back costs
-nothing, and going on from an older state than the newest costs a copy. Drafted rows are written behind the last row
-anybody owns, and are overwritten by the next.
+Rows are only ever appended, so the states of a request share one store, each with its own length; going back costs
+nothing, and going on from an older state costs a copy as long as somebody holds a later one. Drafted rows are written
+behind the last row anybody owns, and are overwritten by the next. Stores go from request to request.
 
 Shapes in this file:  C capacity in rows, d head dim, D head hidden, K nodes of a level, S stable rows.
 """
@@ -10,68 +10,83 @@ Shapes in this file:  C capacity in rows, d head dim, D head hidden, K nodes of 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from parsedec.static.memory import Stock
 from parsedec_adapters.eagle3.config import HeadConfig
 
 FEW = 64  # rows that a step commits at most, as a rule
-SPARE = 256  # rows; growing is by half, so that appending costs the same on average however long a request gets
 
 
-class Rows:
-    """keys and values [layers, 2, 1, kv heads, C, d], outputs [C, D]; `used` rows belong to a state."""
+class Store:
+    """One allocation: keys and values [layers, 2, 1, kv heads, C, d], outputs [C, D].
 
-    def __init__(self, keys_values: Tensor, outputs: Tensor) -> None:
-        self.keys_values, self.outputs, self.used = keys_values, outputs, 0
+    leases  who holds it, one `Rows` at most;  graphs  what was captured on these addresses, which lives as long
+    """
+
+    def __init__(self, config: HeadConfig, like: Tensor, capacity: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            # zeros: rows that were never written are masked, and a mask does not hide what is not a number
+            self.keys_values = like.new_zeros(config.num_layers, 2, 1, config.num_kv_heads, capacity, config.head_dim)
+            self.outputs = like.new_zeros(capacity, config.hidden_size)
+        self.capacity = capacity
+        self.leases: WeakSet[Rows] = WeakSet()
+        self.graphs: dict[Any, Any] = {}
         self._sight: Sight | None = None
-
-    @classmethod
-    def empty(cls, config: HeadConfig, like: Tensor, capacity: int) -> Rows:
-        shape = (config.num_layers, 2, 1, config.num_kv_heads, capacity, config.head_dim)
-        return cls(like.new_empty(shape), like.new_empty(capacity, config.hidden_size))
-
-    @property
-    def capacity(self) -> int:
-        return self.outputs.shape[0]
-
-    def going_on(self, length: int, extra: int) -> Rows:
-        """Rows whose first `length` are these, and nobody's after them, with room for `extra`."""
-        if self.used != length:  # a later state owns what follows
-            twin = Rows(self.keys_values, self.outputs)
-            twin._move(length, length + extra + SPARE)
-            return twin
-        if length + extra > self.capacity:
-            self._move(length, (length + extra) * 3 // 2 + SPARE)
-        return self
 
     def sight(self, top_k: int, levels: int) -> Sight:
         """What the rows of a tree's levels see; overwritten by the next tree, as the rows are."""
         sight = self._sight
-        if sight is None or sight.top_k != top_k or sight.levels < levels or sight.capacity < self.capacity:
+        if sight is None or sight.top_k != top_k or sight.levels < levels:
             self._sight = sight = Sight(top_k, levels, self.capacity, self.outputs.device)
         return sight
 
-    def _move(self, length: int, capacity: int) -> None:
-        """Into a larger buffer; states that share this object find their rows in it."""
-        old = self.keys_values, self.outputs
-        self.keys_values = old[0].new_empty(*old[0].shape[:4], capacity, old[0].shape[5])
-        self.outputs = old[1].new_empty(capacity, old[1].shape[1])
-        self.keys_values[..., :length, :] = old[0][..., :length, :]
-        self.outputs[:length] = old[1][:length]
-        self.used = length
+
+class State(Protocol):
+    """Whoever owns the first `length` rows."""
+
+    @property
+    def length(self) -> int: ...
+
+
+class Rows:
+    """What the states of a request share: a store, and who of them owns how much of it."""
+
+    def __init__(self, stock: Stock[Store], capacity: int) -> None:
+        self._stock = stock
+        self.store = stock.take(capacity, self)
+        self.states: WeakSet[State] = WeakSet()
+
+    def going_on(self, length: int, extra: int) -> Rows:
+        """Rows whose first `length` are these, and nobody's after them, with room for `extra`."""
+        if any(state.length > length for state in self.states):
+            twin = Rows(self._stock, length + extra)
+            twin._copy(self.store, length)
+            return twin
+        if length + extra > self.store.capacity:
+            old, self.store = self.store, self._stock.take(length + extra, self)
+            self._copy(old, length)
+            old.leases.discard(self)
+        return self
+
+    def _copy(self, old: Store, length: int) -> None:
+        self.store.keys_values[..., :length, :] = old.keys_values[..., :length, :]
+        self.store.outputs[:length] = old.outputs[:length]
 
 
 class Window:
     """The `Cache` of one call of the head: it writes from row `start` on and sees all rows up to its own."""
 
-    def __init__(self, rows: Rows, start: int) -> None:
-        self.rows, self.start = rows, start
+    def __init__(self, store: Store, start: int) -> None:
+        self.store, self.start = store, start
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stop = self.start + keys.shape[2]
-        all_keys, all_values = self.rows.keys_values[layer]  # [1, kv, C, d] each
+        all_keys, all_values = self.store.keys_values[layer]  # [1, kv, C, d] each
         all_keys[:, :, self.start : stop] = keys
         all_values[:, :, self.start : stop] = values
         return all_keys[:, :, :stop], all_values[:, :, :stop]

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from parsedec.backends import runs_static
 from parsedec.checkpoints import Version, version_of
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.inference import inference, whole_numbers
@@ -24,16 +26,17 @@ from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.eagle3.checkpoint import load_head, with_overrides
+from parsedec_adapters.eagle3.graphed import COMMITTED, drafting_of
 from parsedec_adapters.eagle3.head import EagleHead
-from parsedec_adapters.eagle3.rows import SPARE, Rows, Window, causal_mask
-from parsedec_adapters.eagle3.tree import Drafted, grow
+from parsedec_adapters.eagle3.rows import Rows, Store, Window, causal_mask
+from parsedec_adapters.eagle3.tree import Behind, Drafted, grow, select
 
 log = logging.getLogger(__name__)
 
 FEWEST_LAYERS = 7  # below that EAGLE's default taps coincide
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Eagle3State:
     """The committed tokens, root last, and the head's rows for them: the first len(tokens) - 1 of `rows`.
 
@@ -43,6 +46,9 @@ class Eagle3State:
     tokens: tuple[int, ...]
     rows: Rows
     greedy: bool
+
+    def __post_init__(self) -> None:
+        self.rows.states.add(self)
 
     @property
     def length(self) -> int:
@@ -60,6 +66,7 @@ class Eagle3:
     top_k   nodes expanded a level and children of each; 1 drafts a chain
     taps    hidden states the head reads, as in `output_hidden_states`; None: what the head says, else EAGLE's choice
     rope_theta, norm_before_residual   in place of the head's own; None: as it says
+    graphed run it with all sizes fixed, from CUDA graphs where there are any; None: where the target's steps are
     """
 
     lossless: ClassVar[bool] = True
@@ -71,6 +78,7 @@ class Eagle3:
     taps: Sequence[int] | None = None
     rope_theta: float | None = None
     norm_before_residual: bool | None = None
+    graphed: bool | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < 2 or self.depth < 0 or self.top_k < 1:
@@ -97,11 +105,13 @@ class Eagle3:
                 "inner=eagle3: the head was trained on %d tokens of context, %s takes %d. Drafts get worse past that; "
                 "the output does not.",
                 head.config.max_position_embeddings, target.name, target.context_limit)  # fmt: skip
-        return replace(self, head=head, taps=taps)
+        graphed = self.graphed
+        if graphed is None:
+            graphed = target.device.type == "cuda" and runs_static(target)
+        return replace(self, head=head, taps=taps, graphed=graphed)
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Eagle3State:
-        head = self._bound()
-        rows = Rows.empty(head.config, head.fc.weight, len(tokens) + SPARE)
+        rows = Rows(drafting_of(self._bound()).stock, len(tokens))
         state = Eagle3State((tokens[0],), rows, sampler.greedy)
         return self.commit(state, Outcome(tuple(tokens[1:]), seen)) if len(tokens) > 1 else state
 
@@ -111,28 +121,30 @@ class Eagle3:
     @inference
     def draft(self, state: Eagle3State, budget: int, *, depth_first: bool = False) -> Drafted:
         """The tree of `propose` with its scores; depth-first, or level by level as EAGLE lays it."""
-        levels, root = min(self.depth + 1, budget), state.tokens[-1]
-        if levels < 1 or not state.length:  # without a row of the target's there is nothing to continue
+        head, root, top_k, stable = self._bound(), state.tokens[-1], self.top_k, state.length
+        most = self.depth + 1
+        levels = min(most, budget)
+        if levels < 1 or not stable:  # without a row of the target's there is nothing to continue
             return Drafted(Tree.chain([root]), (0.0,))
-        rows = state.rows.going_on(state.length, (levels - 1) * self.top_k)
-        size, top_k = self.tokens, self.top_k
-        return grow(self._bound(), rows, root, levels=levels, top_k=top_k, size=size, depth_first=depth_first)
+        if self.graphed:
+            pool = drafting_of(head).grow(state.rows, stable, levels, most, top_k)
+        else:
+            rows = state.rows.going_on(stable, (levels - 1) * top_k)
+            pool = grow(head, Behind(head, rows.store, stable, levels - 1, top_k), levels, top_k)
+        return select(root, pool, top_k, self.tokens, depth_first=depth_first)
 
     @inference
     def commit(self, state: Eagle3State, outcome: Outcome) -> Eagle3State:
         head, taps, start, count = self._bound(), outcome.seen.taps, state.length, len(outcome.tokens)
         if taps is None or len(taps) != count:
             raise ValueError(f"Eagle3.commit needs the taps of {count} rows; got {0 if taps is None else len(taps)}")
-        rows = state.rows.going_on(start, count)
-        device = rows.outputs.device
-        tokens = whole_numbers(outcome.tokens, device).unsqueeze(0)
-        mask = causal_mask(start, count, device) if start and count > 1 else None
-        rotation = head.rotations.rows(start, start + count, rows.outputs)
-        hidden = head.fuse(taps.to(rows.outputs).unsqueeze(0))  # [1, A, D]
-        out = head.advance(hidden, tokens, rotation, mask=mask, cache=Window(rows, start))
-        rows.outputs.narrow(0, start, count).copy_(out.squeeze(0))
-        rows.used = start + count
-        return Eagle3State(state.tokens + outcome.tokens, rows, state.greedy)
+        tokens = state.tokens + outcome.tokens
+        if self.graphed and count <= COMMITTED[-1]:
+            rows = drafting_of(head).commit(state.rows, start, outcome.tokens, taps)
+        else:
+            rows = state.rows.going_on(start, count)
+            advance(head, rows.store, start, outcome.tokens, taps)
+        return Eagle3State(tokens, rows, state.greedy)
 
     def rewind(self, state: Eagle3State, length: int) -> Eagle3State:
         return Eagle3State(state.tokens[:length], state.rows, state.greedy)
@@ -144,6 +156,8 @@ class Eagle3:
             return _load_once(source, version_of(source), self.rope_theta, self.norm_before_residual, *where)
         head = with_overrides(self.head, self.rope_theta, self.norm_before_residual)
         if (head.fc.weight.dtype, head.fc.weight.device) != (target.dtype, target.device):
+            head = copy.copy(head)
+            head.shared = {}  # of the original
             head = copy.deepcopy(head).to(target.device, target.dtype)
         return head
 
@@ -151,6 +165,17 @@ class Eagle3:
         if not isinstance(self.head, EagleHead) or self.head.embedding is None:
             raise IncompatibleStack("inner=eagle3 was not bound to a target; call bind(target, draft) first.")
         return self.head
+
+
+def advance(head: EagleHead, store: Store, start: int, tokens: Sequence[int], taps: Tensor) -> None:
+    """Write the rows of `tokens` behind the first `start` of a store.  taps  [tokens, L, H]"""
+    outputs, count = store.outputs, len(tokens)
+    mask = causal_mask(start, count, outputs.device) if start and count > 1 else None
+    rotation = head.rotations.rows(start, start + count, outputs)
+    hidden = head.fuse(taps.to(outputs).unsqueeze(0))  # [1, A, D]
+    ids = whole_numbers(tokens, outputs.device).unsqueeze(0)
+    out = head.advance(hidden, ids, rotation, mask=mask, cache=Window(store, start))
+    outputs.narrow(0, start, count).copy_(out.squeeze(0))
 
 
 @cache

@@ -11,14 +11,15 @@ Shapes in this file:  K top_k, P pool size, N nodes of the tree, S stable rows, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from parsedec.types import Tree
-from parsedec_adapters.eagle3.head import EagleHead
-from parsedec_adapters.eagle3.rows import Rows, Window
+from parsedec_adapters.eagle3.head import Cache, EagleHead
+from parsedec_adapters.eagle3.rotation import CosSin
+from parsedec_adapters.eagle3.rows import Store, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,11 @@ class Drafted:
 
 
 @dataclass(slots=True)
-class _Pool:
+class Pool:
     """Everything that was seen: the root's K children, then K children of each node that was expanded, in turn.
 
-    expanded  of every level but the first [K]: which of the K * K candidates of the level before were expanded
+    tokens, scores  of every level: [K], then [K * K] each
+    expanded        of every level but the first [K]: which of the K * K candidates of the level before were expanded
     """
 
     tokens: list[Tensor]
@@ -41,44 +43,59 @@ class _Pool:
     expanded: list[Tensor]
 
 
-@lru_cache(maxsize=16)
-def _parents(top_k: int, device: torch.device) -> Tensor:
-    """The parent's rank among the K nodes that were expanded, for each of their children [K * K]."""
-    with torch.inference_mode(False):
-        return torch.arange(top_k, device=device).repeat_interleave(top_k)
+class Ground(Protocol):
+    """The stable rows of a request, and room behind them for those of a tree's levels."""
+
+    def last(self) -> Tensor:
+        """Output of the last stable row [1, 1, D]."""
+
+    def level(self, level: int, parents: Tensor | None) -> tuple[CosSin, Tensor | None, Cache]:
+        """Rotation, mask and cache of a level's K rows, which overwrite what stands there.
+
+        parents  [K] ranks of their parents in the level before; None for the first level, level 0
+        """
 
 
-def grow(
-    head: EagleHead, rows: Rows, root: int, *, levels: int, top_k: int, size: int, depth_first: bool = False
-) -> Drafted:
-    """A tree of at most `size` nodes, root included, and at most `levels` below it.
+class Behind:
+    """The ground of `grow`: S stable rows of a store, with room for `top_k` more a level."""
 
-    depth_first  every node right before what is below it; else level by level, as EAGLE does
-    rows  the stable rows, `rows.used` of them, at least one, with room for `top_k` more a level but the last; what
-          stands behind them is overwritten
-    """
-    stable = rows.used
-    last = rows.outputs.narrow(0, stable - 1, 1).unsqueeze(0)  # [1, 1, D]
-    best, tokens = _best(head, head.logits(last), top_k)
+    def __init__(self, head: EagleHead, store: Store, stable: int, levels: int, top_k: int) -> None:
+        self._store, self._stable, self._top_k = store, stable, top_k
+        # siblings share their position: a row for all
+        self._rotations = head.rotations.singles(stable, stable + levels, store.outputs)
+        self._sight = store.sight(top_k, levels) if top_k > 1 and levels else None  # one row sees everything
+
+    def last(self) -> Tensor:
+        return self._store.outputs.narrow(0, self._stable - 1, 1).unsqueeze(0)
+
+    def level(self, level: int, parents: Tensor | None) -> tuple[CosSin, Tensor | None, Cache]:
+        sight, stable = self._sight, self._stable
+        if sight is None:
+            mask = None
+        else:  # [K, S + (level + 1) * K]: the stable rows, the ancestors, itself
+            mask = sight.first(stable) if parents is None else sight.below(level, parents, stable)
+        return self._rotations[level], mask, Window(self._store, stable + level * self._top_k)
+
+
+def grow(head: EagleHead, ground: Ground, levels: int, top_k: int) -> Pool:
+    """What a tree of `levels` levels below the root is chosen from. Nothing in it depends on the host."""
+    hidden = ground.last()
+    best, tokens = _best(head, head.logits(hidden), top_k)
     scores, tokens = best.view(-1), tokens.view(-1)  # [K] of the nodes to be expanded, here and below
-    pool = _Pool([tokens], [scores], [])
-    hidden, parent_of = last.expand(1, top_k, -1), _parents(top_k, last.device)
-    sight = rows.sight(top_k, levels - 1) if top_k > 1 and levels > 1 else None  # one row sees everything
-    mask = None if sight is None else sight.first(stable)  # [K, S + K]: the stable rows, the ancestors, itself
-    # siblings share their position: a row for all
-    for level, rotation in enumerate(head.rotations.singles(stable, stable + levels - 1, last)):
-        cache = Window(rows, stable + level * top_k)
+    pool, parents = Pool([tokens], [scores], []), None
+    hidden = hidden.expand(1, top_k, -1)
+    for level in range(levels - 1):
+        rotation, mask, cache = ground.level(level, parents)
         out, logits = head.guess(hidden, tokens.unsqueeze(0), rotation, mask=mask, cache=cache)  # [1, K, D], [1, K, W]
         best, guesses = _best(head, logits, top_k)  # [1, K, K]
         pool.tokens.append(guesses.view(-1))
         pool.scores.append(best.add_(scores.unsqueeze(1)).view(-1))
         if level < levels - 2:  # the likeliest candidates are next; each continues the output of its parent
             scores, chosen = pool.scores[-1].topk(top_k)
-            parents, tokens = parent_of.index_select(0, chosen), pool.tokens[-1].index_select(0, chosen)
+            parents, tokens = chosen // top_k, pool.tokens[-1].index_select(0, chosen)
             hidden = out.index_select(1, parents)
-            mask = None if sight is None else sight.below(level + 1, parents, stable)
             pool.expanded.append(chosen)
-    return _select(root, pool, top_k, size - 1, depth_first)
+    return pool
 
 
 def _best(head: EagleHead, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -87,15 +104,20 @@ def _best(head: EagleHead, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best, ids if head.d2t is None else head.target_ids(ids)
 
 
-def _select(root: int, pool: _Pool, top_k: int, count: int, depth_first: bool) -> Drafted:
-    """The `count` likeliest nodes of the pool. A parent is never less likely than its child and stands before it in the
-    pool, so with ties broken towards the front it is always selected with it."""
+def select(root: int, pool: Pool, top_k: int, size: int, *, depth_first: bool = False) -> Drafted:
+    """A tree of the likeliest nodes of a pool, at most `size` of them, root included.
+
+    A parent is never less likely than its child and stands before it in the pool, so with ties broken towards the front
+    it is always selected with it.
+
+    depth_first  every node right before what is below it; else level by level, as EAGLE does
+    """
     scores: list[float] = torch.cat(pool.scores).tolist()
     found: list[int] = torch.cat([*pool.tokens, *pool.expanded]).tolist()  # apart: joining kinds of numbers is slow
-    size, k = len(scores), top_k
+    seen, k = len(scores), top_k
     # places in the pool of the nodes that were expanded: the i-th one's children stand at K + i * K and after
-    expanded = [*range(k), *[k + i // k * k * k + one for i, one in enumerate(found[size:])]]
-    likeliest = sorted(range(size), key=scores.__getitem__, reverse=True)[:count]  # equal ones stay in their order
+    expanded = [*range(k), *[k + i // k * k * k + one for i, one in enumerate(found[seen:])]]
+    likeliest = sorted(range(seen), key=scores.__getitem__, reverse=True)[: size - 1]  # equal ones stay in their order
     places, parents = (_depth_first if depth_first else _by_level)(likeliest, expanded, k)
     tree = Tree((root, *[found[place] for place in places]), (-1, *parents))
     return Drafted(tree, (0.0, *[scores[place] for place in places]))

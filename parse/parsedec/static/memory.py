@@ -9,8 +9,10 @@ Shapes in this file:  M = 2 * layers (keys and values of each), G heads, C capac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -39,26 +41,57 @@ class Buffers:
         return self.states.narrow(3, start, count).unbind(0)
 
 
-class Pool:
-    """The buffers of one network."""
+class Held(Protocol):
+    """Buffers that know who holds them."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self._all: list[Buffers] = []
+    @property
+    def capacity(self) -> int: ...
 
-    def take(self, capacity: int) -> Buffers:
-        """Buffers that nobody holds, of at least `capacity` rows."""
+    @property
+    def leases(self) -> WeakSet[Any]: ...
+
+
+B = TypeVar("B", bound=Held)
+
+
+class Stock(Generic[B]):
+    """Buffers of one kind, a few of which are kept for the next requests when nobody holds them any more.
+
+    make  new ones for so many rows, on `device`
+    """
+
+    def __init__(self, make: Callable[[int], B], device: torch.device) -> None:
+        self._make, self._device = make, device
+        self._all: list[B] = []
+        self._choosing = Lock()  # a judge in a thread of its own must not choose what is being chosen here
+
+    def take(self, capacity: int, holder: object) -> B:
+        """Buffers of at least `capacity` rows that nobody holds but, from now on, `holder`."""
+        with self._choosing:
+            buffers = self._chosen(capacity)
+            buffers.leases.add(holder)
+        return buffers
+
+    def _chosen(self, capacity: int) -> B:
         free = [buffers for buffers in self._all if not buffers.leases]
         fitting = [buffers for buffers in free if buffers.capacity >= capacity]
         if fitting:
             return min(fitting, key=lambda buffers: buffers.capacity)
         for buffers in sorted(free, key=lambda buffers: buffers.capacity)[: max(0, len(free) - SPARE + 1)]:
             self._all.remove(buffers)  # the smallest go first: requests have outgrown them
-        size = FIRST_CAPACITY.get(self.weights.device.type, 256)
+        size = FIRST_CAPACITY.get(self._device.type, 256)
         while size < capacity:
             size *= 2
-        self._all.append(Buffers(self.weights, size))
+        self._all.append(self._make(size))
         return self._all[-1]
+
+
+class Pool(Stock[Buffers]):
+    """The buffers of one network."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(partial(Buffers, weights), weights.device)
+        self.weights = weights
 
 
 class Lease:
@@ -106,11 +139,10 @@ class Lease:
     def _move(self, count: int) -> Buffers:
         """To buffers of its own with room for `count` rows more."""
         old = self._buffers
-        new = self.pool.take(self.rows + count)
+        new = self.pool.take(self.rows + count, self)
         if old is not None:
             if self.rows:
                 new.states.narrow(3, 0, self.rows).copy_(old.states.narrow(3, 0, self.rows))
             old.leases.discard(self)
-        new.leases.add(self)
         self._buffers = new
         return new

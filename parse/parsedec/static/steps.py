@@ -5,15 +5,13 @@ bucket of columns, the unused ones masked; what changes from step to step is wri
 they are. What is compiled is one layer, which all layers then run: compiling all of them together gains little, since
 few operations reach over the end of a layer, and takes as many times as long as there are layers.
 
-On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on: the host then launches one
-graph instead of some hundred kernels. Elsewhere the same code is called directly.
+On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on (`graphs`).
 
 Shapes in this file:  R rows of a bucket, T columns of a bucket, V vocabulary, L taps, H hidden.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -24,36 +22,30 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from parsedec.static.attention import BucketRows, hidden, piece_count, reads_in_pieces
+from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Buffers, Lease
 from parsedec.static.network import Angles, Attend, Network
 from parsedec.static.weights import Layer
-
-log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
 COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
 LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
 PIECES_FROM = {True: 512, False: 1536}  # columns, by compiled: putting the pieces together is one kernel or several
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
-WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
 
 Output = tuple[Tensor, Tensor | None]
 
 
-class Steps:
+class Steps(Graphs):
     """The steps of one network.
 
     compiled  run their layers through torch.compile, which takes a while at the first use of every bucket
     """
 
     def __init__(self, network: Network, *, compiled: bool) -> None:
+        super().__init__(network.weights.device, "a decode step")
         self.network = network
         self.compiled = compiled
-        self.captures = 0
-        device = network.weights.device
-        graphs = device.type == "cuda"
-        self._memory = torch.cuda.graph_pool_handle() if graphs else None
-        self._device: AbstractContextManager[Any] = torch.cuda.device(device) if graphs else nullcontext()
 
     def run(
         self,
@@ -75,7 +67,7 @@ class Steps:
         step: Step | None = buffers.graphs.get(key)
         if step is None:
             step = buffers.graphs[key] = Step(self, buffers, rows, key[1], taps)
-        with self._device:  # streams and graphs are those of the current device
+        with self.device:
             logits, shown = step(ids, start, positions, sees)
             lease.rows = start + count
             # clones: the next step writes to the same tensors
@@ -88,28 +80,6 @@ class Steps:
             return 1
         shape = weights.query_heads, weights.kv_heads, weights.head_size
         return piece_count(columns) if reads_in_pieces(weights.device, weights.dtype, *shape) else 1
-
-    def captured(self, body: Callable[[], Output]) -> tuple[Callable[[], object], Output] | None:
-        """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None where there are no graphs."""
-        if self._memory is None:
-            return None
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                body()  # what this raises - a compiler's error, too little memory - has nothing to do with graphs
-        torch.cuda.current_stream().wait_stream(aside)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # the judge may work in another thread meanwhile: what it allocates is none of the capture's business
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                outputs = body()
-        except RuntimeError as error:
-            log.warning("a decode step could not be captured in a CUDA graph and runs without one: %s", error)
-            self._memory = None
-            return None
-        self.captures += 1
-        return graph.replay, outputs
 
 
 class Readback:
@@ -176,8 +146,7 @@ class Step:
         self._sees.copy_(self._chain)
         self._sees_chain = True
         self._staging = torch.zeros(2 * rows + 1, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._graph: tuple[Callable[[], object], Output] | None = None
-        self._tried = False
+        self._run = Replayed(steps, self._body)
 
     def __call__(self, ids: list[int] | Tensor, start: int, positions: list[int] | None, sees: Tensor | None) -> Output:
         if self.rows == 1 and positions is None:
@@ -185,17 +154,8 @@ class Step:
         else:
             assert isinstance(ids, list)
             self._load(ids, start, positions, sees)
-        if not self._tried:
-            with _many_shapes() if self._steps.compiled else nullcontext():
-                self._graph = self._steps.captured(self._body)
-                self._tried = True  # not before: what could not be compiled is tried again, as it is without graphs
-                if self._graph is None:
-                    return self._body()
-        if self._graph is None:
-            return self._body()
-        replay, outputs = self._graph
-        replay()
-        return outputs
+        with _many_shapes() if self._steps.compiled and not self._run.begun else nullcontext():
+            return self._run()
 
     def _load_one(self, token: int | Tensor, start: int) -> None:
         """One row plainly onwards: nothing is copied from the host, so nothing has to be waited for."""

@@ -1,0 +1,180 @@
+"""EAGLE-3 with all sizes fixed, as it runs on CUDA, against the same head run as it is; and what its requests share."""
+
+import copy
+import gc
+import random
+
+import pytest
+import torch
+
+import eagle3_heads
+import tiny
+from parsedec import Parse, Sampling, TargetOnly
+from parsedec.sampling import Sampler, request_generator
+from parsedec.session import Session
+from parsedec.types import Outcome, Seen
+from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.eagle3.graphed import COMMITTED, Drafting, drafting_of
+from parsedec_adapters.eagle3.tree import Pool
+
+GREEDY = Sampler(Sampling())
+HEADS = {
+    "plain": {},
+    "deep": {"num_layers": 2, "qk_norm": True, "norm_output": True, "draft_vocab_size": 40},
+    "mlp stream": {"num_layers": 3, "mlp_stream": True, "norm_before_residual": True},
+    "half rotated": {"rope": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "by length": {"rope": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 16},
+    "ungrouped": {"num_kv_heads": 4, "norm_before_fc": True, "fc_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny.model("llama", layers=8, dtype=torch.float64)  # so that near ties do not decide
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """A stand-in for CUDA graphs: a replay runs the forward on its inputs and overwrites its outputs."""
+
+    def captured(self, body):
+        first = body()
+        tensors = [tensor.clone() for tensor in flat(first)]
+        outputs = Pool(*rebuilt(first, tensors)) if isinstance(first, Pool) else tensors[0]
+
+        def replay():
+            for tensor, new in zip(tensors, flat(body()), strict=True):
+                tensor.copy_(new)
+
+        self.captures += 1
+        return replay, outputs
+
+    monkeypatch.setattr(Drafting, "captured", captured)
+
+
+def flat(output):
+    return [*output.tokens, *output.scores, *output.expanded] if isinstance(output, Pool) else [output]
+
+
+def rebuilt(pool, tensors):
+    sizes = len(pool.tokens), len(pool.scores), len(pool.expanded)
+    starts = 0, sizes[0], sizes[0] + sizes[1]
+    return [tensors[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def pair(target, head, **settings):
+    """One head as it is, and a copy of it with all sizes fixed."""
+    settings = {"tokens": 14, "depth": 3, "top_k": 3, **settings}
+    plain, fixed = (Eagle3(head=copy.deepcopy(head), graphed=on, **settings) for on in (False, True))
+    return plain.bind(target, None), fixed.bind(target, None)
+
+
+def taps_of(target, inner, tokens):
+    session = Session(target, inner.needs.hidden_layers)
+    session.feed(tokens)
+    return session.seen(0).taps
+
+
+def same(ours, theirs):
+    assert ours.tree == theirs.tree
+    assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [3, 1], ids=["tree", "chain"])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_walk_of_commits_and_rewinds_drafts_the_same(target, replayed, name, top_k):
+    plain, fixed = pair(target, eagle3_heads.random_head(**HEADS[name]), top_k=top_k)
+    rng = random.Random(name)
+    tokens = [rng.randrange(5, tiny.VOCAB) for _ in range(400)]
+    seen = taps_of(target, plain, tokens)
+    states = [inner.start(tokens[:20], Seen(seen[:19]), GREEDY) for inner in (plain, fixed)]
+    older = list(states)
+    for step in range(40):
+        if (length := states[0].length) > 20 and rng.random() < 0.3:
+            back = rng.randint(10, length)
+            states = [inner.rewind(state, back) for inner, state in zip((plain, fixed), states, strict=True)]
+        length = states[0].length
+        count = rng.choice([1, 2, 5, 8, 9, 30, 65])
+        new = Outcome(tuple(tokens[length + 1 : length + 1 + count]), Seen(seen[length : length + count]))
+        states = [inner.commit(state, new) for inner, state in zip((plain, fixed), states, strict=True)]
+        budget = rng.choice([1, 2, 3, 4, 9])
+        same(fixed.draft(states[1], budget), plain.draft(states[0], budget))
+        if step % 9 == 0:
+            same(fixed.draft(older[1], 4), plain.draft(older[0], 4))
+            older = list(states)
+        if states[0].length > 300:
+            states = [inner.rewind(state, 30) for inner, state in zip((plain, fixed), states, strict=True)]
+    assert fixed.graphed
+    assert drafting_of(fixed.head).captures > 2
+
+
+def test_what_stands_behind_the_rows_of_a_request_is_not_seen(target):
+    """Stores go from request to request as they are."""
+    plain, fixed = pair(target, eagle3_heads.random_head())
+    tokens = torch.randint(5, tiny.VOCAB, (30,), generator=torch.Generator().manual_seed(1)).tolist()
+    seen = taps_of(target, plain, tokens)
+    states = [inner.start(tokens, Seen(seen[:29]), GREEDY) for inner in (plain, fixed)]
+    expected = plain.draft(states[0], 4)
+    for state in states:
+        state.rows.store.keys_values[..., 29:, :] = 1e4
+        state.rows.store.outputs[29:] = 1e4
+    same(fixed.draft(states[1], 4), expected)
+    same(plain.draft(states[0], 4), expected)
+
+
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(temperature=0.8)], ids=["greedy", "sampled"])
+def test_answers_are_the_same(target, replayed, settings):
+    prompt, tokens = tiny.plain_answer(tiny.model("llama", layers=8))
+    head = eagle3_heads.taught_head(tiny.model("llama", layers=8), (*prompt, *tokens))
+    results = []
+    for inner in pair(target, head, tokens=9):
+        generator = None if settings.greedy else request_generator(3, 0)
+        engine = Parse(target, inner=inner, outer=TargetOnly())
+        results.append(engine.generate(prompt, max_new_tokens=40, sampling=settings, generator=generator))
+    assert results[0].tokens == results[1].tokens
+    assert results[0].counters == results[1].counters
+    assert sum(results[0].counters.accepted_by_depth) > 0
+
+
+def test_the_next_request_replays_what_was_captured_for_the_first(replayed):
+    """The arms of a comparison bind the head anew; buckets are captured once for all of them."""
+    target = tiny.model("llama", layers=8)
+    head, captures = eagle3_heads.random_head(), []
+    for _ in range(3):
+        inner = Eagle3(head=head, tokens=9, depth=2, top_k=2, graphed=True).bind(target, None)
+        engine = Parse(target, inner=inner, outer=TargetOnly())
+        engine.generate([9, 30, 12, 44], max_new_tokens=60)
+        gc.collect()
+        captures.append(drafting_of(inner.head).captures)
+    assert captures[0] == captures[-1] <= 1 + len(COMMITTED)
+
+
+def test_a_rewound_request_goes_on_in_its_own_store(target):
+    """As after every judge pass that refuses something: no copy, and no store whose graphs would be captured anew."""
+    inner = pair(target, eagle3_heads.random_head())[1]
+    tokens = torch.randint(5, tiny.VOCAB, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    seen = taps_of(target, inner, tokens)
+    state = inner.start(tokens[:40], Seen(seen[:39]), GREEDY)
+    store = state.rows.store
+    for back in (30, 20, 10):
+        state = inner.rewind(state, back)
+        inner.propose(state, 4)
+        state = inner.commit(state, Outcome(tuple(tokens[back:41]), Seen(seen[back - 1 : 40])))
+        assert state.rows.store is store
+    held = state
+    other = inner.commit(inner.rewind(state, 12), Outcome(tuple(tokens[12:14]), Seen(seen[11:13])))
+    assert other.rows.store is not store, "somebody holds the later rows"
+    assert inner.propose(held, 4) == inner.propose(inner.start(tokens[:41], Seen(seen[:40]), GREEDY), 4)
+
+
+def test_another_dtype_is_another_head():
+    """A head that was given as an object is copied for its target, without what was captured for the original."""
+    head = eagle3_heads.random_head()
+    target = tiny.model("llama", layers=8)
+    inner = Eagle3(head=head, graphed=True).bind(target, None)
+    assert drafting_of(inner.head) is drafting_of(Eagle3(head=head).bind(target, None).head)
+    doubled = Eagle3(head=head).bind(tiny.model("llama", layers=8, dtype=torch.float64), None)
+    assert drafting_of(doubled.head) is not drafting_of(inner.head)
+    assert drafting_of(doubled.head).stock.take(1, head).outputs.dtype == torch.float64
+    overridden = Eagle3(head=head, rope_theta=77.0).bind(target, None)
+    assert drafting_of(overridden.head) is not drafting_of(inner.head)
