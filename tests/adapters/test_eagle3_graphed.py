@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+import cuda_graphs
 import eagle3_heads
 import tiny
 from parsedec import Parse, Sampling, TargetOnly
@@ -15,7 +16,6 @@ from parsedec.session import Session
 from parsedec.types import Outcome, Seen
 from parsedec_adapters.eagle3 import Eagle3
 from parsedec_adapters.eagle3.graphed import COMMITTED, Drafting, drafting_of
-from parsedec_adapters.eagle3.tree import Pool
 
 GREEDY = Sampler(Sampling())
 HEADS = {
@@ -35,31 +35,8 @@ def target():
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """A stand-in for CUDA graphs: a replay runs the forward on its inputs and overwrites its outputs."""
-
-    def captured(self, body):
-        first = body()
-        tensors = [tensor.clone() for tensor in flat(first)]
-        outputs = Pool(*rebuilt(first, tensors)) if isinstance(first, Pool) else tensors[0]
-
-        def replay():
-            for tensor, new in zip(tensors, flat(body()), strict=True):
-                tensor.copy_(new)
-
-        self.captures += 1
-        return replay, outputs
-
-    monkeypatch.setattr(Drafting, "captured", captured)
-
-
-def flat(output):
-    return [*output.tokens, *output.scores, *output.expanded] if isinstance(output, Pool) else [output]
-
-
-def rebuilt(pool, tensors):
-    sizes = len(pool.tokens), len(pool.scores), len(pool.expanded)
-    starts = 0, sizes[0], sizes[0] + sizes[1]
-    return [tensors[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    """Forwards are captured and replayed, as on CUDA."""
+    monkeypatch.setattr(Drafting, "captured", cuda_graphs.captured)
 
 
 def pair(target, head, **settings):
