@@ -69,6 +69,7 @@ def test_all_stages_leave_a_record_and_its_table(tmp_path):
     assert {summary["new_tokens"] for summary in by_name.values()} == {8}
     assert by_name["parse_60"]["kept_draft_tokens"] == 4 < by_name["parse_100"]["kept_draft_tokens"] == 8
     assert [arm["summary"]["new_tokens"] for arm in record["hf"]["arms"]] == [3, 3]
+    assert record["captured_late"] == {"hf": 0, "replay": 0}
     assert (path.parent / "replay" / "trace.html").exists()
 
 

@@ -175,7 +175,7 @@ def test_eagle3_drafts_from_graphs(dtype):
         if dtype is torch.float32:
             assert ours.scores == pytest.approx(theirs.scores, abs=1e-2)
     assert equal == 18 if dtype is torch.float32 else equal >= 9
-    assert 1 <= drafting_of(graphed.head).captures <= 3, "the fallback ran, or forwards were captured again"
+    assert 1 <= drafting_of(graphed.head).graphs.captures <= 2, "the fallback ran, or forwards were captured again"
 
 
 def test_answers_with_eagle3_equal_the_cpu():

@@ -53,6 +53,7 @@ def in_blocks(monkeypatch, model, rows):
 class Replayed(Steps):
     """Steps that are captured and replayed, as on CUDA."""
 
+    possible = True
     captured = cuda_graphs.captured
 
 
@@ -106,6 +107,22 @@ def test_steps_grow_into_the_next_bucket(monkeypatch, tiny_target):
     walks.close(logits, walks.plain(tiny_target, ids)[0][-1])
     used = session._lease._buffers.graphs
     assert {(rows, columns) for rows, columns, *_ in used} == {(1, 384)}, "the steps of the larger buffers"
+
+
+def test_a_request_whose_numbers_were_too_large_spoils_no_other(monkeypatch, tiny_target):
+    """Steps read whole buckets, and what is no number goes through every mask: CUDA hands buffers on cleared."""
+    in_steps(monkeypatch, tiny_target)
+    pool = static.machine_of(tiny_target).pool
+    monkeypatch.setattr(pool, "clears", True)
+    session = StaticSession(tiny_target)
+    session.feed(walks.tokens(30))
+    buffers = session._lease._buffers
+    buffers.states.fill_(torch.nan)
+    del session
+    session, ids = StaticSession(tiny_target), walks.tokens(12, seed=1)
+    session.feed(ids[:9])
+    assert session._lease._buffers is buffers
+    walks.close(session.feed(ids[9:]), walks.plain(tiny_target, ids)[0][-1])
 
 
 def test_buckets_of_columns():

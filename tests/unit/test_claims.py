@@ -60,6 +60,13 @@ def test_nothing_measured_is_said_of_every_line(record):
     assert "| not measured |" in claims.markdown(record)
 
 
+def test_what_slowed_requests_down_is_said(record):
+    record["captured_late"] = {"hf": 0, "replay": 0}
+    assert "captured while" not in claims.markdown(record)
+    record["captured_late"]["replay"] = 3
+    assert "CUDA graphs captured while requests were timed: 3." in claims.markdown(record)
+
+
 @pytest.mark.parametrize(("seconds", "holds"), [([0.019, 0.02, 0.5], True), ([0.0201], False)])
 def test_a_token_is_the_median_of_its_repeats(record, seconds, holds):
     record["floors"]["rows"] = [row(TARGET, "decode", seconds, 0.0149), row(DRAFT, "decode", [])]

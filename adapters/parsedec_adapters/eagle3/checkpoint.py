@@ -78,7 +78,7 @@ def with_overrides(head: EagleHead, rope_theta: float | None, norm_before_residu
     if config == head.config:
         return head
     twin = copy.copy(head)
-    twin.config, twin.shared = config, {}
+    twin.config = config
     twin.rotations = Rotations(config.head_dim, config.max_position_embeddings, config.rope)
     return twin
 

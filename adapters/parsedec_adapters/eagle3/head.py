@@ -76,13 +76,14 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         if self.grouped and mask is not None and query.shape[0] == 1:
-            out = _by_groups(query, key, value, mask)
+            seen = _by_groups(query, key, value, mask)
         else:
             causal = mask is None and query.shape[2] > 1
             out = functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
             )  # [B, heads, n, d]
-        attended: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+            seen = out.transpose(1, 2).flatten(2)
+        attended: Tensor = self.o_proj(seen)
         return attended
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -92,12 +93,13 @@ class Attention(nn.Module):
 def _by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Grouped attention, the groups being a batch: on CUDA no fused kernel takes both groups and a mask.
 
-    query [1, heads, n, d], key and value [1, kv, S, d]: [1, heads, n, d]
+    query [1, heads, n, d], key and value [1, kv, S, d]: [1, n, heads * d]
     """
     shared = key.shape[1]
     groups = query.view(shared, -1, *query.shape[2:])  # [kv, heads / kv, n, d]
     key, value = (part.transpose(0, 1).expand(-1, groups.shape[1], -1, -1) for part in (key, value))
-    return functional.scaled_dot_product_attention(groups, key, value, attn_mask=mask).reshape(query.shape)
+    out = functional.scaled_dot_product_attention(groups, key, value, attn_mask=mask)
+    return out.permute(2, 0, 1, 3).reshape(1, query.shape[2], -1)
 
 
 class GatedMLP(nn.Module):
@@ -176,8 +178,13 @@ class EagleHead(nn.Module):
     def with_embedding(self, weight: Tensor) -> EagleHead:
         """A head with the same parameters that reads tokens through `weight` [V, D], unless it has embeddings."""
         twin = copy.copy(self)
+        twin.shared = self.shared
         twin._borrowed = weight.detach()  # a parameter would be registered, in this head as well
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy, or a file, has of it: graphs and stores are nobody else's."""
+        return {**self.__dict__, "shared": {}}
 
     def set_vocabulary(self, tokens: Tensor) -> None:
         """The W target ids the head can guess, ascending; for a head that is about to be trained."""

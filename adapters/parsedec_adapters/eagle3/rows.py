@@ -38,6 +38,11 @@ class Store:
         self.graphs: dict[Any, Any] = {}
         self._sight: Sight | None = None
 
+    def clear(self, start: int = 0) -> None:
+        """Write zeros to all rows from `start` on."""
+        self.keys_values[..., start:, :] = 0
+        self.outputs[start:] = 0
+
     def sight(self, top_k: int, levels: int) -> Sight:
         """What the rows of a tree's levels see; overwritten by the next tree, as the rows are."""
         sight = self._sight

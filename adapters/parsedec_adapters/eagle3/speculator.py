@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +26,7 @@ from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.eagle3.checkpoint import load_head, with_overrides
-from parsedec_adapters.eagle3.graphed import COMMITTED, drafting_of
+from parsedec_adapters.eagle3.graphed import COMMITTED, Drafting, drafting_of
 from parsedec_adapters.eagle3.head import EagleHead
 from parsedec_adapters.eagle3.rows import Rows, Store, Window, causal_mask
 from parsedec_adapters.eagle3.tree import Behind, Drafted, grow, select
@@ -79,6 +79,7 @@ class Eagle3:
     rope_theta: float | None = None
     norm_before_residual: bool | None = None
     graphed: bool | None = None
+    _drafting: Drafting | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tokens < 2 or self.depth < 0 or self.top_k < 1:
@@ -108,10 +109,12 @@ class Eagle3:
         graphed = self.graphed
         if graphed is None:
             graphed = target.device.type == "cuda" and runs_static(target)
-        return replace(self, head=head, taps=taps, graphed=graphed)
+        bound = replace(self, head=head, taps=taps, graphed=graphed)
+        object.__setattr__(bound, "_drafting", drafting_of(head))
+        return bound
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Eagle3State:
-        rows = Rows(drafting_of(self._bound()).stock, len(tokens))
+        rows = Rows(self._bound().stock, len(tokens))
         state = Eagle3State((tokens[0],), rows, sampler.greedy)
         return self.commit(state, Outcome(tuple(tokens[1:]), seen)) if len(tokens) > 1 else state
 
@@ -121,30 +124,34 @@ class Eagle3:
     @inference
     def draft(self, state: Eagle3State, budget: int, *, depth_first: bool = False) -> Drafted:
         """The tree of `propose` with its scores; depth-first, or level by level as EAGLE lays it."""
-        head, root, top_k, stable = self._bound(), state.tokens[-1], self.top_k, state.length
+        drafting, root, top_k, stable = self._bound(), state.tokens[-1], self.top_k, state.length
         most = self.depth + 1
         levels = min(most, budget)
         if levels < 1 or not stable:  # without a row of the target's there is nothing to continue
             return Drafted(Tree.chain([root]), (0.0,))
+        rows = state.rows.going_on(stable, (most - 1) * top_k)
         if self.graphed:
-            pool = drafting_of(head).grow(state.rows, stable, levels, most, top_k)
+            pool = drafting.grow(rows.store, stable, levels, most, top_k)
         else:
-            rows = state.rows.going_on(stable, (levels - 1) * top_k)
-            pool = grow(head, Behind(head, rows.store, stable, levels - 1, top_k), levels, top_k)
-        return select(root, pool, top_k, self.tokens, depth_first=depth_first)
+            ground = Behind(drafting.head, rows.store, stable, levels - 1, top_k)
+            pool = grow(drafting.head, ground, levels, top_k)
+        drafted = select(root, pool, top_k, self.tokens, depth_first=depth_first)
+        if self.graphed and not drafted.sound:  # else the next trees would read it, too
+            rows.store.clear(stable)
+        return drafted
 
     @inference
     def commit(self, state: Eagle3State, outcome: Outcome) -> Eagle3State:
-        head, taps, start, count = self._bound(), outcome.seen.taps, state.length, len(outcome.tokens)
+        drafting, taps, start, count = self._bound(), outcome.seen.taps, state.length, len(outcome.tokens)
         if taps is None or len(taps) != count:
             raise ValueError(f"Eagle3.commit needs the taps of {count} rows; got {0 if taps is None else len(taps)}")
-        tokens = state.tokens + outcome.tokens
-        if self.graphed and count <= COMMITTED[-1]:
-            rows = drafting_of(head).commit(state.rows, start, outcome.tokens, taps)
+        graphed = self.graphed and count <= COMMITTED
+        rows = state.rows.going_on(start, COMMITTED if graphed else count)
+        if graphed:
+            drafting.commit(rows.store, start, outcome.tokens, taps)
         else:
-            rows = state.rows.going_on(start, count)
-            advance(head, rows.store, start, outcome.tokens, taps)
-        return Eagle3State(tokens, rows, state.greedy)
+            advance(drafting.head, rows.store, start, outcome.tokens, taps)
+        return Eagle3State(state.tokens + outcome.tokens, rows, state.greedy)
 
     def rewind(self, state: Eagle3State, length: int) -> Eagle3State:
         return Eagle3State(state.tokens[:length], state.rows, state.greedy)
@@ -156,15 +163,13 @@ class Eagle3:
             return _load_once(source, version_of(source), self.rope_theta, self.norm_before_residual, *where)
         head = with_overrides(self.head, self.rope_theta, self.norm_before_residual)
         if (head.fc.weight.dtype, head.fc.weight.device) != (target.dtype, target.device):
-            head = copy.copy(head)
-            head.shared = {}  # of the original
             head = copy.deepcopy(head).to(target.device, target.dtype)
         return head
 
-    def _bound(self) -> EagleHead:
-        if not isinstance(self.head, EagleHead) or self.head.embedding is None:
+    def _bound(self) -> Drafting:
+        if self._drafting is None:
             raise IncompatibleStack("inner=eagle3 was not bound to a target; call bind(target, draft) first.")
-        return self.head
+        return self._drafting
 
 
 def advance(head: EagleHead, store: Store, start: int, tokens: Sequence[int], taps: Tensor) -> None:

@@ -10,6 +10,7 @@ Shapes in this file:  K top_k, P pool size, N nodes of the tree, S stable rows, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,10 +25,14 @@ from parsedec_adapters.eagle3.rows import Store, Window
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A tree with the score of every node, N of them: log-probabilities under the head, 0 for the root."""
+    """A tree with the score of every node, N of them: log-probabilities under the head, 0 for the root.
+
+    sound  whether all that it was chosen from had a score that is a number
+    """
 
     tree: Tree
     scores: tuple[float, ...]
+    sound: bool = True
 
 
 @dataclass(slots=True)
@@ -120,7 +125,7 @@ def select(root: int, pool: Pool, top_k: int, size: int, *, depth_first: bool = 
     likeliest = sorted(range(seen), key=scores.__getitem__, reverse=True)[: size - 1]  # equal ones stay in their order
     places, parents = (_depth_first if depth_first else _by_level)(likeliest, expanded, k)
     tree = Tree((root, *[found[place] for place in places]), (-1, *parents))
-    return Drafted(tree, (0.0, *[scores[place] for place in places]))
+    return Drafted(tree, (0.0, *[scores[place] for place in places]), sound=not math.isnan(sum(scores)))
 
 
 def _by_level(selected: list[int], expanded: list[int], k: int) -> tuple[list[int], list[int]]:

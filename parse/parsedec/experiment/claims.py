@@ -294,6 +294,8 @@ def caption(record: Json) -> str:
         without += (
             f"Arms that failed, and those made of the same parts, are left out: {', '.join(record['left_out'])}. "
         )
+    if late := sum(record.get("captured_late", {}).values()):
+        without += f"CUDA graphs captured while requests were timed: {late}. "
     return (
         f"Tier: {table.tier(record)}. {dtype}, batch 1, {config['context']} tokens of context, answers of "
         f"{config['max_new_tokens']}, of {hf['max_new_tokens']} for {hf['arm']}; n: repeats of a pass, or requests. "

@@ -31,6 +31,7 @@ from parsedec.experiment.nodes import draft_node
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, read_record, write_record, write_text
 from parsedec.experiment.stages import Clock, Stage, run_stages
 from parsedec.model import LanguageModel
+from parsedec.static.graphs import Graphs
 from parsedec.static.session import machine_of
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Measurement:
             "stages": [],
             "warnings": [],
             "left_out": {},
+            "captured_late": {},  # graphs that `prepare` missed, by run: their requests took longer
             "floors": {"devices": {}, "rows": []},
         }
         self.stages = self._stages()  # refused, if it has to be, before anything is started
@@ -225,11 +227,13 @@ class Measurement:
         own = compose(CONFIG, overrides=overrides)
         with open_dict(own):
             own.arms = {arm: own.arms[arm] for arm in arms}
+        captures = Graphs.total
         try:
             run_comparison(own, folder, CONFIG, overrides)
         finally:
             if name in claims.RUNS and (folder / "record.json").exists():
                 self.record[name] = claims.slim(read_record(folder / "record.json"))
+                self.record["captured_late"][name] = Graphs.total - captures
 
     def _note_graphs(self) -> None:
         """How many steps were captured: none, or few, where the log warns of captures that failed."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar
+from threading import Lock
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 log = logging.getLogger(__name__)
 
 WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
+ATTEMPTS = 3  # captures that may fail before a network goes on without graphs
 
 Output = TypeVar("Output")
+
+_capturing = Lock()  # in torch one capture may be under way at a time
 
 
 class Graphs:
@@ -26,42 +30,59 @@ class Graphs:
     what      they are of, for a warning
     captures  how many there are
     device    a context in which streams and graphs are those of the network's device
+    total     captures of all networks so far
     """
+
+    total: ClassVar[int] = 0
 
     def __init__(self, device: torch.device, what: str) -> None:
         on_cuda = device.type == "cuda"
         self.what = what
         self.captures = 0
         self.device: AbstractContextManager[Any] = torch.cuda.device(device) if on_cuda else nullcontext()
+        self._attempts = ATTEMPTS if on_cuda else 0
         self._memory = torch.cuda.graph_pool_handle() if on_cuda else None
+        # A stream of their own, for two reasons: torch's common one belongs to the device that captured first, and a
+        # graph that goes takes the workspace of its stream's matrix products with it, whoever else uses that.
+        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._kept: list[torch.cuda.CUDAGraph] = []  # so they go together
+
+    @property
+    def possible(self) -> bool:
+        """Whether there are graphs here."""
+        return self._attempts > 0
 
     def captured(self, body: Callable[[], Output]) -> tuple[Callable[[], object], Output] | None:
-        """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None where there are no graphs."""
-        if self._memory is None:
-            return None
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None if it could not be captured."""
+        assert self._stream is not None
+        callers = torch.cuda.current_stream()
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 body()  # what this raises - a compiler's error, too little memory - has nothing to do with graphs
-        torch.cuda.current_stream().wait_stream(aside)
+        callers.wait_stream(self._stream)
         try:
             graph = torch.cuda.CUDAGraph()
             # the judge may work in another thread meanwhile: what it allocates is none of the capture's business
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            with _capturing, torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
                 outputs = body()
         except RuntimeError as error:
-            log.warning("%s could not be captured in a CUDA graph and runs without one: %s", self.what, error)
-            self._memory = None
+            torch.cuda.set_stream(callers)  # torch leaves it out where the end of a capture fails
+            self._memory = torch.cuda.graph_pool_handle()  # that one may count a capture that has not ended
+            self._attempts -= 1
+            lost = "runs without one this time" if self.possible else "runs without them from now on"
+            log.warning("%s could not be captured in a CUDA graph and %s: %s", self.what, lost, error)
             return None
+        self._kept.append(graph)
         self.captures += 1
+        Graphs.total += 1
         return graph.replay, outputs
 
 
 class Replayed(Generic[Output]):
     """A computation without arguments, captured when it is first called. Its outputs are overwritten by the next call.
 
-    begun  whether it has run once, as far as it could: what failed before, in a compiler say, is tried again
+    begun  whether it has run once: what failed before, in a compiler say, is tried again
     """
 
     def __init__(self, graphs: Graphs, body: Callable[[], Output]) -> None:
@@ -70,11 +91,12 @@ class Replayed(Generic[Output]):
         self.begun = False
 
     def __call__(self) -> Output:
-        if not self.begun:
+        if self._graph is None and self._graphs.possible:
             self._graph = self._graphs.captured(self._body)
-            self.begun = True
         if self._graph is None:
-            return self._body()
-        replay, outputs = self._graph
-        replay()
+            outputs = self._body()
+        else:
+            replay, outputs = self._graph
+            replay()
+        self.begun = True
         return outputs

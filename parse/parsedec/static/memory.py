@@ -36,6 +36,9 @@ class Buffers:
         self.leases: WeakSet[Lease] = WeakSet()
         self.graphs: dict[Any, Any] = {}  # captured steps hold these addresses, so they live and die with them
 
+    def clear(self) -> None:
+        self.states.zero_()
+
     def columns(self, start: int, count: int) -> tuple[Tensor, ...]:
         """Views of rows start, …, start + count - 1: M of [1, G, count, d]."""
         return self.states.narrow(3, start, count).unbind(0)
@@ -50,6 +53,9 @@ class Held(Protocol):
     @property
     def leases(self) -> WeakSet[Any]: ...
 
+    def clear(self) -> None:
+        """Write zeros to all rows."""
+
 
 B = TypeVar("B", bound=Held)
 
@@ -57,26 +63,35 @@ B = TypeVar("B", bound=Held)
 class Stock(Generic[B]):
     """Buffers of one kind, a few of which are kept for the next requests when nobody holds them any more.
 
-    make  new ones for so many rows, on `device`
+    make    new ones for so many rows, on `device`
+    clears  whether they are handed on cleared: steps with fixed sizes also read rows that are nobody's, and what is no
+            number there, after a request whose numbers were too large, no mask hides
     """
 
     def __init__(self, make: Callable[[int], B], device: torch.device) -> None:
         self._make, self._device = make, device
         self._all: list[B] = []
+        self.clears = device.type == "cuda"
         self._choosing = Lock()  # a judge in a thread of its own must not choose what is being chosen here
 
     def take(self, capacity: int, holder: object) -> B:
         """Buffers of at least `capacity` rows that nobody holds but, from now on, `holder`."""
         with self._choosing:
-            buffers = self._chosen(capacity)
+            buffers = self._kept(capacity) or self._new(capacity)
             buffers.leases.add(holder)
         return buffers
 
-    def _chosen(self, capacity: int) -> B:
+    def _kept(self, capacity: int) -> B | None:
+        fitting = [buffers for buffers in self._all if not buffers.leases and buffers.capacity >= capacity]
+        if not fitting:
+            return None
+        smallest = min(fitting, key=lambda buffers: buffers.capacity)
+        if self.clears:
+            smallest.clear()
+        return smallest
+
+    def _new(self, capacity: int) -> B:
         free = [buffers for buffers in self._all if not buffers.leases]
-        fitting = [buffers for buffers in free if buffers.capacity >= capacity]
-        if fitting:
-            return min(fitting, key=lambda buffers: buffers.capacity)
         for buffers in sorted(free, key=lambda buffers: buffers.capacity)[: max(0, len(free) - SPARE + 1)]:
             self._all.remove(buffers)  # the smallest go first: requests have outgrown them
         size = FIRST_CAPACITY.get(self._device.type, 256)
