@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parsedec.static.graphs import Graphs
+
 # what would wait for the device, or copy from memory of the host that a capture cannot read
 OF_THE_HOST = {
     "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "lift_fresh_copy", "equal", "is_nonzero",
@@ -70,6 +72,7 @@ def captured(graphs, body):
     """In place of `Graphs.captured`."""
     graph = Graph(body)
     graphs.captures += 1
+    Graphs.total += 1
     return graph.replay, graph.outputs
 
 
