@@ -3,12 +3,14 @@
 import json
 import re
 import runpy
+import shutil
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 from parsedec import Parse, PrefixVerification, load, write_trace
+from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, ModelLoadError, OutputExistsError, PromptError
 from parsedec.experiment import calibrated
 from parsedec.experiment.build import apply_runtime, build_engine
@@ -145,6 +147,50 @@ def test_other_content_is_refused_in_its_place(content, tiny_target):
 def test_what_is_no_model(source, said):
     with pytest.raises(ModelLoadError, match=f"{said}; expected a directory"):
         load(source)
+
+
+PARTS = {
+    "eagle3": r"an EAGLE-3 head.*inner=eagle3 inner\.head={0}, in Python .*Eagle3\(head='{0}'\)",
+    "medusa": r"a set of Medusa heads.*inner=medusa inner\.heads={0}, in Python .*Medusa\(heads='{0}'\)",
+    "parallelspec": r"a ParallelSpec head.*inner=parallelspec inner\.head={0}, in Python .*Spec\(head='{0}'\)",
+    "probe": r"a set of judge probes.*judge=probe judge\.weights={0}, in Python .*ProbeJudge\(weights='{0}'\)",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_stack_is_no_model(part, tmp_path):
+    """Wherever it is; with a tokenizer beside it, it could pass for one."""
+    folder = tmp_path / part
+    shutil.copytree(in_zoo(f"zoo:{part}"), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(in_zoo("zoo:target") / name, folder)
+    for source in (f"zoo:{part}", str(folder)):
+        with pytest.raises(ModelLoadError, match=f"'{re.escape(source)}' is {PARTS[part].format(re.escape(source))}"):
+            load(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "draft_vocab_size": 32000}, "EAGLE-3"),
+        ({"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3"}, "EAGLE-3"),
+        ({"medusa_num_heads": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}, "Medusa"),
+        (None, "Medusa"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "medusa_num_heads": 5}, None),
+        ({"architectures": ["Eagle2_5_VLForConditionalGeneration"], "model_type": "eagle_2_5_vl"}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_public_heads_are_known_by_their_configuration(config, part, tmp_path):
+    """A Medusa-2 checkpoint is a model with heads inside; version 0.1 may be the heads' file alone."""
+    if config is None:
+        (tmp_path / "medusa_lm_head.pt").touch()
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=part or "cannot load the model") as refused:
+        load(tmp_path)
+    assert ("no model itself" in str(refused.value)) == bool(part)
 
 
 def test_a_result_has_a_page(tiny_target, tmp_path):
