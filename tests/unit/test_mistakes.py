@@ -4,11 +4,13 @@ import json
 import re
 import runpy
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
+import tiny
 from parsedec import Parse, PrefixVerification, load, write_trace
 from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, ModelLoadError, OutputExistsError, PromptError
@@ -21,8 +23,9 @@ from parsedec.experiment.runner import Arm
 from parsedec.inner import NoSpeculation
 from parsedec.judge import LabelJudge, Scores
 from parsedec.loop import Rounds
+from parsedec.peers import Cascade, LabelEquivalence, LookaheadReasoning, SpecReason
 from parsedec.prompt import messages_of
-from parsedec.segmenters import Lines
+from parsedec.segmenters import EveryTokens, Lines
 from parsedec.serve import command
 from parsedec.streamed import StreamedVerification
 from parsedec.types import JudgePath, Tree
@@ -197,6 +200,44 @@ def test_a_result_has_a_page(tiny_target, tmp_path):
     result = Parse(tiny_target).generate([5, 6, 7], max_new_tokens=4)
     page = write_trace(result, tmp_path / "trace.html").read_text()
     assert re.findall(r"w\d+", result.text)[0] in page
+
+
+@pytest.mark.parametrize("outer", [PrefixVerification, StreamedVerification, SpecReason, Cascade])
+def test_it_is_said_where_a_question_leaves_no_room_to_draft(outer):
+    prompt = [5, 6, 7]
+    rows = LabelJudge(question="?").bind(tiny.model()).suffix_rows
+    notes = {}
+    for room in (rows, rows + 8):
+        target = tiny.model("llama", context_limit=len(prompt) + room)
+        engine = Parse(target, tiny.model("llama", seed=5, layers=2), outer=outer(judge=LabelJudge(question="?")))
+        result = engine.generate(prompt, max_new_tokens=4)
+        assert (result.counters.draft_tokens > 0) == (room > rows)
+        notes[room] = result.notes
+    limit = len(prompt) + rows
+    said = f"prompt, answer and the judge's question of {rows} tokens fill the context of tiny llama, {limit} tokens"
+    assert any(said in note for note in notes[rows])
+    assert notes[rows + 8] == ()
+
+
+def test_a_question_that_no_context_holds_is_refused_when_the_stack_is_built(tiny_draft):
+    rows = LabelJudge(question="?").bind(tiny.model()).suffix_rows
+    for room, fits in ((1, False), (2, True)):
+        target = tiny.model("llama", context_limit=rows + room)
+        with (
+            nullcontext() if fits else pytest.raises(IncompatibleStack, match=f"takes {rows} tokens.*holds {rows + 1}")
+        ):
+            Parse(target, tiny_draft, judge=LabelJudge(question="?"))
+
+
+def test_steps_too_long_to_be_compared_are_the_targets_own(tiny_target, tiny_draft):
+    asked = tiny.model("llama", seed=3, context_limit=12)
+    outer = LookaheadReasoning(
+        equivalence=LabelEquivalence(model=asked, question="{own} {proposed}?", labels=("w1", "w2")),
+        segmenter=EveryTokens(delta=8),
+    )
+    result = Parse(tiny_target, tiny_draft, outer=outer).generate([5, 6, 7], max_new_tokens=12)
+    assert list(result.tokens) == tiny.greedy(tiny_target, [5, 6, 7], 12)[0]
+    assert any("could not be compared: the target's own stand" in note for note in result.notes)
 
 
 # Commands

@@ -25,6 +25,7 @@ QUESTION = (
     "whatever their wording? Reply with one word, Same or Different.\n\nVersion A:\n{own}\n\nVersion B:\n{proposed}"
 )
 LABELS = ("Same", "Different")
+TOO_LONG = "steps that are longer than the context of {1}, {0} tokens, could not be compared: the target's own stand"
 NUMBER = r"-?\d+(?:\.\d+)?"
 
 
@@ -33,11 +34,13 @@ class Sameness:
     """What a comparison says: the score that the texts mean the same, and what asking cost.
 
     calls, rows  of the model that was asked; 0 where none was
+    note         why it could not be asked
     """
 
     score: float
     calls: int = 0
     rows: int = 0
+    note: str | None = None
 
 
 class Equivalence(Protocol):
@@ -134,8 +137,11 @@ class LabelEquivalence:
             return Sameness(1.0)
         if self.model is None or self.label_ids is None:
             raise JudgeError("the equivalence judge was not bound to a target; call bind(target) first.")
+        ids = prompt_ids(self.model, [{"role": "user", "content": self._ask(own, proposed)}])
+        if len(ids) > self.model.context_limit:
+            return Sameness(0.0, note=TOO_LONG.format(self.model.context_limit, self.model.name))
         session = open_session(self.model)
-        logits = session.feed(prompt_ids(self.model, [{"role": "user", "content": self._ask(own, proposed)}]))
+        logits = session.feed(ids)
         same, different = self.label_ids
         score = float(torch.sigmoid(logits[same].float() - logits[different].float()))
         if not 0 <= score <= 1:
