@@ -157,9 +157,7 @@ class DraftVerification(ABC):
         )
         limit = self.max_draft_tokens
         if limit is not None:
-            require_number("outer.max_draft_tokens", limit, whole=True)
-            if limit < 1:
-                raise ConfigError(f"outer.max_draft_tokens={limit}; expected at least 1, or null for no limit.")
+            require_number("outer.max_draft_tokens", limit, whole=True, low=1)
 
     def bind(self, target: LanguageModel) -> Self:
         judge = self.judge.bind(target)

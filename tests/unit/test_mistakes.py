@@ -8,12 +8,21 @@ from contextlib import nullcontext
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 import tiny
 from parsedec import Parse, PrefixVerification, load, write_trace
+from parsedec.advice.job import divided
 from parsedec.checkpoints import in_zoo
-from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, ModelLoadError, OutputExistsError, PromptError
+from parsedec.errors import (
+    ConfigError,
+    IncompatibleStack,
+    JudgeError,
+    ModelLoadError,
+    OutputExistsError,
+    PromptError,
+    require_number,
+)
 from parsedec.experiment import calibrated
 from parsedec.experiment.build import apply_runtime, build_engine
 from parsedec.experiment.cli import expand_shorthand, explain, known_settings
@@ -28,16 +37,20 @@ from parsedec.prompt import messages_of
 from parsedec.segmenters import EveryTokens, Lines
 from parsedec.serve import command
 from parsedec.streamed import StreamedVerification
-from parsedec.types import JudgePath, Tree
+from parsedec.tasks import OpenEnded
+from parsedec.training.probe_job import train_probes
+from parsedec.types import JudgePath, Limits, Tree
 from parsedec_adapters.draft_model import DraftModel
 
 CONF = conf_folder()
 QUESTION = "Tom has 12 coins. Ana gives Tom 30 coins. How many coins does Tom have now?"
 
 
-def composed(*overrides, config="config"):
+def composed(*overrides, config="config", given=None):
+    """A configuration; `given` are settings in their own form."""
+    small = ["runtime=cpu", "max_new_tokens=8"] + (["warmup=0"] if config in ("config", "serve") else [])
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config, overrides=["runtime=cpu", "warmup=0", "max_new_tokens=8", *overrides])
+        return OmegaConf.merge(compose(config, overrides=[*small, *overrides]), given or {})
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +251,64 @@ def test_steps_too_long_to_be_compared_are_the_targets_own(tiny_target, tiny_dra
     result = Parse(tiny_target, tiny_draft, outer=outer).generate([5, 6, 7], max_new_tokens=12)
     assert list(result.tokens) == tiny.greedy(tiny_target, [5, 6, 7], 12)[0]
     assert any("could not be compared: the target's own stand" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("judge.labels", lambda given: LabelJudge(labels=given)),
+        ("equivalence.labels", lambda given: LabelEquivalence(labels=given)),
+        ("stop", lambda given: Limits(stop=given)),
+        ("categories", lambda given: OpenEnded(name="chat", path=__file__, categories=given)),
+        ("segmenters", lambda given: divided(composed(config="advise", given={"segmenters": given}), [])),
+        ("positions", lambda given: train_probes(composed(config="train_probe", given={"positions": given}))),
+    ],
+)
+def test_a_string_is_no_list_of_its_letters(name, make):
+    with pytest.raises(
+        ConfigError, match=rf"{name}='YN' is one string.*letter by letter; expected a list.*{name}=\[…\]"
+    ):
+        make("YN")
+    with pytest.raises(ConfigError, match=rf"{name}=\[1, 0\]; expected a list"):
+        make([1, 0])
+    with pytest.raises(ConfigError, match=rf"{name}=\['Y', ''\] holds an empty string.*Remove it"):
+        make(["Y", ""])
+
+
+def test_labels_are_two():
+    assert LabelJudge(labels=["Y", "N"]).labels == ["Y", "N"]
+    with pytest.raises(ConfigError, match=r"judge\.labels=\['Y'\]; expected a list of two words, right and wrong"):
+        LabelJudge(labels=["Y"])
+
+
+@pytest.mark.parametrize(
+    ("value", "settings", "said"),
+    [
+        (0, {"low": 1}, "at least 1"),
+        (9, {"low": 1, "high": 4}, "from 1 to 4"),
+        (2.5, {"whole": True}, "expected a whole number"),
+        (True, {}, "n=True; expected a number"),
+        (float("nan"), {"low": 0}, "n=nan; expected a number, at least 0"),
+        ("3", {"low": 1}, "n='3'; expected a number, at least 1"),
+    ],
+)
+def test_numbers(value, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        require_number("n", value, **settings)
+    require_number("n", 3, whole=True, low=1, high=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Lines(min_tokens="3"), r"segmenter\.min_tokens='3'; expected a whole number, at least 1"),
+        (lambda: EveryTokens(delta=2.5), r"segmenter\.delta=2\.5; expected a whole number"),
+        (lambda: Lines(pattern="("), r"segmenter\.pattern='\(' is no regular expression"),
+    ],
+)
+def test_a_segmenter_is_refused_before_it_meets_a_draft(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
 
 
 # Commands

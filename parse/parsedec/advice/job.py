@@ -23,14 +23,14 @@ from parsedec.advice.trial import Trial
 from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, falls, headline, luck_of_choice, separations
 from parsedec.boundary import DEFAULT_THRESHOLD
 from parsedec.calibration.decisions import Pair
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number, require_texts
 from parsedec.experiment.build import build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.problems import digests, read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
-from parsedec.tasks.base import Problem, Task, first_turn, require_extra, require_int
+from parsedec.tasks.base import Problem, Task, first_turn, require_extra
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -147,11 +147,13 @@ def saved(notes: Notes) -> Iterator[None]:
 
 def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
     """The problems that are measured, and those behind them for the check."""
-    require_int("n", cfg.n, 1)
-    require_int("short", cfg.short, 1, cfg.n)
+    require_number("n", cfg.n, whole=True, low=1)
+    require_number("short", cfg.short, whole=True, low=1, high=cfg.n)
     if cfg.rehearse is not None:
-        require_int("rehearse", cfg.rehearse, 1, cfg.n)
-    require_int("check.n", cfg.check.n, 0)
+        require_number("rehearse", cfg.rehearse, whole=True, low=1, high=cfg.n)
+    require_number("check.n", cfg.check.n, whole=True, low=0)
+    for name in ("segmenters", "inners", "loops"):
+        require_texts(name, cfg[name])
     if cfg.n + cfg.check.n > len(problems):
         raise ConfigError(
             f"n={cfg.n} and check.n={cfg.check.n} ask for more than the {len(problems)} problems of the task; lower "

@@ -15,7 +15,7 @@ import torch
 
 from parsedec.backends import open_session
 from parsedec.chat import label_tokens, prompt_ids, suffix_text
-from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, require_texts
 from parsedec.model import LanguageModel
 from parsedec.remote.model import RemoteModel
 
@@ -112,10 +112,11 @@ class LabelEquivalence:
     label_ids: tuple[int, int] | None = None  # filled in by bind
 
     def __post_init__(self) -> None:
-        if any(self.question.count(slot) != 1 for slot in (OWN, PROPOSED)) or len(self.labels) != 2:
+        require_texts("equivalence.labels", self.labels, count=2, wanted="a list of two words, same and different")
+        if any(self.question.count(slot) != 1 for slot in (OWN, PROPOSED)):
             raise ConfigError(
-                f"equivalence has labels={list(self.labels)} and question={self.question!r}; expected two words, and a "
-                f"question with {OWN} and {PROPOSED} in it, once each."
+                f"equivalence.question={self.question!r}; expected a question with {OWN} and {PROPOSED} in it, once "
+                "each."
             )
 
     @property

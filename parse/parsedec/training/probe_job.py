@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from parsedec.calibration.sources import Answers, Question, Source, Steps, asked_of
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_texts
 from parsedec.experiment.build import apply_runtime, build_model, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.problems import read_now, refuse_other_problems
@@ -51,6 +51,7 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
         return earlier
     apply_runtime(cfg)
     head = {"schema_version": SCHEMA_VERSION, "title": "judge probes", "config": config, "provenance": provenance()}
+    require_texts("positions", cfg.positions)
     asked = asked_of(instantiate(cfg.labels).questions(cfg.seed))
     started = time.monotonic()
     target = build_model(cfg.target)
