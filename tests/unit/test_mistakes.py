@@ -36,6 +36,7 @@ from parsedec.peers import Cascade, LabelEquivalence, LookaheadReasoning, SpecRe
 from parsedec.prompt import messages_of
 from parsedec.segmenters import EveryTokens, Lines
 from parsedec.serve import command
+from parsedec.serve.asked import ChatAsked
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks import OpenEnded
 from parsedec.training.probe_job import train_probes
@@ -145,6 +146,19 @@ def test_a_speculator_proposes_tokens_of_the_model(tiny_target):
 )
 def test_parts_of_text_are_text(content, text):
     assert messages_of([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
+
+
+def test_parts_of_a_clients_message_are_joined_by_the_engine(tiny_target):
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    turns = [{"role": "developer", "content": parts[:1]}, {"role": "user", "content": parts}]
+    ((prompt, bare),) = ChatAsked(model="m", messages=turns).prompts()
+    joined = [{"role": "system", "content": "w1 "}, {"role": "user", "content": "w1 w2"}]
+    assert (messages_of(prompt), bare) == (joined, False)
+    engine = Parse(tiny_target)
+    assert engine.target_ids(prompt) == engine.target_ids(joined)
+    ((nothing, _),) = ChatAsked(model="m", messages=[{"role": "user", "content": []}]).prompts()
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        engine.generate(nothing)
 
 
 @pytest.mark.parametrize(
