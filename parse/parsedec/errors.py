@@ -100,6 +100,12 @@ def require_objects(**parts: object) -> None:
             raise ConfigError(f"{name} is the class {part.__name__}; expected an object of it: {part.__name__}(…).")
 
 
+def require_kind(name: str, value: object, kind: type, example: str) -> None:
+    """Raise ConfigError for a setting that is not of a class."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={value!r}; expected a {kind.__name__}: {example}.")
+
+
 def require_number(
     name: str, value: object, *, whole: bool = False, low: float | None = None, high: float | None = None
 ) -> None:

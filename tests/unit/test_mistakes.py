@@ -7,6 +7,7 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
@@ -40,7 +41,7 @@ from parsedec.serve.asked import ChatAsked
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks import OpenEnded
 from parsedec.training.probe_job import train_probes
-from parsedec.types import JudgePath, Limits, Tree
+from parsedec.types import JudgePath, Limits, Sampling, Tree
 from parsedec_adapters.draft_model import DraftModel
 
 CONF = conf_folder()
@@ -323,6 +324,30 @@ def test_numbers(value, settings, said):
 def test_a_segmenter_is_refused_before_it_meets_a_draft(make, said):
     with pytest.raises(ConfigError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sampling": 0.7}, r"sampling=0\.7; expected a Sampling: Sampling\(temperature=…\)"),
+        ({"sampling": {"temperature": 1}}, r"sampling=\{'temperature': 1\}; expected a Sampling"),
+        ({"sampling": Sampling(temperature=1.0)}, r"needs a torch\.Generator"),
+        ({"sampling": Sampling(temperature=1.0), "generator": 3}, r"generator=3; expected a Generator: torch\.Gen"),
+    ],
+)
+def test_sampling_is_given_as_objects(given, said, tiny_target):
+    engine = Parse(tiny_target)
+    with pytest.raises(ConfigError, match=said):
+        engine.generate([5, 6, 7], max_new_tokens=2, **given)
+    each = {
+        "generators" if name == "generator" else name: [3] if value == 3 else value for name, value in given.items()
+    }
+    with pytest.raises(ConfigError, match=said):
+        engine.generate_batch([[5, 6, 7]], max_new_tokens=2, **each)
+    with pytest.raises(
+        ConfigError, match=r"generators=<torch.*; expected a list of them, one torch\.Generator a prompt"
+    ):
+        engine.generate_batch([[5]], sampling=Sampling(temperature=1.0), generators=torch.Generator())
 
 
 # Commands
