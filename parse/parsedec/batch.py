@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from parsedec.backends import runs_static
-from parsedec.errors import ConfigError, ParsedecError, PassFailed, without_frames
+from parsedec.errors import ConfigError, ParsedecError, PassFailed, require_kind, require_number, without_frames
 from parsedec.fibers import Fiber, current
 from parsedec.inner import NoSpeculation
 from parsedec.joint import Pass, joint_obstacle, settled
@@ -84,14 +84,18 @@ class Batch:
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not isinstance(self.prompts, Sequence):
             raise ConfigError(f"prompts={self.prompts!r}; expected a list of prompts. Use generate for a single one.")
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(f"size={self.size!r}; expected how many requests to answer at a time, at least 1.")
+        require_number("size", self.size, whole=True, low=1)
+        require_kind("sampling", self.sampling, Sampling, "Sampling(temperature=…)")
         if self.generators is None:
             if not self.sampling.greedy:
                 raise ConfigError(
                     f"temperature={self.sampling.temperature} needs a torch.Generator for every request: generators=[…]"
                 )
             return
+        if not isinstance(self.generators, Sequence):
+            raise ConfigError(f"generators={self.generators!r}; expected a list of them, one torch.Generator a prompt.")
+        for generator in self.generators:
+            require_kind("generator", generator, torch.Generator, "torch.Generator().manual_seed(…)")
         own = len(set(map(id, self.generators)))
         if own != len(self.prompts) or len(self.generators) != own:
             raise ConfigError(

@@ -6,6 +6,7 @@ also at a commit, tag or branch (`ORG/NAME@REVISION`), or `zoo:NAME` for what sh
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,6 +152,50 @@ def find_file(source: str | Path, name: str) -> Path | None:
             f"'{source}' cannot be had from the hub: {first_line(error)}. Check the id; a gated or private repository "
             "needs your login (hf auth login)."
         ) from error
+
+
+PARTS = {  # what is no model, and how it is used: in a command, in Python
+    "an EAGLE-3 head": ("inner=eagle3 inner.head={}", "parsedec_adapters.eagle3.Eagle3(head='{}')"),
+    "a set of Medusa heads": ("inner=medusa inner.heads={}", "parsedec_adapters.medusa.Medusa(heads='{}')"),
+    "a ParallelSpec head": (
+        "inner=parallelspec inner.head={}",
+        "parsedec_adapters.parallelspec.ParallelSpec(head='{}')",
+    ),
+    "a set of judge probes": ("judge=probe judge.weights={}", "parsedec.judge.ProbeJudge(weights='{}')"),
+}
+EAGLE_KEYS = {"draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_ids"}
+
+
+def refuse_part(place: Checkpoint, source: str) -> None:
+    """Raise ModelLoadError for what belongs to a model and is none: a head, or probes. Some of their configurations
+    would pass for a model's, whose missing weights are then drawn at random.
+    """
+    config = place.find("config.json")
+    try:
+        raw = json.loads(config.read_bytes()) if config else {}
+    except ValueError:
+        return  # damage is named by who reads it in earnest
+    heads = place.local and any(Path(place.location).glob("medusa_lm_head.*"))
+    kind = _part(raw if isinstance(raw, dict) else {}, heads)
+    if kind is not None:
+        command, python = (how.format(source) for how in PARTS[kind])
+        raise ModelLoadError(
+            f"'{source}' is {kind}, which works beside the model it was trained for and is no model itself. Load that "
+            f"model, and use this with it: {command}, in Python {python}."
+        )
+
+
+def _part(raw: Mapping[str, Any], medusa_file: bool) -> str | None:
+    """Which of PARTS a config.json is of; None: a model's, for all it says."""
+    named = " ".join(map(str, raw.get("architectures") or ()))
+    if "ForCausalLMEagle" in named or raw.get("speculators_model_type") == "eagle3" or EAGLE_KEYS & set(raw):
+        return "an EAGLE-3 head"
+    if str(raw.get("format")).startswith("parsedec-parallel-head"):
+        return "a ParallelSpec head"
+    if raw.get("model_type") == "parsedec_probe":
+        return "a set of judge probes"
+    # Medusa-2 has its heads inside a whole model, whose kind is then named
+    return "a set of Medusa heads" if not raw.get("model_type") and (medusa_file or "medusa_num_heads" in raw) else None
 
 
 Version = tuple[tuple[str, int, int], ...]

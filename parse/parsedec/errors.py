@@ -3,6 +3,7 @@ expected and what to do; anything else that escapes the engine is a defect of ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,45 @@ def require_objects(**parts: object) -> None:
             raise ConfigError(f"{name} is the class {part.__name__}; expected an object of it: {part.__name__}(…).")
 
 
-def require_number(name: str, value: object, *, whole: bool = False) -> None:
-    """Raise ConfigError for a setting that is no number, or has to be a whole one and is not."""
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        raise ConfigError(f"{name}={value!r}; expected a {'whole ' if whole else ''}number.")
+def require_kind(name: str, value: object, kind: type, example: str) -> None:
+    """Raise ConfigError for a setting that is not of a class."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={value!r}; expected a {kind.__name__}: {example}.")
+
+
+def require_number(
+    name: str, value: object, *, whole: bool = False, low: float | None = None, high: float | None = None
+) -> None:
+    """Raise ConfigError for a setting that is no number from `low` to `high`, or has to be a whole one and is not."""
+    # bool is a subclass of int, yet `n: true` in a YAML is surely a slip
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and (low is None or value >= low) and (high is None or value <= high):  # type: ignore[operator]
+        return
+    reach = f" from {low} to {high}" if high is not None else f", at least {low}" if low is not None else ""
+    raise ConfigError(f"{name}={value!r}; expected a {'whole ' if whole else ''}number{reach}.")
+
+
+def require_texts(
+    name: str,
+    value: object,
+    *,
+    count: int | None = None,
+    wanted: str = "a list of strings",
+    empty: str = "which says nothing",
+) -> None:
+    """Raise ConfigError for a setting that is no list of (`count`) texts, none of them empty. One text is a list of its
+    letters to Python, which nobody means.
+
+    wanted, empty  what the message calls what was expected, and what it says of an empty text
+    """
+    if isinstance(value, str):
+        raise ConfigError(
+            f"{name}={value!r} is one string, which would be read letter by letter; expected {wanted}. Give a list: "
+            f"{name}=[…]."
+        )
+    if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{name}={value!r}; expected {wanted}.")
+    if "" in value:
+        raise ConfigError(f"{name}={list(value)} holds an empty string, {empty}. Remove it.")
+    if count is not None and len(value) != count:
+        raise ConfigError(f"{name}={list(value)}; expected {wanted}.")

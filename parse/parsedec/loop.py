@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from parsedec.errors import ConfigError, require_number
+from parsedec.errors import require_number
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,4 @@ class Rounds:
     rounds: int = 4
 
     def __post_init__(self) -> None:
-        require_number("loop.rounds", self.rounds, whole=True)
-        if self.rounds < 1:
-            raise ConfigError(f"loop.rounds={self.rounds}; expected at least 1.")
+        require_number("loop.rounds", self.rounds, whole=True, low=1)

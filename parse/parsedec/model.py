@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import output_capturing
 
 from parsedec import kv, ranks
-from parsedec.checkpoints import Checkpoint, find_checkpoint
+from parsedec.checkpoints import Checkpoint, find_checkpoint, refuse_part
 from parsedec.errors import ConfigError, ModelLoadError, first_line
 from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
@@ -127,8 +127,7 @@ class LanguageModel:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.hf.dtype
-        return dtype
+        return cast(torch.dtype, self.hf.dtype)
 
     @cached_property
     def shared(self) -> bool:
@@ -236,10 +235,9 @@ class LanguageModel:
         """
         if self.shared:
             ranks.check_same(self, ids)
+        one = len(ids) == 1
+        rows = whole_numbers(ids[0], self.device).unsqueeze(0) if one else torch.tensor(ids, device=self.device)
         # capturing all layers where only some are read would keep them all alive through a long prefill
-        rows = (
-            whole_numbers(ids[0], self.device).unsqueeze(0) if len(ids) == 1 else torch.tensor(ids, device=self.device)
-        )
         wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
         out = self.hf(
             input_ids=rows,
@@ -293,8 +291,7 @@ def load(
 ) -> LanguageModel:
     """Load a model and its tokenizer.
 
-    source         directory, `.gguf` file, hub id (also ID@REVISION and ID/FILE.gguf), or `zoo:NAME` for a model that
-                   ships with parsedec
+    source         directory, `.gguf` file, hub id (also ID@REVISION and ID/FILE.gguf), or `zoo:NAME` for one of ours
     dtype          "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
     attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
@@ -333,9 +330,12 @@ def _read(place: Checkpoint, source: str, **given: Any) -> tuple[PreTrainedModel
     try:
         place.find(place.gguf or "config.json")  # from here on its commit is settled
         if place.gguf is None:  # of a repository that is not there, a configuration says so and a tokenizer does not
+            refuse_part(place, source)
             AutoConfig.from_pretrained(place.location, **place.arguments)
         tokenizer = AutoTokenizer.from_pretrained(place.location, **place.arguments)
         return AutoModelForCausalLM.from_pretrained(place.location, **place.arguments, **given), tokenizer
+    except ModelLoadError:
+        raise
     except Exception as error:  # the loaders above raise a dozen kinds; each is chained and shown
         check = (
             "Check the path, and that the download or copy is complete."

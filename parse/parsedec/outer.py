@@ -44,6 +44,15 @@ class Work:
     rounds: list[Round] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)  # what a reader of the trace should know
 
+    def note_no_room(self, judge: Judge) -> None:
+        """No draft can be judged any more, which is not for want of a good one."""
+        model, rows = self.target.session.model, judge.suffix_rows
+        if rows:  # without a question it is the answer that fills the context, as its stop reason says
+            self.notes.add(
+                f"nothing was drafted where prompt, answer and the judge's question of {rows} tokens fill the context "
+                f"of {model.name}, {model.context_limit} tokens"
+            )
+
     def target_writes(self, until: Segmenter | None = None) -> Iterator[Written]:
         """The target decodes to the end of the answer, or until it has completed a segment.
 
@@ -148,9 +157,7 @@ class DraftVerification(ABC):
         )
         limit = self.max_draft_tokens
         if limit is not None:
-            require_number("outer.max_draft_tokens", limit, whole=True)
-            if limit < 1:
-                raise ConfigError(f"outer.max_draft_tokens={limit}; expected at least 1, or null for no limit.")
+            require_number("outer.max_draft_tokens", limit, whole=True, low=1)
 
     def bind(self, target: LanguageModel) -> Self:
         judge = self.judge.bind(target)
@@ -165,6 +172,8 @@ class DraftVerification(ABC):
         for i in range(self.loop.rounds):
             work.answer.begin_round()
             limit = self.draft_limit(work.answer.remaining, work.target.session.room)
+            if limit < 1:
+                work.note_no_room(self.judge)
             drafting = limit > 0 and self.gate.allows(work.history)
             facts: dict[str, Any] = {"drafted": drafting}
             if drafting:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_kind
 from parsedec.types import Sampling
 
 SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more than a run has requests
@@ -37,8 +37,11 @@ class Sampler:
     """Sampling settings with the generator they draw from; one per request and model."""
 
     def __init__(self, settings: Sampling, generator: torch.Generator | None = None) -> None:
-        if generator is None and not settings.greedy:
-            raise ConfigError(f"temperature={settings.temperature} needs a torch.Generator; pass one with a seed")
+        require_kind("sampling", settings, Sampling, "Sampling(temperature=…)")
+        if generator is not None:
+            require_kind("generator", generator, torch.Generator, "torch.Generator().manual_seed(…)")
+        elif not settings.greedy:
+            raise ConfigError(f"temperature={settings.temperature} needs a generator=torch.Generator().manual_seed(…).")
         self.settings = settings
         self.generator = generator
 

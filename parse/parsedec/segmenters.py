@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 from parsedec.text import Draft
 
 
@@ -25,15 +25,15 @@ class Segmenter(ABC):
     max_cuts: int = 32
 
     def __post_init__(self) -> None:
-        if (
-            self.min_tokens < 1
-            or self.max_cuts < 1
-            or (self.max_tokens is not None and self.max_tokens < self.min_tokens)
-        ):
-            raise ConfigError(
-                f"segmenter has min_tokens={self.min_tokens}, max_tokens={self.max_tokens}, max_cuts="
-                f"{self.max_cuts}; expected 1 <= min_tokens <= max_tokens and max_cuts >= 1."
-            )
+        require_number("segmenter.min_tokens", self.min_tokens, whole=True, low=1)
+        require_number("segmenter.max_cuts", self.max_cuts, whole=True, low=1)
+        if self.max_tokens is not None:
+            require_number("segmenter.max_tokens", self.max_tokens, whole=True, low=1)
+            if self.max_tokens < self.min_tokens:
+                raise ConfigError(
+                    f"segmenter has min_tokens={self.min_tokens}, max_tokens={self.max_tokens}; expected min_tokens <= "
+                    "max_tokens, or max_tokens=null for no bound."
+                )
 
     @abstractmethod
     def ends(self, draft: Draft) -> Iterable[int]:
@@ -80,8 +80,7 @@ class EveryTokens(Segmenter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.delta < 1:
-            raise ConfigError(f"segmenter.delta={self.delta}; expected at least 1 token.")
+        require_number("segmenter.delta", self.delta, whole=True, low=1)
 
     def ends(self, draft: Draft) -> Iterable[int]:
         return range(self.delta, len(draft.tokens) + 1, self.delta)
@@ -92,6 +91,13 @@ class PatternSegmenter(Segmenter):
     """Segments end where `pattern` matches: group 1, or the start of the match, is the end of the segment's text."""
 
     pattern: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"segmenter.pattern={self.pattern!r} is no regular expression: {error}.") from error
 
     def ends(self, draft: Draft) -> Iterable[int]:
         for match in re.finditer(self.pattern, draft.text):

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from parsedec.errors import ConfigError, require_number
+from parsedec.errors import ConfigError, require_number, require_texts
 
 COLDEST = 1e-4  # temperature: below it logits overflow, and greedy decoding is what is meant
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
@@ -209,19 +209,9 @@ class Limits:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens!r}; expected at least 1, a whole number.")
-        if not isinstance(self.stop, Sequence) or not all(isinstance(s, str) for s in self.stop):
-            raise ConfigError(f"stop={self.stop!r}; expected a list of strings.")
-        if isinstance(self.stop, str):
-            raise ConfigError(
-                f"stop={self.stop!r} is one string, which would stop at each of its letters. Give a list: stop=[…]."
-            )
+        require_number("max_new_tokens", self.max_new_tokens, whole=True, low=1)
+        require_texts("stop", self.stop, empty="which would end every answer at once")
         object.__setattr__(self, "stop", tuple(self.stop))
-        if any(not s for s in self.stop):
-            raise ConfigError(
-                f"stop={list(self.stop)} holds an empty string, which would end every answer at once. Remove it."
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

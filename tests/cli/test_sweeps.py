@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from parsedec.experiment.job import run_job
@@ -108,9 +109,10 @@ def test_a_finished_run_is_skipped_without_loading_anything(tmp_path, caplog):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["resume=true", "output=elsewhere", "runtime=cpu"])
     config = OmegaConf.to_container(cfg, resolve=True)
+    asked = [{"id": p.id, "prompt": p.prompt, "reference": p.reference} for p in instantiate(cfg.task).problems()]
     record = {
         "schema_version": SCHEMA_VERSION, "status": "finished", "config": config, "provenance": {},
-        "arms": [{"name": "run", "requests": [{"error": None}]}]}  # fmt: skip
+        "arms": [{"name": "run", "requests": [one | {"error": None} for one in asked]}]}  # fmt: skip
     write_record(record, tmp_path / "record.json")
     with caplog.at_level("INFO"):
         assert run_job(cfg, tmp_path, lambda: pytest.fail("loaded")) == record

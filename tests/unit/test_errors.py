@@ -375,7 +375,7 @@ def test_token_ids_mean_nothing_to_a_draft_model_of_another_vocabulary():
     "wrong", [{"max_new_tokens": 0}, {"stop": [""]}, {"sampling": None, "max_new_tokens": -1}], ids=str
 )
 def test_wrong_request_settings(wrong):
-    with pytest.raises(ConfigError, match=r"expected at least 1|empty string"):
+    with pytest.raises(ConfigError, match=r"expected a whole number, at least 1|empty string"):
         ENGINES["parse"].generate("w1", **wrong)
 
 

@@ -3,13 +3,27 @@
 import json
 import re
 import runpy
+import shutil
+from contextlib import nullcontext
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
+import tiny
 from parsedec import Parse, PrefixVerification, load, write_trace
-from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, ModelLoadError, OutputExistsError, PromptError
+from parsedec.advice.job import divided
+from parsedec.checkpoints import in_zoo
+from parsedec.errors import (
+    ConfigError,
+    IncompatibleStack,
+    JudgeError,
+    ModelLoadError,
+    OutputExistsError,
+    PromptError,
+    require_number,
+)
 from parsedec.experiment import calibrated
 from parsedec.experiment.build import apply_runtime, build_engine
 from parsedec.experiment.cli import expand_shorthand, explain, known_settings
@@ -19,20 +33,26 @@ from parsedec.experiment.runner import Arm
 from parsedec.inner import NoSpeculation
 from parsedec.judge import LabelJudge, Scores
 from parsedec.loop import Rounds
+from parsedec.peers import Cascade, LabelEquivalence, LookaheadReasoning, SpecReason
 from parsedec.prompt import messages_of
-from parsedec.segmenters import Lines
+from parsedec.segmenters import EveryTokens, Lines
 from parsedec.serve import command
+from parsedec.serve.asked import ChatAsked
 from parsedec.streamed import StreamedVerification
-from parsedec.types import JudgePath, Tree
+from parsedec.tasks import OpenEnded
+from parsedec.training.probe_job import train_probes
+from parsedec.types import JudgePath, Limits, Sampling, Tree
 from parsedec_adapters.draft_model import DraftModel
 
 CONF = conf_folder()
 QUESTION = "Tom has 12 coins. Ana gives Tom 30 coins. How many coins does Tom have now?"
 
 
-def composed(*overrides, config="config"):
+def composed(*overrides, config="config", given=None):
+    """A configuration; `given` are settings in their own form."""
+    small = ["runtime=cpu", "max_new_tokens=8"] + (["warmup=0"] if config in ("config", "serve") else [])
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config, overrides=["runtime=cpu", "warmup=0", "max_new_tokens=8", *overrides])
+        return OmegaConf.merge(compose(config, overrides=[*small, *overrides]), given or {})
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +149,19 @@ def test_parts_of_text_are_text(content, text):
     assert messages_of([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
 
 
+def test_parts_of_a_clients_message_are_joined_by_the_engine(tiny_target):
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    turns = [{"role": "developer", "content": parts[:1]}, {"role": "user", "content": parts}]
+    ((prompt, bare),) = ChatAsked(model="m", messages=turns).prompts()
+    joined = [{"role": "system", "content": "w1 "}, {"role": "user", "content": "w1 w2"}]
+    assert (messages_of(prompt), bare) == (joined, False)
+    engine = Parse(tiny_target)
+    assert engine.target_ids(prompt) == engine.target_ids(joined)
+    ((nothing, _),) = ChatAsked(model="m", messages=[{"role": "user", "content": []}]).prompts()
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        engine.generate(nothing)
+
+
 @pytest.mark.parametrize(
     "content", [None, 7, b"Hi", {"type": "text"}, [{"type": "image_url", "image_url": "x"}], [None], "a \ud800 b"]
 )
@@ -147,10 +180,170 @@ def test_what_is_no_model(source, said):
         load(source)
 
 
+PARTS = {
+    "eagle3": r"an EAGLE-3 head.*inner=eagle3 inner\.head={0}, in Python .*Eagle3\(head='{0}'\)",
+    "medusa": r"a set of Medusa heads.*inner=medusa inner\.heads={0}, in Python .*Medusa\(heads='{0}'\)",
+    "parallelspec": r"a ParallelSpec head.*inner=parallelspec inner\.head={0}, in Python .*Spec\(head='{0}'\)",
+    "probe": r"a set of judge probes.*judge=probe judge\.weights={0}, in Python .*ProbeJudge\(weights='{0}'\)",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_stack_is_no_model(part, tmp_path):
+    """Wherever it is; with a tokenizer beside it, it could pass for one."""
+    folder = tmp_path / part
+    shutil.copytree(in_zoo(f"zoo:{part}"), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(in_zoo("zoo:target") / name, folder)
+    for source in (f"zoo:{part}", str(folder)):
+        with pytest.raises(ModelLoadError, match=f"'{re.escape(source)}' is {PARTS[part].format(re.escape(source))}"):
+            load(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "draft_vocab_size": 32000}, "EAGLE-3"),
+        ({"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3"}, "EAGLE-3"),
+        ({"medusa_num_heads": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}, "Medusa"),
+        (None, "Medusa"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "medusa_num_heads": 5}, None),
+        ({"architectures": ["Eagle2_5_VLForConditionalGeneration"], "model_type": "eagle_2_5_vl"}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_public_heads_are_known_by_their_configuration(config, part, tmp_path):
+    """A Medusa-2 checkpoint is a model with heads inside; version 0.1 may be the heads' file alone."""
+    if config is None:
+        (tmp_path / "medusa_lm_head.pt").touch()
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=part or "cannot load the model") as refused:
+        load(tmp_path)
+    assert ("no model itself" in str(refused.value)) == bool(part)
+
+
 def test_a_result_has_a_page(tiny_target, tmp_path):
     result = Parse(tiny_target).generate([5, 6, 7], max_new_tokens=4)
     page = write_trace(result, tmp_path / "trace.html").read_text()
     assert re.findall(r"w\d+", result.text)[0] in page
+
+
+@pytest.mark.parametrize("outer", [PrefixVerification, StreamedVerification, SpecReason, Cascade])
+def test_it_is_said_where_a_question_leaves_no_room_to_draft(outer):
+    prompt = [5, 6, 7]
+    rows = LabelJudge(question="?").bind(tiny.model()).suffix_rows
+    notes = {}
+    for room in (rows, rows + 8):
+        target = tiny.model("llama", context_limit=len(prompt) + room)
+        engine = Parse(target, tiny.model("llama", seed=5, layers=2), outer=outer(judge=LabelJudge(question="?")))
+        result = engine.generate(prompt, max_new_tokens=4)
+        assert (result.counters.draft_tokens > 0) == (room > rows)
+        notes[room] = result.notes
+    limit = len(prompt) + rows
+    said = f"prompt, answer and the judge's question of {rows} tokens fill the context of tiny llama, {limit} tokens"
+    assert any(said in note for note in notes[rows])
+    assert notes[rows + 8] == ()
+
+
+def test_a_question_that_no_context_holds_is_refused_when_the_stack_is_built(tiny_draft):
+    rows = LabelJudge(question="?").bind(tiny.model()).suffix_rows
+    for room, fits in ((1, False), (2, True)):
+        target = tiny.model("llama", context_limit=rows + room)
+        with (
+            nullcontext() if fits else pytest.raises(IncompatibleStack, match=f"takes {rows} tokens.*holds {rows + 1}")
+        ):
+            Parse(target, tiny_draft, judge=LabelJudge(question="?"))
+
+
+def test_steps_too_long_to_be_compared_are_the_targets_own(tiny_target, tiny_draft):
+    asked = tiny.model("llama", seed=3, context_limit=12)
+    outer = LookaheadReasoning(
+        equivalence=LabelEquivalence(model=asked, question="{own} {proposed}?", labels=("w1", "w2")),
+        segmenter=EveryTokens(delta=8),
+    )
+    result = Parse(tiny_target, tiny_draft, outer=outer).generate([5, 6, 7], max_new_tokens=12)
+    assert list(result.tokens) == tiny.greedy(tiny_target, [5, 6, 7], 12)[0]
+    assert any("could not be compared: the target's own stand" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("judge.labels", lambda given: LabelJudge(labels=given)),
+        ("equivalence.labels", lambda given: LabelEquivalence(labels=given)),
+        ("stop", lambda given: Limits(stop=given)),
+        ("categories", lambda given: OpenEnded(name="chat", path=__file__, categories=given)),
+        ("segmenters", lambda given: divided(composed(config="advise", given={"segmenters": given}), [])),
+        ("positions", lambda given: train_probes(composed(config="train_probe", given={"positions": given}))),
+    ],
+)
+def test_a_string_is_no_list_of_its_letters(name, make):
+    with pytest.raises(
+        ConfigError, match=rf"{name}='YN' is one string.*letter by letter; expected a list.*{name}=\[…\]"
+    ):
+        make("YN")
+    with pytest.raises(ConfigError, match=rf"{name}=\[1, 0\]; expected a list"):
+        make([1, 0])
+    with pytest.raises(ConfigError, match=rf"{name}=\['Y', ''\] holds an empty string.*Remove it"):
+        make(["Y", ""])
+
+
+def test_labels_are_two():
+    assert LabelJudge(labels=["Y", "N"]).labels == ["Y", "N"]
+    with pytest.raises(ConfigError, match=r"judge\.labels=\['Y'\]; expected a list of two words, right and wrong"):
+        LabelJudge(labels=["Y"])
+
+
+@pytest.mark.parametrize(
+    ("value", "settings", "said"),
+    [
+        (0, {"low": 1}, "at least 1"),
+        (9, {"low": 1, "high": 4}, "from 1 to 4"),
+        (2.5, {"whole": True}, "expected a whole number"),
+        (True, {}, "n=True; expected a number"),
+        (float("nan"), {"low": 0}, "n=nan; expected a number, at least 0"),
+        ("3", {"low": 1}, "n='3'; expected a number, at least 1"),
+    ],
+)
+def test_numbers(value, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        require_number("n", value, **settings)
+    require_number("n", 3, whole=True, low=1, high=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Lines(min_tokens="3"), r"segmenter\.min_tokens='3'; expected a whole number, at least 1"),
+        (lambda: EveryTokens(delta=2.5), r"segmenter\.delta=2\.5; expected a whole number"),
+        (lambda: Lines(pattern="("), r"segmenter\.pattern='\(' is no regular expression"),
+    ],
+)
+def test_a_segmenter_is_refused_before_it_meets_a_draft(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sampling": 0.7}, r"sampling=0\.7; expected a Sampling: Sampling\(temperature=…\)"),
+        ({"sampling": {"temperature": 1}}, r"sampling=\{'temperature': 1\}; expected a Sampling"),
+        ({"sampling": Sampling(temperature=1.0)}, r"temperature=1\.0 needs a .*torch\.Generator"),
+        ({"sampling": Sampling(temperature=1.0), "generator": 3}, r"generator=3; expected a Generator: torch\.Gen"),
+    ],
+)
+def test_sampling_is_given_as_objects(given, said, tiny_target):
+    engine = Parse(tiny_target)
+    with pytest.raises(ConfigError, match=said):
+        engine.generate([5, 6, 7], max_new_tokens=2, **given)
+    each = {"generators": [given["generator"]]} if "generator" in given else {}
+    with pytest.raises(ConfigError, match=said):
+        engine.generate_batch([[5, 6, 7]], max_new_tokens=2, sampling=given["sampling"], **each)
+    with pytest.raises(ConfigError, match=r"generators=<torch.*; expected a list of them, one .* a prompt"):
+        engine.generate_batch([[5]], sampling=Sampling(temperature=1.0), generators=torch.Generator())
 
 
 # Commands

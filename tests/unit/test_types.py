@@ -97,7 +97,7 @@ def test_greedy_is_temperature_0():
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"max_new_tokens": 0}, r"max_new_tokens=0; expected at least 1"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0; expected a whole number, at least 1"),
         ({"max_new_tokens": -5}, r"max_new_tokens=-5"),
         ({"max_new_tokens": 16.5}, r"max_new_tokens=16.5"),
         ({"stop": ("a", "")}, r"\['a', ''\].*empty string.*Remove"),

@@ -23,13 +23,14 @@ from parsedec.advice.trial import Trial
 from parsedec.advice.verdict import Demands, Verdict, best_parse, conclude, falls, headline, luck_of_choice, separations
 from parsedec.boundary import DEFAULT_THRESHOLD
 from parsedec.calibration.decisions import Pair
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number, require_texts
 from parsedec.experiment.build import build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.problems import digests, read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
-from parsedec.tasks.base import Problem, Task, require_extra, require_int
+from parsedec.tasks.base import Problem, Task, first_turn, require_extra
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
@@ -89,17 +90,25 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
     """Advise (or finish advising) in `folder`; returns the record, which is on disk every few seconds.
 
     composed  the configuration of the command with further overrides
-    A record that is finished, without errors, is returned as it is when resuming: nothing is loaded.
-    Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
+    A record that is finished, without errors, is returned as it is when resuming: no model is loaded.
+    Raises OutputExistsError before a model is loaded if the folder holds a record and this is no resumption, or what it
+    has measured is not asked any more or is another problem now.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    path = folder / "record.json"
     if earlier and _complete(earlier):
-        log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
+        asked = read_now(path, lambda: divided(cfg, instantiate(cfg.task).problems()))
+        if asked is not None:
+            _check_asked(earlier, digests_of(*asked), path)
+        log.info("%s is finished already, with the same configuration: skipped", path)
         return earlier
     require_extra("sklearn", "advice")
     task: Task = instantiate(cfg.task)
     problems, held_out = divided(cfg, task.problems())
+    asked_now = digests_of(problems, held_out)
+    if earlier:
+        _check_asked(earlier, asked_now, path)
     head = {
         "schema_version": SCHEMA_VERSION,
         "kind": "advice",
@@ -107,9 +116,10 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
         "config": config,
         "provenance": provenance(),
         "resumed_from": earlier["provenance"] if earlier else None,
+        "problems": asked_now,
     }
     prober = Prober(cfg, composed, task)
-    notes = Notes(head, folder / "record.json", earlier)
+    notes = Notes(head, path, earlier)
     with saved(notes):
         measure_all(prober, problems, cfg.short, notes)
         advisor = Advisor(cfg, prober, task, notes, composed)
@@ -137,11 +147,13 @@ def saved(notes: Notes) -> Iterator[None]:
 
 def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
     """The problems that are measured, and those behind them for the check."""
-    require_int("n", cfg.n, 1)
-    require_int("short", cfg.short, 1, cfg.n)
+    require_number("n", cfg.n, whole=True, low=1)
+    require_number("short", cfg.short, whole=True, low=1, high=cfg.n)
     if cfg.rehearse is not None:
-        require_int("rehearse", cfg.rehearse, 1, cfg.n)
-    require_int("check.n", cfg.check.n, 0)
+        require_number("rehearse", cfg.rehearse, whole=True, low=1, high=cfg.n)
+    require_number("check.n", cfg.check.n, whole=True, low=0)
+    for name in ("segmenters", "inners", "loops"):
+        require_texts(name, cfg[name])
     if cfg.n + cfg.check.n > len(problems):
         raise ConfigError(
             f"n={cfg.n} and check.n={cfg.check.n} ask for more than the {len(problems)} problems of the task; lower "
@@ -333,6 +345,18 @@ def _complete(record: dict[str, Any]) -> bool:
     """Whether nothing of a run is left to do; what failed is tried again."""
     runs = [one for part in PARTS for requests in record[part].values() for one in requests]
     return record["status"] == "finished" and not any(one["error"] for one in (*record["trials"], *runs))
+
+
+def digests_of(problems: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, str]:
+    """Digests of everything that is asked, by id."""
+    return digests({problem.id: problem for problem in (*problems, *held_out)})
+
+
+def _check_asked(earlier: dict[str, Any], asked: dict[str, str], path: Path) -> None:
+    """Raise OutputExistsError where an earlier run has measured other problems than are asked now."""
+    measured = {trial["id"] for trial in earlier["trials"] if not trial["error"]}
+    checked = {first_turn(one["id"]) for runs in _answered(earlier["check"]).values() for one in runs}
+    refuse_other_problems(path, earlier.get("problems") or {}, asked, measured | checked)
 
 
 def _answered(requests: Requests) -> Requests:

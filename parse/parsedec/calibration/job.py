@@ -17,9 +17,10 @@ from parsedec.calibration.outcomes import Known, Outcomes
 from parsedec.calibration.risk import Goal, Losses
 from parsedec.calibration.samples import PARTS, Sample
 from parsedec.calibration.scoring import Scorer
-from parsedec.calibration.sources import Question, Source
+from parsedec.calibration.sources import Question, Source, asked_of
 from parsedec.experiment.build import plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.problems import read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 
 log = logging.getLogger(__name__)
@@ -65,18 +66,25 @@ class Store:
 def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fit (or finish fitting) thresholds in `folder`; returns the record, which is on disk every few seconds.
 
-    A record that is finished, without errors, is returned as it is when resuming: nothing is loaded.
-    Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
+    A record that is finished, without errors, is returned as it is when resuming: no model is loaded.
+    Raises OutputExistsError before a model is loaded if the folder holds a record and this is no resumption, or its
+    samples are of problems that are not asked any more or are others now.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
+    path = folder / "record.json"
     if earlier and earlier["status"] == "finished" and not any(sample["error"] for sample in earlier["samples"]):
-        log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
-        return earlier
+        asked = read_now(path, lambda: asked_of(instantiate(cfg.labels).questions(cfg.seed)))
+        if asked is None or not left_over(earlier, asked, path):
+            log.info("%s is finished already, with the same configuration: skipped", path)
+            return earlier
     goal: Goal = instantiate(cfg.goal)
     source: Source = instantiate(cfg.labels)
     questions = source.questions(cfg.seed)
+    asked = asked_of(questions)
+    if earlier:
+        left_over(earlier, asked, path)
     head = {
         "schema_version": SCHEMA_VERSION,
         "kind": "calibration",
@@ -85,9 +93,10 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "provenance": provenance(),
         "resumed_from": earlier["provenance"] if earlier else None,
         "controls": source.controls,
+        "problems": asked,
     }
     scorer = Scorer(cfg, source)
-    store = Store(head, folder / "record.json", earlier)
+    store = Store(head, path, earlier)
     status = "failed"
     try:
         judge_all(scorer, questions, store)
@@ -110,6 +119,14 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     finally:
         record = store.save(status)
     return record
+
+
+def left_over(earlier: dict[str, Any], asked: dict[str, str], path: Path) -> bool:
+    """Whether questions are asked that an earlier run has not judged. Raises OutputExistsError where what it has judged
+    is not asked any more, or is another question now."""
+    judged = {sample["id"] for sample in earlier["samples"] if not sample["error"]}
+    refuse_other_problems(path, earlier.get("problems") or {}, asked, judged)
+    return not set(asked) <= judged
 
 
 def judge_all(scorer: Scorer, questions: Sequence[Question], store: Store) -> None:

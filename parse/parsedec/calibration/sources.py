@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from parsedec.calibration.risk import drawn
 from parsedec.calibration.samples import right_prefixes
 from parsedec.errors import ConfigError
+from parsedec.experiment.problems import digest, digests
 from parsedec.model import LanguageModel
 from parsedec.tasks.base import Problem, Task, score_of_lines
 from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
@@ -184,6 +185,12 @@ def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Q
     if {question.part for question in asked} != {"fit", "check"}:
         raise ConfigError(f"{len(asked)} problems leave a part without any; expected some to fit and some to check.")
     return asked
+
+
+def asked_of(questions: Sequence[Question]) -> dict[str, str]:
+    """Digests of questions by the ids of their problems; which part each belongs to is of the question."""
+    of = digests({question.problem.id: question.problem for question in questions})
+    return {question.problem.id: digest(question.part, of[question.problem.id]) for question in questions}
 
 
 def require_share(held_out: float) -> None:

@@ -74,9 +74,7 @@ def apply_runtime(cfg: DictConfig) -> None:
     """Thread settings, before the first tensor is made."""
     threads = cfg.runtime.threads
     if threads is not None:
-        require_number("runtime.threads", threads, whole=True)
-        if threads < 1:
-            raise ConfigError(f"runtime.threads={threads}; expected at least 1, or null for torch's choice.")
+        require_number("runtime.threads", threads, whole=True, low=1)
         torch.set_num_threads(threads)
     if not torch.cuda.is_available() and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         log.warning("OMP_WAIT_POLICY is not PASSIVE; on small machines torch can then be many times slower")

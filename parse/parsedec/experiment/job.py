@@ -12,11 +12,12 @@ from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.errors import ConfigError, OutputExistsError, ParsedecError
+from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.nodes import draft_node, name_of, target_node
+from parsedec.experiment.problems import digest, digests, read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
@@ -36,23 +37,25 @@ def run_job(
     """Run (or finish) a configuration in `folder`; the record is on disk every few seconds, whatever happens.
 
     Of several processes that share a target (`ranks`), the first one writes; all go on from what it wrote.
-    A record that is finished, with the same configuration, is returned as it is when resuming: nothing is loaded.
-    Raises OutputExistsError before anything is loaded if the folder holds a record and this is no resumption.
+    A record that is finished, with the same configuration and problems, is returned as it is when resuming: no model
+    is loaded.
+    Raises OutputExistsError before a model is loaded if the folder holds a record and this is no resumption, or its
+    answers are to problems that are not asked any more or are others now.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
     earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume, free=["task.n", "baseline"])
-    if earlier and _complete(earlier, plain(cfg)):
+    if earlier and _complete(earlier, plain(cfg)) and _as_asked(earlier, cfg, folder / "record.json"):
         log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
         return earlier
     settings = _settings(cfg)
     task = instantiate(cfg.task)
     problems = task.problems()
     if earlier:
-        earlier = earlier | {"arms": _standing(earlier, problems, folder)}
+        _check_asked(earlier, problems, folder / "record.json")
     arms = make_arms()
     if earlier:
         _take_over(arms, earlier)
-    head = _head(cfg, arms, earlier)
+    head = _head(cfg, arms, problems, earlier)
     models = {arm.name: engine_facts(arm.engine) for arm in arms}
     record: dict[str, Any] = {}
     saved = time.monotonic()
@@ -136,7 +139,32 @@ def _complete(record: dict[str, Any], config: dict[str, Any]) -> bool:
     return as_many and record["status"] == "finished" and not failed
 
 
-def _head(cfg: DictConfig, arms: Sequence[Arm], earlier: dict[str, Any] | None) -> dict[str, Any]:
+def _as_asked(earlier: dict[str, Any], cfg: DictConfig, path: Path) -> bool:
+    """Whether a finished run has answered what is asked now; a task's file may have grown."""
+    problems = read_now(path, lambda: list[Problem](instantiate(cfg.task).problems()))
+    if problems is None:
+        return True
+    _check_asked(earlier, problems, path)
+    answered = {request["id"] for arm in earlier["arms"] for request in arm["requests"]}
+    return {problem.id for problem in problems} <= answered
+
+
+def _check_asked(earlier: dict[str, Any], problems: Sequence[Problem], path: Path) -> None:
+    """Raise OutputExistsError where finished requests are not those to `problems`."""
+    asked = {problem.id: problem for problem in problems}
+    finished = [request for arm in earlier["arms"] for request in arm["requests"] if not request["error"]]
+    # a problem whose own id looks like a later turn's is one by itself
+    answered = {one["id"] if one["id"] in asked else first_turn(one["id"]) for one in finished}
+    known, now = earlier.get("problems"), digests(asked)
+    if known is None:  # an earlier version's record: its requests tell what was asked, but not what else a scorer read
+        known = {one["id"]: digest(one["prompt"], one["reference"]) for one in finished}
+        now = {name: digest(one.prompt, one.reference) for name, one in asked.items()}
+    refuse_other_problems(path, known, now, answered)
+
+
+def _head(
+    cfg: DictConfig, arms: Sequence[Arm], problems: Sequence[Problem], earlier: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "title": cfg.title or _title(cfg),
@@ -144,39 +172,15 @@ def _head(cfg: DictConfig, arms: Sequence[Arm], earlier: dict[str, Any] | None) 
         "overrides": overrides_of_job(),
         "provenance": provenance() | _servers(arms),
         "resumed_from": earlier["provenance"] if earlier else None,
+        "problems": digests({problem.id: problem for problem in problems}),
     }
 
 
-def _standing(earlier: dict[str, Any], problems: Sequence[Problem], folder: Path) -> list[dict[str, Any]]:
-    """The arms of an earlier run with the requests that need not be answered again: those that did not fail, and whose
-    problem is asked as it was.
-
-    Raises OutputExistsError where a finished request's problem is not asked any more: its answer would be lost.
-    """
-    asked = {problem.id: problem.prompt for problem in problems}
-    finished = [request for arm in earlier["arms"] for request in arm["requests"] if not request["error"]]
-    dropped = {first_turn(request["id"]) for request in finished} - {first_turn(name) for name in asked}
-    if dropped:
-        raise OutputExistsError(
-            f"{folder / 'record.json'} holds answers to {len(dropped)} problems that are not asked now, such as "
-            f"{min(dropped)!r}; resuming would lose them. Ask at least as many problems as before (task.n), or choose "
-            "another folder (output=DIR)."
-        )
-
-    def stands(request: Mapping[str, Any]) -> bool:
-        if request["error"]:
-            return False
-        known = request["prompt"] if request["id"] in asked else asked.get(first_turn(request["id"]))
-        return known is not None and asked.get(request["id"], known) == known
-
-    return [arm | {"requests": [one for one in arm["requests"] if stands(one)]} for arm in earlier["arms"]]
-
-
 def _take_over(arms: Sequence[Arm], earlier: dict[str, Any]) -> None:
-    """The requests of an earlier run, each to the arm that answered it."""
+    """The finished requests of an earlier run, each to the arm that answered it."""
     answered = {arm["name"]: arm["requests"] for arm in earlier["arms"]}
     for arm in arms:
-        arm.requests = answered[arm.name]
+        arm.requests = [request for request in answered[arm.name] if not request["error"]]
 
 
 def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:

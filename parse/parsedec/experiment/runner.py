@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from parsedec.engine import Parse
-from parsedec.errors import ConfigError, ParsedecError
+from parsedec.errors import ConfigError, ParsedecError, require_number
 from parsedec.experiment.record import to_json
 from parsedec.gate import GateHistory
 from parsedec.sampling import request_generator
@@ -46,9 +46,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("warmup", 0), ("batch", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r}; expected a whole number, {least} or more.")
+            require_number(name, getattr(self, name), whole=True, low=least)
         if len(set(self.seeds)) < len(self.seeds) or any(not isinstance(s, int) or s < 0 for s in self.seeds):
             raise ConfigError(f"seeds={list(self.seeds)}; expected whole numbers, 0 or more, each once.")
         if len(self.seeds) > 1 and self.sampling.greedy:

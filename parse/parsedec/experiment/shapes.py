@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 from parsedec.model import LanguageModel
-from parsedec.tasks.base import Problem, Score, require_int
+from parsedec.tasks.base import Problem, Score
 
 PREFIX = "replay:"
 QWEN3 = dict(vocab_size=151_936, head_dim=128, num_key_value_heads=8, rms_norm_eps=1e-6, max_position_embeddings=40_960)
@@ -122,9 +122,9 @@ class RandomPrompts:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_int("task.n", self.n, 1)
-        require_int("task.words", self.words, 1)
-        require_int("task.seed", self.seed, 0)
+        require_number("task.n", self.n, whole=True, low=1)
+        require_number("task.words", self.words, whole=True, low=1)
+        require_number("task.seed", self.seed, whole=True, low=0)
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parsedec.chat import label_tokens, suffix_text
-from parsedec.errors import ConfigError, JudgeError
+from parsedec.errors import JudgeError, require_texts
 from parsedec.judge.seam import PassJudge, Reading, check_path, choose_path
 from parsedec.model import LanguageModel
 
@@ -50,8 +50,8 @@ class LabelJudge(PassJudge):
 
     def __post_init__(self) -> None:
         check_path(self.path)
-        if self.labels is not None and len(self.labels) != 2:
-            raise ConfigError(f"judge.labels={list(self.labels)}; expected two words, right and wrong.")
+        if self.labels is not None:
+            require_texts("judge.labels", self.labels, count=2, wanted="a list of two words, right and wrong")
 
     def bind(self, target: LanguageModel) -> Self:
         card = target.judge_card

@@ -228,6 +228,12 @@ def check_labels(target: LanguageModel, judge: str, labels: Sequence[int]) -> No
 
 def choose_path(target: LanguageModel, suffix: tuple[int, ...], wanted: str) -> tuple[JudgePath, str | None]:
     """How probes with `suffix` run on `target`, and why not packed. `wanted`: auto, packed or forked."""
+    if len(suffix) + 2 > target.context_limit:  # a prompt and a draft of one token each
+        raise IncompatibleStack(
+            f"the judge's question takes {len(suffix)} tokens, chat turns included, and the context of {target.name} "
+            f"holds {target.context_limit}, so no draft could be judged. Ask a shorter one (judge.question), or "
+            "raise the target's context_limit."
+        )
     if isinstance(target, RemoteModel):
         if target.judge_obstacle:
             raise IncompatibleStack(f"the judge cannot run on {target.judge_obstacle}. Use outer=none.")

@@ -15,7 +15,7 @@ import torch
 
 from parsedec.backends import open_session
 from parsedec.chat import label_tokens, prompt_ids, suffix_text
-from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, require_texts
 from parsedec.model import LanguageModel
 from parsedec.remote.model import RemoteModel
 
@@ -25,6 +25,7 @@ QUESTION = (
     "whatever their wording? Reply with one word, Same or Different.\n\nVersion A:\n{own}\n\nVersion B:\n{proposed}"
 )
 LABELS = ("Same", "Different")
+TOO_LONG = "steps that are longer than the context of {1}, {0} tokens, could not be compared: the target's own stand"
 NUMBER = r"-?\d+(?:\.\d+)?"
 
 
@@ -33,11 +34,13 @@ class Sameness:
     """What a comparison says: the score that the texts mean the same, and what asking cost.
 
     calls, rows  of the model that was asked; 0 where none was
+    note         why it could not be asked
     """
 
     score: float
     calls: int = 0
     rows: int = 0
+    note: str | None = None
 
 
 class Equivalence(Protocol):
@@ -109,10 +112,11 @@ class LabelEquivalence:
     label_ids: tuple[int, int] | None = None  # filled in by bind
 
     def __post_init__(self) -> None:
-        if any(self.question.count(slot) != 1 for slot in (OWN, PROPOSED)) or len(self.labels) != 2:
+        require_texts("equivalence.labels", self.labels, count=2, wanted="a list of two words, same and different")
+        if any(self.question.count(slot) != 1 for slot in (OWN, PROPOSED)):
             raise ConfigError(
-                f"equivalence has labels={list(self.labels)} and question={self.question!r}; expected two words, and a "
-                f"question with {OWN} and {PROPOSED} in it, once each."
+                f"equivalence.question={self.question!r}; expected a question with {OWN} and {PROPOSED} in it, once "
+                "each."
             )
 
     @property
@@ -134,8 +138,11 @@ class LabelEquivalence:
             return Sameness(1.0)
         if self.model is None or self.label_ids is None:
             raise JudgeError("the equivalence judge was not bound to a target; call bind(target) first.")
+        ids = prompt_ids(self.model, [{"role": "user", "content": self._ask(own, proposed)}])
+        if len(ids) > self.model.context_limit:
+            return Sameness(0.0, note=TOO_LONG.format(self.model.context_limit, self.model.name))
         session = open_session(self.model)
-        logits = session.feed(prompt_ids(self.model, [{"role": "user", "content": self._ask(own, proposed)}]))
+        logits = session.feed(ids)
         same, different = self.label_ids
         score = float(torch.sigmoid(logits[same].float() - logits[different].float()))
         if not 0 <= score <= 1:

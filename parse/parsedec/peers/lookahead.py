@@ -205,6 +205,7 @@ class Comparison:
         self.scores.append(said.score if own.ended == step.ended else 0.0)
         self._asked[0] += said.calls
         self._asked[1] += said.rows
+        self.work.notes |= {said.note} if said.note else set()
         session = self.work.target.session
         if self.outer.equivalence.asks is session.model:
             session.calls += said.calls

@@ -65,6 +65,8 @@ class SpecReason:
         while work.answer.stop is None:
             work.answer.begin_round()
             limit = min(work.answer.remaining, work.target.session.room - self.judge.suffix_rows)
+            if limit < 1:
+                work.note_no_room(self.judge)
             facts: dict[str, Any] = {"drafted": limit > 0 and len(work.rounds) >= self.first_steps_by_target}
             if facts["drafted"]:
                 yield from self._propose(work, steps, limit, facts)

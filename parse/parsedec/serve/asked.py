@@ -16,7 +16,7 @@ from parsedec.errors import ConfigError
 from parsedec.prompt import is_unicode
 from parsedec.serve.desk import Task
 from parsedec.serve.refusals import Refusal
-from parsedec.types import COLDEST, Limits, Message, Sampling
+from parsedec.types import COLDEST, Limits, Sampling
 
 MOST_STOPS = 16
 MOST_TOP = 5  # log-probabilities of other tokens
@@ -76,9 +76,10 @@ class Turn(BaseModel):
     role: Text
     content: Text | list[Part]
 
-    def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def message(self) -> dict[str, Any]:
+        """As the engine takes it, which joins parts of text itself."""
+        content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class Asked(BaseModel):

@@ -45,12 +45,8 @@ class ServeSettings:
     def __post_init__(self) -> None:
         least = {"at_once": 1, "queue": 0, "max_request_bytes": 1024, "max_tokens": 1, "max_choices": 1, "drain_s": 0}
         for name, bound in least.items():
-            require_number(f"serve.{name}", getattr(self, name), whole=name != "drain_s")
-            if getattr(self, name) < bound:
-                raise ConfigError(f"serve.{name}={getattr(self, name)}; expected at least {bound}.")
-        require_number("serve.port", self.port, whole=True)
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"serve.port={self.port}; expected 0 (any free one) to 65535.")
+            require_number(f"serve.{name}", getattr(self, name), whole=name != "drain_s", low=bound)
+        require_number("serve.port", self.port, whole=True, low=0, high=65535)
         if self.run not in RUNS:
             raise ConfigError(f"serve.run='{self.run}'; expected one of {', '.join(RUNS)}.")
         if self.api_key not in (None, "env"):

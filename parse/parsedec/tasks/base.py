@@ -123,15 +123,6 @@ def score_of_lines(task: Task, problem: Problem, text: str) -> Score:
     return score
 
 
-def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Refuse a setting that is not a whole number in [low, high]."""
-    # bool is a subclass of int, yet `n: true` in a YAML is surely a slip
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
-        expected = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} is not usable; expected a whole number {expected}. Change {name}.")
-
-
 def require_extra(module: str, purpose: str, otherwise: str = "") -> None:
     """Refuse to begin what needs an optional library that is not installed."""
     if find_spec(module) is None:

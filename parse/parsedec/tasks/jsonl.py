@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from parsedec.errors import ConfigError
-from parsedec.tasks.base import Problem, Score, TaskDataError, require_int
+from parsedec.errors import ConfigError, require_number
+from parsedec.tasks.base import Problem, Score, TaskDataError
 from parsedec.tasks.hub import Hub
 
 __all__ = ["JsonlTask", "TaskDataError", "read_prompts"]
@@ -43,10 +43,10 @@ class JsonlTask(ABC):
 
     def __post_init__(self) -> None:
         if self.n is not None:
-            require_int("n", self.n, 1)
-        require_int("offset", self.offset, 0)
+            require_number("n", self.n, whole=True, low=1)
+        require_number("offset", self.offset, whole=True, low=0)
         if self.shuffle is not None:
-            require_int("shuffle", self.shuffle, 0)
+            require_number("shuffle", self.shuffle, whole=True, low=0)
         if self.path is None and self.hub is None:
             raise ConfigError(
                 f"{self.name} has neither path nor hub; expected a local JSONL file (task.path=FILE) or a dataset."

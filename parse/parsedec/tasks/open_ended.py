@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from parsedec.tasks.base import Problem, Score, TaskDataError, require_int
+from parsedec.errors import require_number, require_texts
+from parsedec.tasks.base import Problem, Score, TaskDataError
 from parsedec.tasks.jsonl import JsonlTask
 
 
@@ -26,7 +27,8 @@ class OpenEnded(JsonlTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_int("turns", self.turns, 1)
+        require_number("turns", self.turns, whole=True, low=1)
+        require_texts("categories", self.categories)
 
     def counts(self, problem: Problem) -> bool:
         return not self.categories or problem.meta.get("category") in self.categories

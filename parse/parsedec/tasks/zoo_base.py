@@ -18,8 +18,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from parsedec.errors import ConfigError
-from parsedec.tasks.base import Problem, Score, require_int
+from parsedec.errors import ConfigError, require_number
+from parsedec.tasks.base import Problem, Score
 
 SPLITS = {"train": range(80), "calibration": range(80, 90), "test": range(90, 100)}  # buckets out of 100
 MAX_STEPS = 8
@@ -62,9 +62,9 @@ class ZooTask(ABC):
     max_number: int = 99
 
     def __post_init__(self) -> None:
-        require_int("n", self.n, 1)
-        require_int("seed", self.seed, 0)
-        require_int("max_number", self.max_number, 10, 9999)
+        require_number("n", self.n, whole=True, low=1)
+        require_number("seed", self.seed, whole=True, low=0)
+        require_number("max_number", self.max_number, whole=True, low=10, high=9999)
         if self.split not in SPLITS:
             raise ConfigError(
                 f"split={self.split!r} does not exist; expected one of {', '.join(SPLITS)}. Change split."
@@ -125,8 +125,8 @@ def require_range(name: str, value: Sequence[int], low: int, high: int, expected
     """Refuse a setting that is not [fewest, most] with low <= fewest <= most <= high."""
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ConfigError(f"{name}={value!r} is not usable; expected {expected}. Change {name}.")
-    require_int(f"{name}[0]", value[0], low, high)
-    require_int(f"{name}[1]", value[1], value[0], high)
+    require_number(f"{name}[0]", value[0], whole=True, low=low, high=high)
+    require_number(f"{name}[1]", value[1], whole=True, low=value[0], high=high)
 
 
 def split_by(facts: Any) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.calibration.sources import Answers, Question, Source, Steps
-from parsedec.errors import ConfigError
+from parsedec.calibration.sources import Answers, Question, Source, Steps, asked_of
+from parsedec.errors import ConfigError, require_texts
 from parsedec.experiment.build import apply_runtime, build_model, plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.problems import read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
 from parsedec.judge import how_to_ask
 from parsedec.judge.probe import ProbeCard
@@ -43,10 +44,15 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
     if earlier is not None:
+        now = read_now(folder / "record.json", lambda: asked_of(instantiate(cfg.labels).questions(cfg.seed)))
+        if now is not None and (known := earlier.get("problems")):
+            refuse_other_problems(folder / "record.json", known, now, known)
         log.info("%s is finished already", folder)
         return earlier
     apply_runtime(cfg)
     head = {"schema_version": SCHEMA_VERSION, "title": "judge probes", "config": config, "provenance": provenance()}
+    require_texts("positions", cfg.positions)
+    asked = asked_of(instantiate(cfg.labels).questions(cfg.seed))
     started = time.monotonic()
     target = build_model(cfg.target)
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
@@ -60,6 +66,7 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s, layer %d: AUC %.4f", row["position"], row["layer"], row["auc"])
     record = head | {
         "status": "finished",
+        "problems": asked,
         "card": to_json(card),
         "probes": rows,
         "data": {name: _counts(part) for name, part in (("train", train), ("calibration", unseen))},

@@ -22,11 +22,11 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 from parsedec.experiment.build import plain
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
 from parsedec.model import JudgeCard, load
-from parsedec.tasks.base import Problem, require_int
+from parsedec.tasks.base import Problem
 from parsedec.tasks.zoo_base import ZooTask
 from parsedec.training.answers import Solution
 from parsedec.training.export import export_card
@@ -60,8 +60,8 @@ class Corpus:
     held_out: int = 200
 
     def __post_init__(self) -> None:
-        require_int("answers", self.answers, 1)
-        require_int("held_out", self.held_out, 1)
+        require_number("answers", self.answers, whole=True, low=1)
+        require_number("held_out", self.held_out, whole=True, low=1)
 
     def texts(self, rng: random.Random) -> Iterator[str]:
         for problem in self.task.problems():
@@ -120,7 +120,7 @@ def texts(corpora: Mapping[str, Corpus], seed: int) -> Iterator[str]:
 
 def learn(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A tokenizer of exactly `vocabulary` tokens: special ones, all bytes, and what `corpus` repeats most."""
-    require_int("vocabulary", vocabulary, len(SPECIAL) + BYTES)
+    require_number("vocabulary", vocabulary, whole=True, low=len(SPECIAL) + BYTES)
     raw = Tokenizer(models.BPE())
     # digits first: nothing that is learnt can then span one
     raw.pre_tokenizer = pre_tokenizers.Sequence(
