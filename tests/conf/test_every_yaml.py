@@ -1,7 +1,5 @@
 """Every YAML under conf/, found by glob, composes and builds; a name it does not list is refused."""
 
-import copy
-import functools
 import inspect
 import json
 import re
@@ -9,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
+import configs
 import tiny
 from eagle3_heads import tiny_head
 from medusa_heads import random_heads
@@ -34,7 +32,7 @@ from parsedec_adapters.eagle3 import save_head
 from parsedec_adapters.medusa import save_heads
 from parsedec_adapters.parallel_head import save_head as save_parallel_head
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = configs.CONF
 MEMBERS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
 EXPERIMENTS = [member for member in MEMBERS if member.startswith("experiment/")]
 BUILT = [member for member in MEMBERS if member not in EXPERIMENTS]
@@ -114,13 +112,7 @@ def problems(tmp_path_factory):
 
 
 def composed(*overrides, config="config"):
-    return copy.deepcopy(composed_once(overrides, config))  # which takes a tenth of composing
-
-
-@functools.cache
-def composed_once(overrides, config):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config, overrides=[*overrides, "output=unused"])
+    return configs.composed(config, *overrides, "output=unused")
 
 
 def chosen(member, problems):

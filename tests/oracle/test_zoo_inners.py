@@ -1,14 +1,11 @@
 """Every inner speculator as its YAML has it, on the embedded models: no token is another than with `inner=none`."""
 
-from pathlib import Path
-
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from configs import CONF, composed
 from parsedec.experiment.build import build_engine
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 INNERS = sorted(path.stem for path in (CONF / "inner").glob("*.yaml"))
 POLICIES = {
     "alone": ["outer=none"],
@@ -20,11 +17,14 @@ POLICIES = {
 
 
 def answers(*overrides):
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose(
-            "config",
-            ["runtime=cpu", "runtime.backend=static", "target.dtype=float32", "draft.model.dtype=float32", *overrides],
-        )
+    cfg = composed(
+        "config",
+        "runtime=cpu",
+        "runtime.backend=static",
+        "target.dtype=float32",
+        "draft.model.dtype=float32",
+        *overrides,
+    )
     engine, task = build_engine(cfg), instantiate(cfg.task)
     results = [engine.generate(problem.prompt, max_new_tokens=160) for problem in task.problems()]
     return [result.tokens for result in results], results

@@ -3,13 +3,12 @@
 import functools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import configs
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.model import load
 from parsedec.tasks.jsonl import TaskDataError
@@ -18,8 +17,7 @@ from parsedec.training import run_recipe
 from parsedec.training.heads import acceptance, problems_of
 from parsedec.training.loop import Trainer
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (configs.CONF / "recipe").glob("*.yaml"))
 COMMON = [
     "preset.attention=sdpa", "preset.compile=false", "preset.report_steps=2", "preset.generation_batch=8",
     "recipe.task.n=12", "recipe.evaluation.task.n=2", "recipe.max_new_tokens=24", "recipe.optimisation.steps=4",
@@ -51,8 +49,8 @@ HEADS = [recipe for recipe in SETTINGS if recipe not in MODELS]
 
 
 def composed(recipe, output, *more):
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose("train", [f"recipe={recipe}", *COMMON, *SETTINGS[recipe], f"output={output}", *more])
+    settings = [*COMMON, *SETTINGS[recipe], f"output={output}", *more]
+    return configs.composed("train", f"recipe={recipe}", *settings)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +87,7 @@ def test_every_recipe_is_tried_here():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", ["cpu", "cuda"])
 def test_every_recipe_composes_with_every_preset(recipe, preset):
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("train", [f"recipe={recipe}", f"preset={preset}", "output=x"])
+    cfg = configs.composed("train", f"recipe={recipe}", f"preset={preset}", "output=x")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert resolved["recipe"]["optimisation"]["steps"] == resolved["recipe"]["steps_for"][preset]
     assert resolved["recipe"]["task"]["n"] == resolved["recipe"]["problems_for"][preset]
