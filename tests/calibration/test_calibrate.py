@@ -2,14 +2,13 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
+import configs
 from oracle.test_judge_kinds import probe_folder
 from parsedec import load
 from parsedec.calibration.job import run_calibration
@@ -23,7 +22,6 @@ from parsedec.experiment.cli import expand_shorthand
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 SMALL = [
     "runtime=cpu",
     "runtime.backend=static",
@@ -38,8 +36,7 @@ ANSWERS = ["labels=answers", "task.split=calibration", "labels.fit.n=5", "labels
 
 
 def composed(folder, *overrides, config="calibrate"):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config, overrides=[*overrides, f"output={folder}"])
+    return configs.composed(config, *overrides, f"output={folder}")
 
 
 def fitted(folder, *overrides):
@@ -149,7 +146,7 @@ def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):
     folder, record = unbroken
     assert record["calibration"]["used"]["fitted"]
     assert {"table.md", FILE, "record.json"} <= {path.name for path in folder.iterdir()}
-    overrides = expand_shorthand(f"calibration={folder / FILE}", CONF)
+    overrides = expand_shorthand(f"calibration={folder / FILE}", configs.CONF)
     cfg = composed("unused", "runtime=cpu", "runtime.backend=static", *overrides, config="config")
     assert cfg.calibration == str(folder / FILE)
     bound = build_engine(cfg).outer.boundary
@@ -160,9 +157,9 @@ def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):
     assert "another segmenter" in caplog.text
     (tmp_path / "other.yaml").write_text("overrides: [judge=label]\n")
     with pytest.raises(ConfigError, match="holds no overrides of the group boundary"):
-        expand_shorthand(f"calibration={tmp_path / 'other.yaml'}", CONF)
+        expand_shorthand(f"calibration={tmp_path / 'other.yaml'}", configs.CONF)
     with pytest.raises(ConfigError, match="cannot be read"):
-        expand_shorthand(f"calibration={tmp_path / 'none.yaml'}", CONF)
+        expand_shorthand(f"calibration={tmp_path / 'none.yaml'}", configs.CONF)
 
 
 def test_the_report_says_the_goal_and_whether_it_holds(unbroken):

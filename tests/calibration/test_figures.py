@@ -1,9 +1,12 @@
 """The figures of a calibration against examples worked out by hand."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
+
+from sklearn.metrics import roc_auc_score
 
 from parsedec.boundary import FirstFailure
 from parsedec.calibration import figures
@@ -52,6 +55,13 @@ def test_separation_counts_pairs():
     low, high = found["interval"]
     assert low <= found["auc"] <= high
     assert figures.separation(figures.judged([FOUR[3]]), seed=0)["auc"] is None
+
+
+def test_the_area_is_that_under_the_curve():
+    random = np.random.default_rng(0)
+    for digits in (1, 9):  # with many ties, and with none
+        scores, right = random.random(50).round(digits), random.random(50) < 0.5
+        assert figures.area(right, scores) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
 
 
 def test_reliability_bins():

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 pytest.importorskip("sklearn")
 
+from configs import CONF, composed
 from parsedec.advice import job
 from parsedec.advice.job import run_advice
 from parsedec.advice.measuring import Prober
@@ -22,7 +23,6 @@ from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.prompts import Prompts
 
 ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
 SMALL = ["runtime=cpu", "runtime.backend=static", "max_new_tokens=48", "n=3", "short=1", "segmenters=[lines]",
          "thresholds=[null,0.5]", "loops=[]", "inners=[draft_model]", "task.seed=3"]  # fmt: skip
 QUICK = [*SMALL, "target.source=zoo:draft"]  # where what is advised does not matter
@@ -30,10 +30,8 @@ QUICK = [*SMALL, "target.source=zoo:draft"]  # where what is advised does not ma
 
 def advised(folder, *overrides, small=SMALL):
     overrides = [*small, *overrides, f"output={folder}"]
+    record = run_advice(composed("advise", *overrides), folder, lambda own: composed("advise", *overrides, *own))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        record = run_advice(
-            compose("advise", overrides=overrides), folder, lambda own: compose("advise", overrides=[*overrides, *own])
-        )
         paths = write_reports(record, folder, overrides)
     return json.loads(json.dumps(record)), paths
 
@@ -57,11 +55,7 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
     assert row["measured"] == pytest.approx(seconds["target"] / seconds["parse"])
     assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
     assert check_rows(record)[0][0] in page.read_text() == markdown(record, command(folder))
-    with initialize_config_dir(
-        str(CONF),
-        version_base="1.3",
-    ):
-        direct = compose("config", overrides=["runtime=cpu", *record["verdict"]["overrides"]])
+    direct = composed("config", "runtime=cpu", *record["verdict"]["overrides"])
     pytest.importorskip("matplotlib", reason="a report needs matplotlib")
     report = runpy.run_path(str(ROOT / "experiments" / "report.py"))["main"]
     assert report([str(folder)]) == 0
@@ -184,9 +178,8 @@ def test_inner_levels_that_do_not_fit_are_left_out_with_the_reason(tmp_path, tmp
     prompts.write_text("\n".join(json.dumps({"prompt": asked, **more}) for more in ({}, {"reference": 42})))
     overrides = [o for o in SMALL if not o.startswith(("task", "n=", "inners"))]
     overrides += ["task=prompts", f"task.path={prompts}", "n=2", "target.source=zoo:draft", "inners=[medusa,ngram]"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("advise", overrides=[*overrides, "output=unused"])
-        record = run_advice(cfg, tmp_path / "out", lambda own: compose("advise", overrides=[*overrides, *own]))
+    cfg = composed("advise", *overrides, "output=unused")
+    record = run_advice(cfg, tmp_path / "out", lambda own: composed("advise", *overrides, *own))
     assert set(record["costs"]["left_out_inners"]) == {"medusa"}
     assert [trial["agreement"] for trial in record["trials"]] == [True, False]
     assert record["trials"][0]["own_correct"]

@@ -3,12 +3,11 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import commands
 from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment import overhead
 from parsedec.experiment.record import read_record, write_record
@@ -52,8 +51,7 @@ def test_the_table_of_overhead_is_what_its_record_says(path):
 
 
 def test_the_documents_say_what_the_records_do():
-    script = [sys.executable, str(ROOT / "experiments" / "figures.py"), "--check"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    done = commands.run("figures.py", "--check", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

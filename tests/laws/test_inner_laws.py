@@ -147,7 +147,7 @@ def test_a_random_walk_equals_a_fresh_build(bound, tiny_target, seed):
     rng, target = random.Random(seed), Target(tiny_target, bound.needs)
     tokens = TOKENS[:8]
     state = fresh(bound, target, tokens, sampler())
-    for _ in range(25):
+    for _ in range(16):
         move = rng.choice(["propose", "accept", "inject", "rewind"])
         if move == "propose":
             bound.propose(state, rng.randint(0, 4))

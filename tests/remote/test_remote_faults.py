@@ -31,9 +31,9 @@ def spoken(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def pair(spoken):
-    """(target server, draft server, engine of both, what the local engine answers): half of each draft is kept."""
+@pytest.fixture(scope="module")
+def local():
+    """(target, draft model, outer level, prompt, what the local engine answers)."""
     target, draft = tiny.model("llama"), tiny.model("llama", seed=5, layers=2)
     prompt, _ = tiny.plain_answer(target)
     outer = PrefixVerification(
@@ -41,6 +41,13 @@ def pair(spoken):
     )
     expected = Parse(target, draft, outer=outer).generate(prompt, max_new_tokens=NEW)
     assert 0 < expected.counters.kept_draft_tokens < expected.new_tokens
+    return target, draft, outer, prompt, expected
+
+
+@pytest.fixture
+def pair(spoken, local):
+    """(target server, draft server, engine of both, what the local engine answers): half of each draft is kept."""
+    target, draft, outer, prompt, expected = local
     with FakeServer(target) as first, FakeServer(draft) as second:
         models = [connect(server.url, tokenizer=spoken, **FAST) for server in (first, second)]
         engine = Parse(*models, outer=outer)

@@ -3,13 +3,12 @@
 import functools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import configs
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.model import load
 from parsedec.tasks.jsonl import TaskDataError
@@ -18,8 +17,7 @@ from parsedec.training import run_recipe
 from parsedec.training.heads import acceptance, problems_of
 from parsedec.training.loop import Trainer
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (configs.CONF / "recipe").glob("*.yaml"))
 COMMON = [
     "preset.attention=sdpa", "preset.compile=false", "preset.report_steps=2", "preset.generation_batch=8",
     "recipe.task.n=12", "recipe.evaluation.task.n=2", "recipe.max_new_tokens=24", "recipe.optimisation.steps=4",
@@ -34,7 +32,8 @@ JUDGING = [
     "recipe.drafts.problems=3", "recipe.optimisation.hints=[1]", "recipe.evaluation.thresholds=[0.5]",
     "recipe.evaluation.calibration.n=2",
 ]  # fmt: skip
-HEAD = ["recipe.positions=600", "recipe.optimisation.steps=8"]
+HEAD = ["recipe.positions=300", "recipe.optimisation.steps=6", "recipe.max_new_tokens=16"]
+ONE_STEP = "recipe.optimisation.steps=1"  # where it does not matter what is learnt
 SETTINGS = {
     "zoo_base": MODEL,
     "zoo_target": [*MODEL, *JUDGING],
@@ -50,8 +49,8 @@ HEADS = [recipe for recipe in SETTINGS if recipe not in MODELS]
 
 
 def composed(recipe, output, *more):
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose("train", [f"recipe={recipe}", *COMMON, *SETTINGS[recipe], f"output={output}", *more])
+    settings = [*COMMON, *SETTINGS[recipe], f"output={output}", *more]
+    return configs.composed("train", f"recipe={recipe}", *settings)
 
 
 @pytest.fixture(scope="module")
@@ -88,30 +87,29 @@ def test_every_recipe_is_tried_here():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", ["cpu", "cuda"])
 def test_every_recipe_composes_with_every_preset(recipe, preset):
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("train", [f"recipe={recipe}", f"preset={preset}", "output=x"])
+    cfg = configs.composed("train", f"recipe={recipe}", f"preset={preset}", "output=x")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert resolved["recipe"]["optimisation"]["steps"] == resolved["recipe"]["steps_for"][preset]
     assert resolved["recipe"]["task"]["n"] == resolved["recipe"]["problems_for"][preset]
 
 
 @pytest.mark.parametrize("recipe", MODELS)
-def test_a_few_steps_make_a_model_that_loads(recipe, tmp_path):
-    record = run_recipe(composed(recipe, tmp_path))
-    assert record == json.loads((tmp_path / "record.json").read_text())
+def test_a_few_steps_make_a_model_that_loads(recipe, finished):
+    folder, record = finished(recipe)
+    assert record == json.loads((folder / "record.json").read_text())
     assert record["status"] == "finished"
     assert record["history"][-1]["solve_loss"] < record["history"][0]["solve_loss"]
     assert record["evaluation"]["problems"] == 2
-    model = load(tmp_path / "model")
+    model = load(folder / "model")
     assert model.dtype is torch.bfloat16
-    taken_over = load(composed(recipe, tmp_path).recipe.shape.tokenizer).judge_card
+    taken_over = load(composed(recipe, folder).recipe.shape.tokenizer).judge_card
     if recipe in ("zoo_target", "zoo_judge"):  # those that judge
         assert taken_over is not None
         taken_over = replace(taken_over, threshold=0.5, full_threshold=0.5)  # the only threshold tried
     assert model.judge_card == taken_over
     assert model.tokenizer.chat_template
     with pytest.raises(OutputExistsError, match="resume"):
-        run_recipe(composed(recipe, tmp_path))
+        run_recipe(composed(recipe, folder))
 
 
 @pytest.mark.parametrize("recipe", HEADS)
@@ -134,7 +132,7 @@ def test_a_head_for_ones_own_prompts(tmp_path):
     file = tmp_path / "prompts.jsonl"
     prompts = [problem.prompt for problem in ZooArithmetic(n=9, seed=7).problems()]
     file.write_text("".join(json.dumps({"prompt": prompt, "source": "mine"}) + "\n" for prompt in prompts))
-    own = [f"recipe.prompts={file}", "recipe.evaluation.held_out=2"]
+    own = [f"recipe.prompts={file}", "recipe.evaluation.held_out=2", ONE_STEP]
     record = run_recipe(composed("zoo_medusa", tmp_path / "run", *own))
     assert record["evaluation"]["problems"] == 2
     assert len(json.loads((tmp_path / "run" / "answers.json").read_text())["answers"]) == 7
@@ -159,7 +157,7 @@ def test_heads_go_on_after_a_kill_as_if_nothing_had_happened(recipe, finished, t
 
 
 def test_answers_to_other_prompts_are_not_taken_over(tmp_path):
-    run_recipe(composed("zoo_medusa", tmp_path))
+    run_recipe(composed("zoo_medusa", tmp_path, ONE_STEP))
     (tmp_path / "record.json").unlink()
     (tmp_path / "checkpoint.pt").unlink()
     with pytest.raises(OutputExistsError, match="other prompts"):
@@ -171,10 +169,9 @@ def test_unknown_kinds_are_refused(tmp_path):
         run_recipe(composed("zoo_draft", tmp_path, "recipe.kind=poem"))
 
 
-def test_an_interrupted_recipe_ends_like_an_unbroken_one(tmp_path, monkeypatch):
-    unbroken = composed("zoo_target", tmp_path / "unbroken")
+def test_an_interrupted_recipe_ends_like_an_unbroken_one(finished, tmp_path, monkeypatch):
+    unbroken, _ = finished("zoo_target")
     broken = composed("zoo_target", tmp_path / "broken")
-    run_recipe(unbroken)
     interrupted(broken, 2, monkeypatch)
     assert json.loads((tmp_path / "broken" / "record.json").read_text())["status"] == "interrupted"
     with pytest.raises(OutputExistsError, match="recipe"):
@@ -182,4 +179,4 @@ def test_an_interrupted_recipe_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     record = run_recipe(composed("zoo_target", tmp_path / "broken", "resume=true"))
     assert record["resumed_from"] is not None
     for name in ("model/model.safetensors", "drafts.json"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+        assert (tmp_path / "broken" / name).read_bytes() == (unbroken / name).read_bytes()

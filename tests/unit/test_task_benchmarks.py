@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import parsedec.tasks.base as base
 import tiny
+from configs import composed
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.experiment.runner import Arm, Settings, run_arms
@@ -338,7 +338,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load_dataset_builder(dataset: str, config: str | None, **settings: Any) -> SimpleNamespace:
         calls.append({"dataset": dataset, "config": config, **settings})
-        name = next(name for name, member in YAMLS.items() if member.hub.dataset == dataset)
+        name = next(name for name in ROWS if configured(name).hub.dataset == dataset)
 
         def as_dataset(split: str) -> list[dict[str, Any]]:
             calls[-1]["split"] = split
@@ -355,26 +355,23 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def configured(name: str, *overrides: str) -> Any:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"task={name}", "output=unused", *overrides]).task
-
-
-YAMLS = {name: configured(name) for name in ROWS}
+    return composed("config", f"task={name}", "output=unused", *overrides).task
 
 
 @needs_maths
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_the_hub_become_problems_that_are_scored(hub: list[dict[str, Any]], name: str) -> None:
     _, stored, right, wrong = ROWS[name]
-    assert instantiate(YAMLS[name].hub).problems() == [stored]
+    rows = configured(name).hub
+    assert instantiate(rows).problems() == [stored]
     task = instantiate(configured(name, "task.n=1"))
     asked = task.problems()[0]
     assert asked.prompt.startswith(stored.prompt) or stored.prompt.strip() in asked.prompt
     unscored = name in ("mt_bench", "spec_bench")
     assert task.score(asked, right).correct is (None if unscored else True)
     assert task.score(asked, wrong).correct is (None if unscored else False)
-    assert hub[0]["dataset"] == YAMLS[name].hub.dataset
-    assert hub[0]["split"] == YAMLS[name].hub.split
+    assert hub[0]["dataset"] == rows.dataset
+    assert hub[0]["split"] == rows.split
 
 
 def test_other_columns_than_expected_are_located(hub: list[dict[str, Any]]) -> None:

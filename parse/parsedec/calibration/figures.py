@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 
 from parsedec.boundary import BoundaryRule
 from parsedec.calibration.decisions import decide, kept_tokens, prefix_losses
@@ -50,13 +50,23 @@ def separation(drafts: Sequence[Sequence[tuple[float, bool]]], seed: int) -> dic
     for draw in resampled(len(drafts), seed, RESAMPLES):
         some, marks = _flat([drafts[i] for i in draw])
         if marks.any() and not marks.all():
-            areas.append(roc_auc_score(marks, some))
+            areas.append(area(marks, some))
     false, true, _ = roc_curve(right, scores)
     step = max(1, len(false) // ROC_POINTS)
     curve = [[float(f), float(t)] for f, t in zip(false[::step], true[::step], strict=True)] + [[1.0, 1.0]]
     low, high = np.percentile(areas, [2.5, 97.5])
     return counts | {
-        "auc": float(roc_auc_score(right, scores)), "interval": [float(low), float(high)], "curve": curve}  # fmt: skip
+        "auc": area(right, scores), "interval": [float(low), float(high)], "curve": curve}  # fmt: skip
+
+
+def area(right: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: how often something right scores above something wrong, ties counting half.
+
+    By ranks (Mann and Whitney): hundreds of times faster than by the curve, and the bootstrap asks for hundreds.
+    """
+    wrong = np.sort(scores[~right])
+    below, upto = (np.searchsorted(wrong, scores[right], side) for side in ("left", "right"))
+    return float((below + upto).mean()) / (2 * len(wrong))
 
 
 def reliability(drafts: Sequence[Sequence[tuple[float, bool]]], bins: int = BINS) -> dict[str, Any]:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from parsedec.errors import ConfigError, ServerError, ServerRefused
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 log = logging.getLogger(__name__)
@@ -183,7 +186,16 @@ def _client(connection: Connection) -> httpx.Client:
         headers={"Authorization": f"Bearer {connection.api_key}"} if connection.api_key else {},
         timeout=httpx.Timeout(seconds, connect=connection.connect_timeout_s, pool=seconds),
         limits=httpx.Limits(max_connections=connection.max_connections),
+        verify=_trusted(),
     )
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that are trusted, read once for all servers."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def _refusal(where: str, status: int, text: str) -> ServerError:
