@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.metrics import roc_curve
 
 from parsedec.boundary import BoundaryRule
@@ -62,11 +63,10 @@ def separation(drafts: Sequence[Sequence[tuple[float, bool]]], seed: int) -> dic
 def area(right: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve: how often something right scores above something wrong, ties counting half.
 
-    By ranks (Mann and Whitney): hundreds of times faster than by the curve, and the bootstrap asks for hundreds.
+    By ranks (Mann and Whitney): twenty times faster than from the curve, and the bootstrap asks for hundreds.
     """
-    wrong = np.sort(scores[~right])
-    below, upto = (np.searchsorted(wrong, scores[right], side) for side in ("left", "right"))
-    return float((below + upto).mean()) / (2 * len(wrong))
+    ranks, n = rankdata(scores)[right], int(right.sum())
+    return float(ranks.sum() - n * (n + 1) / 2) / (n * (len(scores) - n))
 
 
 def reliability(drafts: Sequence[Sequence[tuple[float, bool]]], bins: int = BINS) -> dict[str, Any]:
