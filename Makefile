@@ -7,7 +7,7 @@ TESTS := -m pytest -n $(JOBS) --dist worksteal   # neighbours share what takes l
 
 # Spinning OpenMP threads make small machines many times slower; must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
-# What is not kept compiled is compiled again by every process of the tests: a fifth of their time.
+# Modules that are not kept compiled are compiled again by every process of the tests.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -33,10 +33,10 @@ check: setup  ## lint, format, types
 	$(BIN)/mypy
 
 test: setup  ## lint, types and the CPU tests, side by side; all of them run, and one that fails fails this
-	@$(MAKE) --no-print-directory -j 2 --keep-going --output-sync=target check cpu-tests
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going check cpu-tests
 
-cpu-tests: setup  # the plus: their progress is shown at once, which --output-sync leaves to recursive makes
-	+$(BIN)/python $(TESTS)
+cpu-tests: setup
+	$(BIN)/python $(TESTS)
 
 test-slow: setup  ## the tests that take longer than ten seconds each
 	$(BIN)/python $(TESTS) -m slow
