@@ -139,6 +139,6 @@ def require_texts(
     if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
         raise ConfigError(f"{name}={value!r}; expected {wanted}.")
     if "" in value:
-        raise ConfigError(f"{name}={list(value)} holds an empty string, {empty}. Remove it.")
+        raise ConfigError(f"{name}={list(value)} holds an empty string, {empty}. Remove it, or write what is meant.")
     if count is not None and len(value) != count:
         raise ConfigError(f"{name}={list(value)}; expected {wanted}.")

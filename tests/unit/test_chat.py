@@ -8,7 +8,7 @@ import pytest
 import parsedec
 import tiny
 from parsedec.chat import label_tokens, prompt_ids, suffix_text
-from parsedec.errors import ChatTemplateError, JudgeError
+from parsedec.errors import ChatTemplateError, ConfigError, JudgeError
 from parsedec.judge import LabelJudge
 from parsedec.model import JudgeCard
 
@@ -205,5 +205,7 @@ def test_labels_the_vocabulary_does_not_know_are_refused():
 
 @pytest.mark.parametrize("labels", [("", "Incorrect"), ("Correct", "")])
 def test_empty_labels_are_refused(labels):
+    with pytest.raises(ConfigError, match="holds an empty string"):
+        LabelJudge(labels=labels)
     with pytest.raises(JudgeError, match="expected a word"):
-        LabelJudge(labels=labels).bind(ZOO)
+        label_tokens(ZOO, suffix_text(ZOO, "Right?"), labels)

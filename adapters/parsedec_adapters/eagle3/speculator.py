@@ -114,7 +114,7 @@ class Eagle3:
         return bound
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Eagle3State:
-        rows = Rows(self._bound().stock, len(tokens))
+        rows = Rows(self._bound()[1].stock, len(tokens))
         state = Eagle3State((tokens[0],), rows, sampler.greedy)
         return self.commit(state, Outcome(tuple(tokens[1:]), seen)) if len(tokens) > 1 else state
 
@@ -124,7 +124,8 @@ class Eagle3:
     @inference
     def draft(self, state: Eagle3State, budget: int, *, depth_first: bool = False) -> Drafted:
         """The tree of `propose` with its scores; depth-first, or level by level as EAGLE lays it."""
-        drafting, root, top_k, stable = self._bound(), state.tokens[-1], self.top_k, state.length
+        head, drafting = self._bound()
+        root, top_k, stable = state.tokens[-1], self.top_k, state.length
         most = self.depth + 1
         levels = min(most, budget)
         if levels < 1 or not stable:  # without a row of the target's there is nothing to continue
@@ -133,8 +134,7 @@ class Eagle3:
         if self.graphed:
             pool = drafting.grow(rows.store, stable, levels, most, top_k)
         else:
-            ground = Behind(drafting.head, rows.store, stable, levels - 1, top_k)
-            pool = grow(drafting.head, ground, levels, top_k)
+            pool = grow(head, Behind(head, rows.store, stable, levels - 1, top_k), levels, top_k)
         drafted = select(root, pool, top_k, self.tokens, depth_first=depth_first)
         if self.graphed and not drafted.sound:  # else the next trees would read it, too
             rows.store.clear(stable)
@@ -142,7 +142,8 @@ class Eagle3:
 
     @inference
     def commit(self, state: Eagle3State, outcome: Outcome) -> Eagle3State:
-        drafting, taps, start, count = self._bound(), outcome.seen.taps, state.length, len(outcome.tokens)
+        head, drafting = self._bound()
+        taps, start, count = outcome.seen.taps, state.length, len(outcome.tokens)
         if taps is None or len(taps) != count:
             raise ValueError(f"Eagle3.commit needs the taps of {count} rows; got {0 if taps is None else len(taps)}")
         graphed = self.graphed and count <= COMMITTED
@@ -150,7 +151,7 @@ class Eagle3:
         if graphed:
             drafting.commit(rows.store, start, outcome.tokens, taps)
         else:
-            advance(drafting.head, rows.store, start, outcome.tokens, taps)
+            advance(head, rows.store, start, outcome.tokens, taps)
         return Eagle3State(state.tokens + outcome.tokens, rows, state.greedy)
 
     def rewind(self, state: Eagle3State, length: int) -> Eagle3State:
@@ -166,10 +167,10 @@ class Eagle3:
             head = copy.deepcopy(head).to(target.device, target.dtype)
         return head
 
-    def _bound(self) -> Drafting:
-        if self._drafting is None:
+    def _bound(self) -> tuple[EagleHead, Drafting]:
+        if not isinstance(self.head, EagleHead) or self._drafting is None:
             raise IncompatibleStack("inner=eagle3 was not bound to a target; call bind(target, draft) first.")
-        return self._drafting
+        return self.head, self._drafting
 
 
 def advance(head: EagleHead, store: Store, start: int, tokens: Sequence[int], taps: Tensor) -> None:
