@@ -14,7 +14,6 @@ import tiny
 from parsedec import Parse, Sampling, TargetOnly
 from parsedec.sampling import Sampler, request_generator
 from parsedec.session import Session
-from parsedec.static.graphs import Graphs
 from parsedec.types import Outcome, Seen
 from parsedec_adapters.eagle3 import Eagle3
 from parsedec_adapters.eagle3.graphed import drafting_of
@@ -38,8 +37,7 @@ def target():
 @pytest.fixture
 def replayed(monkeypatch):
     """Forwards are captured and replayed, as on CUDA."""
-    monkeypatch.setattr(Graphs, "possible", True)
-    monkeypatch.setattr(Graphs, "captured", cuda_graphs.captured)
+    cuda_graphs.replay(monkeypatch)
 
 
 def pair(target, head, **settings):
@@ -53,6 +51,12 @@ def taps_of(target, inner, tokens):
     session = Session(target, inner.needs.hidden_layers)
     session.feed(tokens)
     return session.seen(0).taps
+
+
+def text(target, inner, length):
+    """Random tokens, and the taps of each."""
+    tokens = torch.randint(5, tiny.VOCAB, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    return tokens, taps_of(target, inner, tokens)
 
 
 def same(ours, theirs):
@@ -99,8 +103,7 @@ def spoil(store, start, value):
 def test_what_stands_behind_the_rows_of_a_request_is_not_seen(target):
     """Drafted rows, padding, and on the CPU what an earlier request has left in the store."""
     plain, fixed = pair(target, eagle3_heads.random_head())
-    tokens = torch.randint(5, tiny.VOCAB, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    seen = taps_of(target, plain, tokens)
+    tokens, seen = text(target, plain, 30)
     states = [inner.start(tokens, Seen(seen[:29]), GREEDY) for inner in (plain, fixed)]
     expected = plain.draft(states[0], 4)
     for state in states:
@@ -112,8 +115,7 @@ def test_what_stands_behind_the_rows_of_a_request_is_not_seen(target):
 def test_numbers_that_were_too_large_once_do_no_harm_for_good(target, monkeypatch):
     """What is no number goes through every mask: it costs a tree, or none where the request is another one."""
     plain, fixed = pair(target, eagle3_heads.random_head())
-    tokens = torch.randint(5, tiny.VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    seen = taps_of(target, plain, tokens)
+    tokens, seen = text(target, plain, 40)
     expected = plain.draft(plain.start(tokens[:30], Seen(seen[:29]), GREEDY), 4)
     state = fixed.start(tokens[:30], Seen(seen[:29]), GREEDY)
     store = state.rows.store
@@ -162,8 +164,7 @@ def test_the_next_request_replays_what_was_captured_for_the_first(replayed):
 def test_a_rewound_request_goes_on_in_its_own_store(target):
     """As after every judge pass that refuses something: no copy, and no store whose graphs would be captured anew."""
     inner = pair(target, eagle3_heads.random_head())[1]
-    tokens = torch.randint(5, tiny.VOCAB, (60,), generator=torch.Generator().manual_seed(1)).tolist()
-    seen = taps_of(target, inner, tokens)
+    tokens, seen = text(target, inner, 60)
     state = inner.start(tokens[:40], Seen(seen[:39]), GREEDY)
     store = state.rows.store
     for back in (30, 20, 10):
@@ -179,8 +180,7 @@ def test_a_rewound_request_goes_on_in_its_own_store(target):
 
 def test_a_store_that_is_outgrown_is_free_again(target):
     inner = pair(target, eagle3_heads.random_head())[1]
-    tokens = torch.randint(5, tiny.VOCAB, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    seen = taps_of(target, inner, tokens)
+    tokens, seen = text(target, inner, 300)
     state = inner.start(tokens[:200], Seen(seen[:199]), GREEDY)
     small = state.rows.store
     state = inner.commit(state, Outcome(tuple(tokens[200:]), Seen(seen[199:299])))

@@ -48,8 +48,7 @@ def as_on_cuda(monkeypatch):
 
     monkeypatch.setattr(static.Machine, "of", machine)
     monkeypatch.setattr(static, "_machines", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(Graphs, "possible", True)
-    monkeypatch.setattr(Graphs, "captured", cuda_graphs.captured)
+    cuda_graphs.replay(monkeypatch)
     monkeypatch.setattr("parsedec.sampling.Sampler._is_beside", lambda *_: False)
 
 
