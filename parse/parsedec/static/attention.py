@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -62,21 +63,30 @@ def rows_behind(lease: Lease, rows: int, allowed: Tensor | None) -> Rows:
     return Rows(lease.writable(rows), start, rows, weights.scale, mask)
 
 
-class BucketRows:
-    """The same with all sizes fixed: R rows, some of them padding, written to slots that are known on the device alone.
+class Bucket:
+    """Attention with all sizes fixed: R rows, some of them padding, written to slots that the device alone knows.
 
-    columns  M views [1, G, T, d] of the first T columns, where T is a bucket
+    columns  views of the first T columns of every layer, where T is a bucket
     slots    [R] columns the rows are written to;  mask  [R, T] additive
-    pieces   in how many pieces the columns are read side by side, for a single row
+    pieces   in how many pieces the columns are read side by side, if that has to be said
+    each     views a layer has
     """
 
-    def __init__(self, columns: tuple[Tensor, ...], slots: Tensor, scale: float, mask: Tensor, pieces: int = 1) -> None:
-        self._columns, self._slots, self._scale, self._mask, self._pieces = columns, slots, scale, mask, pieces
+    each: ClassVar[int]
 
-    def only(self, layer: int) -> BucketRows:
+    def __init__(self, columns: tuple[Tensor, ...], scale: float, slots: Tensor, mask: Tensor, pieces: int = 1) -> None:
+        self._columns, self._scale, self._slots, self._mask, self._pieces = columns, scale, slots, mask, pieces
+
+    def only(self, layer: int) -> Self:
         """The attention of one layer, as if it were the only one: what is compiled for it fits all others."""
-        columns = self._columns[2 * layer : 2 * layer + 2]
-        return BucketRows(columns, self._slots, self._scale, self._mask, self._pieces)
+        columns = self._columns[self.each * layer : self.each * (layer + 1)]
+        return type(self)(columns, self._scale, self._slots, self._mask, self._pieces)
+
+
+class BucketRows(Bucket):
+    """By torch's kernels.  columns  M of [1, G, T, d];  pieces  for a single row"""
+
+    each = 2
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]

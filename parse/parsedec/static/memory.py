@@ -43,6 +43,10 @@ class Buffers:
         """Views of rows start, …, start + count - 1: M of [1, G, count, d]."""
         return self.states.narrow(3, start, count).unbind(0)
 
+    def layers(self, count: int) -> tuple[Tensor, ...]:
+        """Views of the first `count` rows, of each layer [2, 1, G, count, d]."""
+        return self.states.narrow(3, 0, count).split_with_sizes([2] * (self.states.shape[0] // 2))
+
 
 class Held(Protocol):
     """Buffers that know who holds them."""

@@ -9,7 +9,7 @@ L taps, K rows logits are wanted for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,16 @@ class Attend(Protocol):
 
 
 Angles = tuple[Tensor, Tensor]
-EachLayer = Callable[[int, Layer, Tensor, Angles, Attend], Tensor]  # as Network.layer
+
+
+class AttendProduct(Protocol):
+    """The same from the product [R, (A + 2 * G) * d] on, whose parts are q, k and v, still to be normed and turned."""
+
+    def projected(self, i: int, layer: Layer, product: Tensor, angles: Angles, /) -> Tensor: ...
+
+
+Stream = tuple[Tensor, Tensor | None]  # rows [R, H] and, where the next layer's norm adds it, what is still to be added
+EachLayer = Callable[[int, Layer, Stream, Angles, Any], Stream]  # as Network.layer
 
 
 class Positions:
@@ -79,7 +88,7 @@ class Network:
         self,
         x: Tensor,
         angles: Angles,
-        attend: Attend,
+        attend: Attend | AttendProduct,
         keep: Tensor | int,
         taps: tuple[int, ...] = (),
         each: EachLayer | None = None,
@@ -91,10 +100,12 @@ class Network:
         """
         weights, rows, run = self.weights, x.shape[0], each or self.layer
         shown = {0: x}
+        stream: Stream = (x, None)
         for i, layer in enumerate(weights.layers):
-            x = run(i, layer, x, angles, attend)
-            shown[i + 1] = x
-        final = len(weights.layers)
+            stream = run(i, layer, stream, angles, attend)
+            if i + 1 in taps:
+                shown[i + 1] = _whole(stream)
+        x, final = _whole(stream), len(weights.layers)
         if final in taps:
             shown[final] = x = weights.norm(x)
         if isinstance(keep, Tensor):
@@ -106,31 +117,44 @@ class Network:
         logits = weights.head(x)
         return logits, torch.stack([shown[i] for i in taps], dim=1) if taps else None
 
-    def layer(self, i: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        """Decoder layer i: rows [R, H] to rows [R, H]."""
-        q, k, v = self._heads(layer, layer.before_attention(x), angles)
-        x = layer.o.added_to(x, attend(i, q, k, v))
+    def layer(self, i: int, layer: Layer, stream: Stream, angles: Angles, attend: Attend | AttendProduct) -> Stream:
+        """Decoder layer i."""
+        x = _whole(stream)
+        y = layer.before_attention(x)
+        if hasattr(attend, "projected"):
+            (qkv,) = layer.qkv
+            out = attend.projected(i, layer, qkv(y), angles)
+        else:
+            out = attend(i, *self._heads(layer, y, angles))
+        x = layer.o.added_to(x, out)
         y = layer.before_mlp(x)
         gate, up = layer.gate_up[0](y).chunk(2, -1) if len(layer.gate_up) == 1 else [part(y) for part in layer.gate_up]
-        return layer.down.added_to(x, silu(gate).mul_(up))
+        y = silu(gate).mul_(up)
+        return (x, layer.down(y)) if x.is_cuda else (layer.down.added_to(x, y), None)
 
     def _heads(self, layer: Layer, y: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """q [R, A, d], k [R, G, d], v [R, G, d], normed and turned."""
         rows, heads, shared = y.shape[0], self.weights.query_heads, self.weights.kv_heads
-        if len(layer.qkv) > 1:
-            q, k, v = (part(y).view(rows, -1, self.weights.head_size) for part in layer.qkv)
+        if len(layer.qkv) > 1 or torch.compiler.is_compiling():  # compiled, to norm and to turn each is one kernel
+            parts = [part(y).view(rows, -1, self.weights.head_size) for part in layer.qkv]
+            q, k, v = parts if len(parts) > 1 else parts[0].split_with_sizes((heads, shared, shared), 1)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = layer.q_norm(q), layer.k_norm(k)
-            return _turned(q, angles), _turned(k, angles), v
+            return turned(q, angles), turned(k, angles), v
         both, v = layer.qkv[0](y).view(rows, -1, self.weights.head_size).split_with_sizes((heads + shared, shared), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = both.split_with_sizes((heads, shared), 1)
             both = torch.cat([layer.q_norm(q), layer.k_norm(k)], 1)
-        q, k = _turned(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys in one go
+        q, k = turned(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys in one go
         return q, k, v
 
 
-def _turned(x: Tensor, angles: Angles) -> Tensor:
+def _whole(stream: Stream) -> Tensor:
+    x, more = stream
+    return x if more is None else x + more
+
+
+def turned(x: Tensor, angles: Angles) -> Tensor:
     """Heads [R, A, d] turned to the positions of their rows."""
     cos, sin = angles
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

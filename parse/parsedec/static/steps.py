@@ -12,20 +12,21 @@ Shapes in this file:  R rows of a bucket, T columns of a bucket, V vocabulary, L
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from parsedec.static.attention import BucketRows, hidden, piece_count, reads_in_pieces
+from parsedec.static.attention import Bucket, BucketRows, hidden, piece_count, reads_in_pieces
 from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Buffers, Lease
-from parsedec.static.network import Angles, Attend, Network
-from parsedec.static.weights import Layer
+from parsedec.static.network import Angles, Attend, AttendProduct, Network, Stream
+from parsedec.static.weights import Layer, Weights
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
 COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
@@ -33,7 +34,13 @@ LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one ha
 PIECES_FROM = {True: 512, False: 1536}  # columns, by compiled: putting the pieces together is one kernel or several
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 
+if TYPE_CHECKING:
+    from parsedec.static.fused import FusedRows
+
 Output = tuple[Tensor, Tensor | None]
+AttendBucket = Attend | AttendProduct
+
+log = logging.getLogger(__name__)
 
 
 class Steps(Graphs):
@@ -46,6 +53,8 @@ class Steps(Graphs):
         super().__init__(network.weights.device, "a decode step")
         self.network = network
         self.compiled = compiled
+        joined = all(len(layer.qkv) == 1 for layer in network.weights.layers)
+        self._fused = _fused(*_heads(network.weights)) if joined else None
 
     def run(
         self,
@@ -73,13 +82,15 @@ class Steps(Graphs):
             # clones: the next step writes to the same tensors
             return logits[:count].clone(), None if shown is None else shown[:count].clone()
 
-    def pieces(self, rows: int, columns: int) -> int:
-        """In how many pieces a step of so many rows reads its columns."""
+    def attention(self, buffers: Buffers, rows: int, columns: int) -> Callable[[Tensor, Tensor], AttendBucket]:
+        """What makes the attention of steps of so many rows and columns from their slots and mask."""
         weights = self.network.weights
-        if rows > 1 or weights.device.type != "cuda" or columns < PIECES_FROM[self.compiled]:
-            return 1
-        shape = weights.query_heads, weights.kv_heads, weights.head_size
-        return piece_count(columns) if reads_in_pieces(weights.device, weights.dtype, *shape) else 1
+        if self._fused is not None:
+            return partial(self._fused, buffers.layers(columns), weights.scale)
+        pieces = 1
+        if rows == 1 and weights.device.type == "cuda" and columns >= PIECES_FROM[self.compiled]:
+            pieces = piece_count(columns) if reads_in_pieces(*_heads(weights)) else 1
+        return partial(BucketRows, buffers.columns(0, columns), weights.scale, pieces=pieces)
 
 
 class Readback:
@@ -132,8 +143,7 @@ class Step:
         self._network = network
         # by reference: these stay valid for a captured graph if the tables grow
         self._cos, self._sin = network.positions.cos, network.positions.sin
-        self._views = buffers.columns(0, columns)
-        self._pieces = steps.pieces(rows, columns)
+        self._attend = steps.attention(buffers, rows, columns)
         device, low = weights.device, hidden(weights.dtype)
         with torch.inference_mode(False):
             self._numbers = torch.zeros(2 * rows + 1, dtype=torch.long, device=device)  # ids, positions, start
@@ -189,7 +199,7 @@ class Step:
         inputs = (self._numbers, self._sees, self._row, self._column, self._shown, self._hidden)
         tables = (weights.embedding, self._cos, self._sin)
         x, angles, slots, mask = (_compiled(_opened) if self._steps.compiled else _opened)(*inputs, *tables)
-        attend = BucketRows(self._views, slots, weights.scale, mask, self._pieces)
+        attend = self._attend(slots, mask)
         each = partial(_one_of_many, network) if self._steps.compiled else None
         return network.forward(x, angles, attend, self.rows, self.taps, each)
 
@@ -209,15 +219,37 @@ def _opened(
     return embedding(ids, embeddings), angles, start + row, mask
 
 
-def _one_of_many(network: Network, i: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+def _heads(weights: Weights) -> tuple[torch.device, torch.dtype, int, int, int]:
+    return weights.device, weights.dtype, weights.query_heads, weights.kv_heads, weights.head_size
+
+
+@cache
+def _fused(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int) -> type[FusedRows] | None:
+    """Attention by kernels of our own: on CUDA, where Triton is and they have been seen to be right."""
+    if device.type != "cuda":
+        return None
+    try:
+        from parsedec.static import fused  # Triton comes with torch for CUDA on Linux, and with no other
+    except ImportError as error:
+        log.warning("decode steps run without kernels of their own: %s", error)
+        return None
+    return fused.FusedRows if fused.right(device, dtype, heads, shared, size) else None
+
+
+def _one_of_many(
+    network: Network, i: int, layer: Layer, stream: Stream, angles: Angles, attend: AttendBucket
+) -> Stream:
     """A layer by the code that was compiled for the first one of its shape. It is not told which one it is."""
-    assert isinstance(attend, BucketRows)
-    out: Tensor = _compiled(_layer)(network, layer, x, angles, attend.only(i))
+    assert isinstance(attend, Bucket)
+    x, more = stream
+    if x.is_cuda and more is None:  # the first one would need code of its own
+        stream = x, torch.zeros_like(x)
+    out: Stream = _compiled(_layer)(network, layer, stream, angles, attend.only(i))
     return out
 
 
-def _layer(network: Network, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
-    return network.layer(0, layer, x, angles, attend)
+def _layer(network: Network, layer: Layer, stream: Stream, angles: Angles, attend: Any) -> Stream:
+    return network.layer(0, layer, stream, angles, attend)
 
 
 @cache

@@ -37,8 +37,10 @@ class Linear:
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y W + b, on the CPU the sum inside the matrix product."""
-        if x.is_cuda:  # there it would be a copy of x before the product; compiled, the sum joins what follows
-            return x + self(y)
+        if x.is_cuda:
+            # There that is a copy of x and a product onto it; apart, the sum joins what follows when it is compiled.
+            # But for the dimension, torch.compile would see a sum with a product and make it that again (torch 2.11).
+            return (x[None] + self(y)[None])[0]
         return torch.addmm(x if self.bias is None else x + self.bias, y, self.weight)
 
 

@@ -1,0 +1,101 @@
+"""The kernels of `fused`, in Triton.
+
+Shapes in this file:  R rows, T columns, A query heads, G key and value heads, g = A / G, d head size, P pieces.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def placed(
+    product, q, states, slots, cos, sin, q_weight, k_weight, row_stride, value_stride, head_stride,
+    EPSILON: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: of a query to `q` [R, A, d], of a key or value to its column."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, SIZE)
+    here = product + row * row_stride + head * SIZE
+    x = tl.load(here + at).to(tl.float32)
+    if head < HEADS + SHARED:
+        other = (at + SIZE // 2) % SIZE
+        y = tl.load(here + other).to(tl.float32)
+        if NORMED:
+            weight = q_weight
+            if head >= HEADS:
+                weight = k_weight
+            length = 1 / tl.sqrt(tl.sum(x * x, 0) / SIZE + EPSILON)
+            x *= length * tl.load(weight + at).to(tl.float32)
+            y *= length * tl.load(weight + other).to(tl.float32)
+        x = x * tl.load(cos + row * SIZE + at).to(tl.float32) + y * tl.load(sin + row * SIZE + at).to(tl.float32)
+    if head < HEADS:
+        tl.store(q + (row * HEADS + head) * SIZE + at, x.to(q.dtype.element_ty))
+    else:
+        place = states + tl.load(slots + row) * SIZE + (head - HEADS) * head_stride
+        if head >= HEADS + SHARED:
+            place += value_stride - SHARED * head_stride
+        tl.store(place + at, x.to(states.dtype.element_ty))
+
+
+@triton.jit
+def seen(
+    q, states, mask, out, weight, rows, columns, width, value_stride, head_stride, mask_stride,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """What a tile of rows, each head of a group a row of its own, sees of one piece of the columns.
+
+    out  [P, R, A, d] averages of values;  weight  [P, R, A] the logarithms of what they weigh
+    """
+    tile, shared, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    each = tile * TILE + tl.arange(0, TILE)
+    row, head = each // GROUP, shared * GROUP + each % GROUP
+    there = row < rows
+    at = tl.arange(0, SIZE)
+    query = tl.load(q + (row * HEADS + head)[:, None] * SIZE + at[None, :], mask=there[:, None], other=0.0)
+    most = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    average = tl.zeros([TILE, SIZE], tl.float32)
+    stop = tl.minimum(columns, (piece + 1) * width)
+    for start in range(piece * width, stop, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < stop
+        cells = states + shared * head_stride + column[:, None] * SIZE + at[None, :]
+        key = tl.load(cells, mask=inside[:, None], other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee" if EXACT else "tf32") * SCALE
+        sees = tl.load(
+            mask + row[:, None] * mask_stride + column[None, :],
+            mask=there[:, None] & inside[None, :],
+            other=float("-inf"),
+        )
+        score += sees.to(tl.float32)
+        above = tl.maximum(most, tl.max(score, 1))
+        above = tl.where(above == float("-inf"), 0.0, above)  # rows beyond the last
+        share = tl.exp(score - above[:, None])
+        faded = tl.exp(most - above)
+        total = total * faded + tl.sum(share, 1)
+        value = tl.load(cells + value_stride, mask=inside[:, None], other=0.0)
+        average = average * faded[:, None]
+        average += tl.dot(share.to(value.dtype), value, input_precision="ieee" if EXACT else "tf32")
+        most = above
+    place = (piece * rows + row) * HEADS + head
+    tl.store(weight + place, most + tl.log(total), mask=there)
+    tl.store(
+        out + place[:, None] * SIZE + at[None, :],
+        (average / total[:, None]).to(out.dtype.element_ty),
+        mask=there[:, None],
+    )
+
+
+@triton.jit
+def together(out, weight, whole, pieces, heads, SIZE: tl.constexpr, PIECES: tl.constexpr):
+    """The average over the pieces [P, R, A, d], by their weights [P, R, A], of one head of one row."""
+    head = tl.program_id(0)
+    piece, at = tl.arange(0, PIECES), tl.arange(0, SIZE)
+    there = piece < pieces
+    place = piece * heads + head
+    weighs = tl.load(weight + place, mask=there, other=float("-inf"))
+    share = tl.exp(weighs - tl.max(weighs, 0))
+    share /= tl.sum(share, 0)
+    part = tl.load(out + place[:, None] * SIZE + at[None, :], mask=there[:, None], other=0.0)
+    tl.store(whole + head * SIZE + at, tl.sum(share[:, None] * part, 0).to(whole.dtype.element_ty))
