@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test cpu-tests test-slow test-gpu test-weights test-server test-vllm bench bench-gpu golden zoo checksums clean
+.PHONY: help setup demo check test cpu-tests test-slow test-gpu test-standin test-kernels test-weights test-server test-vllm bench bench-gpu golden zoo checksums clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -43,6 +43,16 @@ test-slow: setup  ## the tests that take longer than ten seconds each
 
 test-gpu: setup  ## the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu
+
+test-standin: setup  ## the same on a stand-in for a GPU: placement, buckets, graphs; built with g++
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p cuda_standin -m gpu tests/gpu tests/oracle/test_streamed.py
+
+.venv-triton/.installed:
+	$(BIN)/pip install --quiet --no-deps --target .venv-triton triton==3.9.0
+	@touch $@
+
+test-kernels: setup .venv-triton/.installed  ## our Triton kernels, interpreted, and compiled for GPUs; 300 MB of downloads
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -n 2 tests/static/test_fused.py tests/static/test_kernels.py
 
 test-weights: setup  ## the tests on a real pair: PARSEDEC_MODELS=DIR make test-weights
 	$(BIN)/python -m pytest -m weights

@@ -15,6 +15,8 @@ import transformers
 import tiny
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on the CPU then; Triton looks when it is imported
 transformers.utils.logging.set_verbosity_error()
 
 

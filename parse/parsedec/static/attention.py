@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
 from typing import ClassVar, Self
 
 import torch
@@ -25,8 +24,6 @@ log = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = 2e-2  # of half precision, for outputs of size one
-PIECE, MOST = 128, 32  # columns a piece has at least, and pieces: enough of them keep a GPU busy
-ALIGNED = 8  # columns: where a mask in half precision begins for kernels that read it 16 bytes at a time
 
 
 class Rows:
@@ -68,23 +65,22 @@ class Bucket:
 
     columns  views of the first T columns of every layer, where T is a bucket
     slots    [R] columns the rows are written to;  mask  [R, T] additive
-    pieces   in how many pieces the columns are read side by side, if that has to be said
     each     views a layer has
     """
 
     each: ClassVar[int]
 
-    def __init__(self, columns: tuple[Tensor, ...], scale: float, slots: Tensor, mask: Tensor, pieces: int = 1) -> None:
-        self._columns, self._scale, self._slots, self._mask, self._pieces = columns, scale, slots, mask, pieces
+    def __init__(self, columns: tuple[Tensor, ...], scale: float, slots: Tensor, mask: Tensor) -> None:
+        self._columns, self._scale, self._slots, self._mask = columns, scale, slots, mask
 
     def only(self, layer: int) -> Self:
         """The attention of one layer, as if it were the only one: what is compiled for it fits all others."""
         columns = self._columns[self.each * layer : self.each * (layer + 1)]
-        return type(self)(columns, self._scale, self._slots, self._mask, self._pieces)
+        return type(self)(columns, self._scale, self._slots, self._mask)
 
 
 class BucketRows(Bucket):
-    """By torch's kernels.  columns  M of [1, G, T, d];  pieces  for a single row"""
+    """By torch's kernels.  columns  M of [1, G, T, d]"""
 
     each = 2
 
@@ -92,8 +88,6 @@ class BucketRows(Bucket):
         keys, values = self._columns[2 * layer], self._columns[2 * layer + 1]
         keys.index_copy_(2, self._slots, k.transpose(0, 1)[None])
         values.index_copy_(2, self._slots, v.transpose(0, 1)[None])
-        if self._pieces > 1:
-            return in_pieces(q, keys, values, self._mask, self._scale, self._pieces)
         return attention(q, keys, values, self._mask, False, self._scale)
 
 
@@ -120,68 +114,20 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, caus
     return out.reshape(rows, heads * size)
 
 
-def in_pieces(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, pieces: int) -> Tensor:
-    """`attention` of one row, its columns read in equal pieces side by side (Flash-Decoding, Dao et al. 2023).
+def agrees(
+    otherwise: str,
+    quick: Callable[[], Tensor],
+    plain: Callable[[], Tensor],
+    fails: tuple[type[Exception], ...] = (),
+) -> bool:
+    """Whether a quick way gives what the plain one does, on numbers of size one; a warning says what happens if not.
 
-    One row keeps as many parts of a GPU busy as there are heads of keys, and each of them walks through all columns. A
-    piece gives what it sees, [G, A / G, d], and the logarithm of what that weighs, [G, A / G]; the softmax of the
-    weights over the pieces puts them together.
+    fails  what else it may end in than what torch's operations do
     """
-    (_, heads, size), (_, shared, columns, _) = q.shape, keys.shape
-    group, width = heads // shared, columns // pieces
-    queries = q.view(1, shared, group, size).expand(pieces, -1, -1, -1)
-    keys, values = (x.view(shared, pieces, width, size).transpose(0, 1) for x in (keys, values))
-    seen = mask.view(pieces, 1, 1, width).expand(-1, shared, group, -1)
-    out, weight = weighed(queries, keys, values, seen, scale)
-    share = weight.softmax(0).unsqueeze(-1)
-    return (share * out).sum(0).to(q.dtype).reshape(1, heads * size)
-
-
-def weighed(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Attention [B, A, R, d] and the logarithm of the sum of its exponentials [B, A, R], by torch's own kernels."""
-    if q.device.type == "cpu":
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, keys, values, is_causal=causal, attn_mask=mask, scale=scale
-        )
-        return out, weight.float() if q.dtype in HALF else weight
-    out, weight, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, keys, values, mask, compute_log_sumexp=True, is_causal=causal, scale=scale
-    )
-    return out, weight[..., : q.shape[2]]  # it comes padded to whole blocks of rows
-
-
-def piece_count(columns: int) -> int:
-    """The most equal pieces of at least PIECE columns, whose masks begin where kernels can read them, up to MOST."""
-    most = max(1, min(MOST, columns // PIECE))
-    return next(n for n in range(most, 0, -1) if columns % n == 0 and (n == 1 or columns // n % ALIGNED == 0))
-
-
-@cache
-def reads_in_pieces(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int) -> bool:
-    """Whether `in_pieces` gives what `attention` gives on this device; tried once, on random numbers."""
-    columns, generator = 4 * PIECE, torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    q, keys, values = numbers(1, heads, size), numbers(1, shared, columns, size), numbers(1, shared, columns, size)
-    mask = torch.zeros(1, columns, dtype=dtype, device=device)
-    mask[:, PIECE + 3 :] = hidden(dtype)  # two pieces and a half are of nothing that is seen
-    scale = size**-0.5
-    return agrees(
-        "decode steps read a text in one piece, not in several",
-        lambda: in_pieces(q, keys, values, mask, scale, 4),
-        lambda: attention(q, keys, values, mask, False, scale),
-    )
-
-
-def agrees(otherwise: str, quick: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
-    """Whether a quick way gives what the plain one does, on numbers of size one; a warning says what happens if not."""
+    ends: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, *fails)
     try:
         ours = quick()
-    except (RuntimeError, ValueError, TypeError) as error:
+    except ends as error:
         log.warning("%s: %s", otherwise, first_line(error))
         return False
     off = float((ours - plain()).float().abs().max())

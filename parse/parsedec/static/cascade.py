@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from parsedec.static.attention import HALF, additive, agrees, weighed
+from parsedec.static.attention import HALF, additive, agrees
 from parsedec.static.memory import Buffers
 
 GROUP = 128  # rows of a group of probes, about: fewer leave less behind the first cut, more fill the processor
@@ -112,7 +112,10 @@ def part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: fl
     (batch, group), columns = q.shape[:2], keys.shape[2]
     keys, values = (x.transpose(0, 1).expand(batch, group, columns, -1) for x in (keys, values))
     if q.device.type == "cpu":
-        return weighed(q, keys, values, mask, scale, causal)
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, is_causal=causal, attn_mask=mask, scale=scale
+        )
+        return out, weight.float() if q.dtype in HALF else weight
     return by_hand(q, keys, values, mask, scale, causal)
 
 

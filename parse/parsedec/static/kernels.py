@@ -3,8 +3,13 @@
 Shapes in this file:  R rows, T columns, A query heads, G key and value heads, g = A / G, d head size, P pieces.
 """
 
+import subprocess
+
 import triton
 import triton.language as tl
+from triton.errors import TritonError
+
+FAILS = TritonError, OSError, subprocess.SubprocessError  # the last two where there is no compiler for what launches
 
 
 @triton.jit
@@ -78,6 +83,7 @@ def seen(
         average = average * faded[:, None]
         average += tl.dot(share.to(value.dtype), value, input_precision="ieee" if EXACT else "tf32")
         most = above
+    total = tl.where(there, total, 1.0)
     place = (piece * rows + row) * HEADS + head
     tl.store(weight + place, most + tl.log(total), mask=there)
     tl.store(

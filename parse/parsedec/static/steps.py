@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from parsedec.static.attention import Bucket, BucketRows, hidden, piece_count, reads_in_pieces
+from parsedec.static.attention import Bucket, BucketRows, hidden
 from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Buffers, Lease
 from parsedec.static.network import Angles, Attend, AttendProduct, Network, Stream
@@ -31,7 +31,6 @@ from parsedec.static.weights import Layer, Weights
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
 COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
 LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
-PIECES_FROM = {True: 512, False: 1536}  # columns, by compiled: putting the pieces together is one kernel or several
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ class Steps(Graphs):
         super().__init__(network.weights.device, "a decode step")
         self.network = network
         self.compiled = compiled
-        joined = all(len(layer.qkv) == 1 for layer in network.weights.layers)
-        self._fused = _fused(*_heads(network.weights)) if joined else None
+        self._fused = _fused_for(network.weights)
 
     def run(
         self,
@@ -82,15 +80,12 @@ class Steps(Graphs):
             # clones: the next step writes to the same tensors
             return logits[:count].clone(), None if shown is None else shown[:count].clone()
 
-    def attention(self, buffers: Buffers, rows: int, columns: int) -> Callable[[Tensor, Tensor], AttendBucket]:
-        """What makes the attention of steps of so many rows and columns from their slots and mask."""
-        weights = self.network.weights
+    def attention(self, buffers: Buffers, columns: int) -> Callable[[Tensor, Tensor], AttendBucket]:
+        """What makes the attention of steps on so many columns from their slots and mask."""
+        scale = self.network.weights.scale
         if self._fused is not None:
-            return partial(self._fused, buffers.layers(columns), weights.scale)
-        pieces = 1
-        if rows == 1 and weights.device.type == "cuda" and columns >= PIECES_FROM[self.compiled]:
-            pieces = piece_count(columns) if reads_in_pieces(*_heads(weights)) else 1
-        return partial(BucketRows, buffers.columns(0, columns), weights.scale, pieces=pieces)
+            return partial(self._fused, buffers.layers(columns), scale)
+        return partial(BucketRows, buffers.columns(0, columns), scale)
 
 
 class Readback:
@@ -143,7 +138,7 @@ class Step:
         self._network = network
         # by reference: these stay valid for a captured graph if the tables grow
         self._cos, self._sin = network.positions.cos, network.positions.sin
-        self._attend = steps.attention(buffers, rows, columns)
+        self._attend = steps.attention(buffers, columns)
         device, low = weights.device, hidden(weights.dtype)
         with torch.inference_mode(False):
             self._numbers = torch.zeros(2 * rows + 1, dtype=torch.long, device=device)  # ids, positions, start
@@ -219,21 +214,17 @@ def _opened(
     return embedding(ids, embeddings), angles, start + row, mask
 
 
-def _heads(weights: Weights) -> tuple[torch.device, torch.dtype, int, int, int]:
-    return weights.device, weights.dtype, weights.query_heads, weights.kv_heads, weights.head_size
-
-
-@cache
-def _fused(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int) -> type[FusedRows] | None:
+def _fused_for(weights: Weights) -> type[FusedRows] | None:
     """Attention by kernels of our own: on CUDA, where Triton is and they have been seen to be right."""
-    if device.type != "cuda":
+    if weights.device.type != "cuda" or any(len(layer.qkv) > 1 for layer in weights.layers):
         return None
     try:
         from parsedec.static import fused  # Triton comes with torch for CUDA on Linux, and with no other
     except ImportError as error:
         log.warning("decode steps run without kernels of their own: %s", error)
         return None
-    return fused.FusedRows if fused.right(device, dtype, heads, shared, size) else None
+    shape = weights.query_heads, weights.kv_heads, weights.head_size
+    return fused.FusedRows if fused.right(weights.device, weights.dtype, *shape) else None
 
 
 def _one_of_many(

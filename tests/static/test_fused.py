@@ -1,0 +1,143 @@
+"""Kernels of decode steps against torch's, interpreted where there is no CUDA."""
+
+import pytest
+import torch
+
+import tiny
+from parsedec.static import steps
+from parsedec.static.attention import BucketRows, attention, hidden
+from parsedec.static.memory import Lease, Pool
+from parsedec.static.network import Network, turned
+from parsedec.static.weights import Norm, join_weights, read_weights
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA, or by make test-kernels")
+
+from parsedec.static import fused
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS = [(4, 2, 16), (4, 4, 32), (16, 2, 64), (8, 1, 128)]  # of queries, of keys, their size
+CLOSE = {torch.float32: 1e-5, torch.float16: 5e-3}  # and no bfloat16: the interpreter multiplies its bits
+
+
+def numbers(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_heads_are_normed_turned_and_put_in_their_columns(heads, normed, dtype):
+    queries, shared, size = heads
+    rows, columns, capacity = 3, 40, 50
+    product = numbers(rows, (queries + 2 * shared) * size, dtype=dtype)
+    states = numbers(4, 1, shared, capacity, size, dtype=dtype, seed=1)
+    norms = tuple(Norm(numbers(size, dtype=dtype, seed=seed), 1e-5, None, None) for seed in (2, 3)) if normed else None
+    angles = tuple(numbers(rows, 1, size, dtype=dtype, seed=seed) for seed in (4, 5))
+    slots = torch.tensor([7, 30, 8], device=DEVICE)
+
+    q, k, v = product.float().view(rows, -1, size).split_with_sizes((queries, shared, shared), 1)
+    if norms:
+        q, k = (Norm(norm.weight.float(), 1e-5, None, None)(x) for norm, x in zip(norms, (q, k), strict=True))
+    q, k = (turned(x, tuple(angle.float() for angle in angles)) for x in (q, k))
+    expected = states.clone()
+    for row, slot in enumerate(slots.tolist()):
+        expected[2, 0, :, slot], expected[3, 0, :, slot] = k[row].to(dtype), v[row].to(dtype)
+
+    made = fused.placed(product, norms, angles, states.narrow(3, 0, columns)[2:], slots)
+    torch.testing.assert_close(made, q.to(dtype), atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    torch.testing.assert_close(states, expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    assert torch.equal(states[:2], numbers(4, 1, shared, capacity, size, dtype=dtype, seed=1)[:2]), "another layer's"
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("columns", [48, 256, 1000])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_tree_of_rows_sees_what_its_mask_shows(heads, rows, columns, dtype):
+    queries, shared, size = heads
+    q = numbers(rows, queries, size, dtype=dtype)
+    states = numbers(2, 1, shared, columns + 9, size, dtype=dtype, seed=1)
+    states[..., columns:, :] = torch.nan  # beyond the bucket
+    states = states.narrow(3, 0, columns)
+    start = columns // 2
+    mask = torch.full((rows, columns), hidden(dtype), dtype=dtype, device=DEVICE)
+    mask[:, :start] = 0
+    for row in range(rows):  # a path of its own
+        mask[row, [start + other for other in range(row + 1) if other == row or other % 3 == 0]] = 0
+    expected = attention(q.double(), *states.double(), mask.double(), False, size**-0.5)
+    made = fused.seen(q, states, mask, size**-0.5)
+    torch.testing.assert_close(made.double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+def test_as_many_pieces_as_keep_a_gpu_busy(monkeypatch):
+    grids = []
+
+    class Counting:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for name in ("seen", "together"):
+        monkeypatch.setattr(fused.kernels, name, Counting())
+    for rows, columns in ((1, 64), (1, 768), (1, 8192), (64, 768)):
+        states = torch.zeros(2, 1, 8, columns, 128, dtype=torch.bfloat16)
+        mask = torch.zeros(rows, columns, dtype=torch.bfloat16)
+        fused.seen(torch.zeros(rows, 64, 128, dtype=torch.bfloat16), states, mask, 1.0)
+    tiles_heads_pieces, put_together = (
+        [grid for grid in grids if len(grid) == 3],
+        [grid for grid in grids if len(grid) == 1],
+    )
+    assert tiles_heads_pieces == [(1, 8, 1), (1, 8, 12), (1, 8, 32), (8, 8, 4)], "tiles, heads of keys, pieces"
+    assert put_together == [(64,), (64,), (64 * 64,)], "one piece is the whole"
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_they_are_found_right(heads, dtype):
+    assert fused.right(DEVICE, dtype, *heads)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 64), (torch.float32, 80)], ids=str)
+def test_what_they_are_not_made_for_is_left_to_torch(dtype, size):
+    assert not fused.right(DEVICE, dtype, 4, 2, size)
+
+
+@pytest.mark.parametrize("broken", ["placed", "seen", "together"])
+def test_wrong_numbers_are_noticed(broken, monkeypatch, caplog):
+    class Idle:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(fused.kernels, broken, Idle())
+    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16)
+    assert "decode steps run without kernels of their own: its output differs" in caplog.text
+
+
+def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch, caplog):
+    class Fails:
+        def __getitem__(self, grid):
+            raise fused.kernels.TritonError("no such target\nand more")
+
+    monkeypatch.setattr(fused.kernels, "placed", Fails())
+    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16)
+    assert caplog.messages == ["decode steps run without kernels of their own: no such target"]
+
+
+def test_a_step_by_them_equals_one_by_torch(monkeypatch):
+    """Through the network, on buffers that a lease holds: a chain and then a tree."""
+    hf = tiny.model("qwen3").hf.to(DEVICE)
+    join_weights(hf)
+    monkeypatch.setattr("parsedec.static.weights.PACK_LIMIT", 0)
+    weights = read_weights(hf)
+    found = {}
+    for kind in (fused.FusedRows, BucketRows):
+        monkeypatch.setattr(steps, "_fused_for", lambda _, kind=kind: kind if kind is fused.FusedRows else None)
+        ours = steps.Steps(Network(weights), compiled=False)
+        lease = Lease(Pool(weights))
+        sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)
+        with torch.inference_mode():
+            first, _ = ours.run(lease, [1, 2, 3], None, None, ())
+            second, taps = ours.run(lease, [4, 5, 6, 7], [3, 4, 4, 5], sees, (1, 2))
+        found[kind] = first, second, taps
+    for ours, torchs in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, torchs, atol=1e-4, rtol=1e-4)
