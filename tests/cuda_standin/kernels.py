@@ -23,7 +23,9 @@ def install():
     ):
         _library.impl(name, call, "CUDA")
     sys.modules["parsedec.static.kernels"] = ours = ModuleType("parsedec.static.kernels")
-    ours.placed, ours.seen, ours.together, ours.FAILS = On(placed), On(seen), On(together), ()
+    ours.FAILS = ()
+    for call in (normed, gated, placed, seen, together):
+        setattr(ours, call.__name__, On(call))
 
 
 def scores(q, keys, scale, causal):
@@ -116,9 +118,26 @@ class On:
         return lambda *arguments, num_warps=4, num_stages=3: self._call(grid, *arguments)
 
 
+def normed(grid, x, more, weight, whole, y, epsilon, size, width, adds):
+    assert grid == (len(x),)
+    assert width >= size == x.shape[1]
+    assert all(part.is_contiguous() for part in (x, more, weight, whole, y))
+    if adds:
+        torch.add(x, more, out=whole)
+    y.copy_(torch.nn.functional.rms_norm((whole if adds else x).float(), (size,), weight.float(), epsilon))
+
+
+def gated(grid, product, y, size, width):
+    assert grid[0] == len(product)
+    assert grid[1] * width >= size == y.shape[1]
+    assert product.is_contiguous()
+    gate, up = product.float().chunk(2, -1)
+    y.copy_(torch.nn.functional.silu(gate) * up)
+
+
 def placed(
     grid, product, q, states, slots, cos, sin, q_weight, k_weight, row_stride, value_stride, head_stride,
-    epsilon, heads, shared, size, normed,
+    epsilon, heads, shared, size, has_norms, has_slots,
 ):  # fmt: skip
     assert grid == (len(product), heads + 2 * shared)
     assert (product.stride(0), product.stride(1)) == (row_stride, 1)
@@ -129,9 +148,10 @@ def placed(
         1,
     )
     assert all(x.is_contiguous() for x in (q, slots, cos, sin, q_weight, k_weight))
+    slots = slots if has_slots else torch.arange(len(product), device=product.device)
     made = product.float().view(len(product), -1, size)
     queries, keys, values = made.split_with_sizes((heads, shared, shared), 1)
-    if normed:
+    if has_norms:
         queries, keys = (
             torch.nn.functional.rms_norm(x, (size,), weight.float(), epsilon)
             for x, weight in ((queries, q_weight), (keys, k_weight))

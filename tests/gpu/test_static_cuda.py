@@ -133,7 +133,7 @@ def test_a_request_is_the_same_without_prefetching(settings, monkeypatch):
 def test_steps_have_kernels_of_their_own(shape, dtype):
     """For the heads of Qwen3 1.7B, 8B and 32B, for one row and for a tree, with the numbers of double precision."""
     fused = pytest.importorskip("parsedec.static.fused")
-    assert fused.right(torch.device("cuda"), dtype, *shape)
+    assert fused.right(torch.device("cuda"), dtype, *shape, 5120)
     heads, shared, size = shape
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 8, 64):

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from parsedec.static import steps
-from parsedec.static.attention import BucketRows, attention, hidden
+from parsedec.static.attention import attention, hidden
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network, turned
 from parsedec.static.weights import Norm, join_weights, read_weights
@@ -94,23 +94,23 @@ def test_as_many_pieces_as_keep_a_gpu_busy(monkeypatch):
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_they_are_found_right(heads, dtype):
-    assert fused.right(DEVICE, dtype, *heads)
+    assert fused.right(DEVICE, dtype, *heads, 72)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 64), (torch.float32, 80)], ids=str)
 def test_what_they_are_not_made_for_is_left_to_torch(dtype, size):
-    assert not fused.right(DEVICE, dtype, 4, 2, size)
+    assert not fused.right(DEVICE, dtype, 4, 2, size, 64)
 
 
-@pytest.mark.parametrize("broken", ["placed", "seen", "together"])
+@pytest.mark.parametrize("broken", ["normed", "placed", "seen", "together", "gated"])
 def test_wrong_numbers_are_noticed(broken, monkeypatch, caplog):
     class Idle:
         def __getitem__(self, grid):
             return lambda *_, **__: None
 
     monkeypatch.setattr(fused.kernels, broken, Idle())
-    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16)
-    assert "decode steps run without kernels of their own: its output differs" in caplog.text
+    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64)
+    assert "the static backend runs without kernels of its own: its output differs" in caplog.text
 
 
 def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch, caplog):
@@ -119,8 +119,8 @@ def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch, caplog):
             raise fused.kernels.TritonError("no such target\nand more")
 
     monkeypatch.setattr(fused.kernels, "placed", Fails())
-    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16)
-    assert caplog.messages == ["decode steps run without kernels of their own: no such target"]
+    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64)
+    assert caplog.messages == ["the static backend runs without kernels of its own: no such target"]
 
 
 def test_a_step_by_them_equals_one_by_torch(monkeypatch):
@@ -130,8 +130,8 @@ def test_a_step_by_them_equals_one_by_torch(monkeypatch):
     monkeypatch.setattr("parsedec.static.weights.PACK_LIMIT", 0)
     weights = read_weights(hf)
     found = {}
-    for kind in (fused.FusedRows, BucketRows):
-        monkeypatch.setattr(steps, "_fused_for", lambda _, kind=kind: kind if kind is fused.FusedRows else None)
+    for kind in (fused, None):
+        monkeypatch.setattr("parsedec.static.network.kernels_for", lambda _, kind=kind: kind)
         ours = steps.Steps(Network(weights), compiled=False)
         lease = Lease(Pool(weights))
         sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)

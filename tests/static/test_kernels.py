@@ -55,7 +55,14 @@ for capability in (80, 90):
             kernels.placed, capability,
             states | dict(product="*" + kind, slots="*i64", cos="*" + kind, sin="*" + kind, row_stride="i32",
                           q_weight="*" + kind, k_weight="*" + kind),
-            dict(EPSILON=1e-6, HEADS=heads, SHARED=shared, SIZE=size, NORMED=True), num_warps=1)}
+            dict(EPSILON=1e-6, HEADS=heads, SHARED=shared, SIZE=size, NORMED=True, SLOTS=True), num_warps=1),
+            "normed": compiled(
+                kernels.normed, capability,
+                dict(x="*" + kind, more="*" + kind, weight="*" + kind, whole="*" + kind, y="*" + kind),
+                dict(EPSILON=1e-6, SIZE=5120, WIDTH=8192, ADDS=True), num_warps=8),
+            "gated": compiled(
+                kernels.gated, capability, dict(product="*" + kind, y="*" + kind),
+                dict(SIZE=25_600, WIDTH=fused.WIDTH))}
         for tile in tiles:
             made[f"seen {tile}"] = compiled(
                 kernels.seen, capability,
@@ -82,7 +89,7 @@ def test_they_compile_for_gpus_and_fit(heads):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
-    assert len(found) == 2 * (5 + 3 + 3)
+    assert len(found) == 2 * (7 + 5 + 5)
     for capability, kind, name, shared, spilt in found:
         assert shared <= SHARED_BYTES[capability], (capability, kind, name, shared)
         assert spilt <= SPILT_BYTES, (capability, kind, name, spilt)

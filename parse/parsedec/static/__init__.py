@@ -11,6 +11,6 @@ buffers that stay where they are, which is also what CUDA graphs ask for.
     judging    the same for the rows of a judge pass, by one of three kernels: a dense mask, `cascade`, `flex`
     session    the backend itself: `StaticSession`
     steps      the decode step in buckets of rows and columns: compiled, and captured in CUDA graphs
-    fused      attention of these steps on CUDA, by few `kernels` in Triton
+    fused      what stands between a layer's products on CUDA, by few `kernels` in Triton
     graphs     CUDA graphs of what runs again and again, the forwards of EAGLE-3's head among it
 """

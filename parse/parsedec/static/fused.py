@@ -1,10 +1,14 @@
-"""Kernels of a decode step's attention, in Triton: from the product with the weights to what the heads have seen.
+"""What stands between the matrix products of a layer on CUDA, by few kernels in Triton.
 
-Between two matrix products of a layer torch has ten kernels, each over before the device is busy. Here they are three:
-queries and keys are normed, turned and, with the values, put where they belong; then the columns are read, in several
-pieces side by side (Flash-Decoding, Dao et al. 2023); then what the pieces have seen is put together.
+Torch's own are three times as many, and of a decode step each is over before the device is busy. Here
 
-Shapes in this file:  R rows, T columns, A query heads, G key and value heads, g = A / G, d head size, P pieces.
+    normed    adds what the product before gave, and norms the sum
+    placed    norms and turns queries and keys, and puts keys and values where they belong
+    seen      reads the columns of a decode step, in pieces side by side (Flash-Decoding, Dao et al. 2023)
+    gated     is the activation and the product inside the MLP
+
+Shapes in this file:  R rows, T columns, H hidden, I inside the MLP, A query heads, G key and value heads, g = A / G,
+d head size, P pieces.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from parsedec.static import kernels
 from parsedec.static.attention import Bucket, agrees, attention, hidden
@@ -25,6 +30,7 @@ MOST_TILE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # as far
 COLUMNS = 64  # that a program reads at a time
 PROGRAMS = 264  # about as many keep a GPU busy
 MOST = 32  # pieces
+WIDTH = 1024  # of the MLP that a program computes
 
 
 class FusedRows(Bucket):
@@ -38,20 +44,44 @@ class FusedRows(Bucket):
 
     def projected(self, i: int, layer: Layer, product: Tensor, angles: Angles) -> Tensor:
         """Rows [R, (A + 2 * G) * d] to what their heads have seen [R, A * d]."""
-        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        q = placed(product, norms, angles, self._columns[i], self._slots)
+        q = placed(product, layer.norms, angles, self._columns[i], self._slots)
         return seen(q, self._columns[i], self._mask, self._scale)
 
 
-def placed(product: Tensor, norms: tuple[Norm, Norm] | None, angles: Angles, columns: Tensor, slots: Tensor) -> Tensor:
-    """Queries [R, A, d], normed and turned. Keys likewise, and values, go to columns `slots` [R] of [2, 1, G, T, d]."""
-    (_, _, shared, _, size), rows = columns.shape, product.shape[0]
+def normed(x: Tensor, more: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """x [R, H], with what is to be added to it, and that normed."""
+    rows, size = x.shape
+    y, whole = torch.empty_like(x), x if more is None else torch.empty_like(x)
+    kernels.normed[(rows,)](
+        x, x if more is None else more, norm.weight, whole, y, norm.epsilon, size, _power_of_2(size), more is not None,
+        num_warps=8,
+    )  # fmt: skip
+    return whole, y
+
+
+def gated(product: Tensor) -> Tensor:
+    """silu(gate) * up of their product [R, 2 * I]: [R, I]."""
+    rows, size = product.shape[0], product.shape[1] // 2
+    y = product.new_empty(rows, size)
+    kernels.gated[(rows, _parts(size, WIDTH))](product, y, size, WIDTH)
+    return y
+
+
+def placed(
+    product: Tensor, norms: tuple[Norm, Norm] | None, angles: Angles, states: Tensor, slots: Tensor | None
+) -> Tensor:
+    """Queries [R, A, d], normed and turned, of a product [R, (A + 2 * G) * d].
+
+    Keys likewise, and values, go to columns `slots` [R] of `states` [2, 1, G, T, d], or one behind another.
+    """
+    (_, _, shared, _, size), rows = states.shape, product.shape[0]
     heads = product.shape[1] // size - 2 * shared
     q = product.new_empty(rows, heads, size)
     weights, epsilon = ((q, q), 0.0) if norms is None else ([norm.weight for norm in norms], norms[0].epsilon)
     kernels.placed[(rows, heads + 2 * shared)](
-        product, q, columns, slots, *angles, *weights, product.stride(0), columns.stride(0), columns.stride(2),
-        epsilon, heads, shared, size, norms is not None, num_warps=1,
+        product, q, states, q if slots is None else slots, *angles, *weights,
+        product.stride(0), states.stride(0), states.stride(2),
+        epsilon, heads, shared, size, norms is not None, slots is not None, num_warps=1,
     )  # fmt: skip
     return q
 
@@ -86,8 +116,8 @@ def _power_of_2(least: int) -> int:
 
 
 @cache
-def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int) -> bool:
-    """Whether the kernels give what torch's give for such heads on this device; tried once, on random numbers."""
+def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int, hidden_size: int) -> bool:
+    """Whether the kernels give what torch's give for such a model on this device; tried once, on random numbers."""
     if dtype not in MOST_TILE or size not in SIZES:
         return False
     rows, columns, generator = 5, 5 * COLUMNS, torch.Generator().manual_seed(0)
@@ -95,8 +125,12 @@ def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, siz
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
+    def norm(of: int) -> Norm:
+        return Norm(numbers(of) / 4, 1e-6, None, None)
+
+    x, more, norms = numbers(rows, hidden_size) / 4, numbers(rows, hidden_size) / 4, (norm(size), norm(size))
     product, states = numbers(rows, (heads + 2 * shared) * size), numbers(2, 1, shared, columns, size)
-    norms = Norm(numbers(size) / 4, 1e-6, None, None), Norm(numbers(size) / 4, 1e-6, None, None)
+    both, before = numbers(rows, 2 * (WIDTH + 8)) / 4, norm(hidden_size)
     angle = torch.arange(rows * size, device=device).view(rows, 1, size)
     angles = angle.cos().to(dtype), angle.sin().to(dtype)
     start = columns - 2 * COLUMNS - rows  # one piece and more is of nothing that is seen
@@ -107,7 +141,8 @@ def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, siz
     def ours() -> Tensor:
         own = states.clone()
         q = placed(product, norms, angles, own, slots)
-        return torch.cat([x.flatten() for x in (q, own, seen(q, own, mask, size**-0.5))])
+        made = (*normed(x, more, before), q, own, seen(q, own, mask, size**-0.5), gated(both))
+        return torch.cat([part.flatten() for part in made])
 
     def torchs() -> Tensor:
         keys, values = own = states.clone()
@@ -115,7 +150,9 @@ def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, siz
         q, k = turned(norms[0](q), angles), turned(norms[1](k), angles)
         keys.index_copy_(2, slots, k.transpose(0, 1)[None])
         values.index_copy_(2, slots, v.transpose(0, 1)[None])
+        gate, up = both.chunk(2, -1)
         out = attention(q, keys, values, mask, False, size**-0.5)
-        return torch.cat([x.flatten() for x in (q, own, out)])
+        made = x + more, before(x + more), q, own, out, silu(gate) * up
+        return torch.cat([part.flatten() for part in made])
 
-    return agrees("decode steps run without kernels of their own", ours, torchs, kernels.FAILS)
+    return agrees("the static backend runs without kernels of its own", ours, torchs, kernels.FAILS)

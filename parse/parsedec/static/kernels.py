@@ -1,6 +1,7 @@
-"""The kernels of `fused`, in Triton.
+"""The kernels of `fused`, in Triton. What is not said otherwise lies row behind row.
 
-Shapes in this file:  R rows, T columns, A query heads, G key and value heads, g = A / G, d head size, P pieces.
+Shapes in this file:  R rows, T columns, H hidden, I inside the MLP, A query heads, G key and value heads, g = A / G,
+d head size, P pieces.
 """
 
 import subprocess
@@ -13,11 +14,42 @@ FAILS = TritonError, OSError, subprocess.SubprocessError  # the last two where t
 
 
 @triton.jit
+def normed(
+    x, more, weight, whole, y,
+    EPSILON: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    """A row of x [R, H], with that of `more` if it ADDS to `whole`, and its RMSNorm to y."""
+    row, at = tl.program_id(0), tl.arange(0, WIDTH)
+    there = at < SIZE
+    place = row * SIZE + at
+    value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if ADDS:
+        value += tl.load(more + place, mask=there, other=0.0).to(tl.float32)
+        kept = value.to(whole.dtype.element_ty)
+        tl.store(whole + place, kept, mask=there)
+        value = kept.to(tl.float32)
+    length = 1 / tl.sqrt(tl.sum(value * value, 0) / SIZE + EPSILON)
+    scaled = value * length * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + place, scaled.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def gated(product, y, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """silu(gate) * up of a part of a row, of [R, 2 * I] to [R, I]."""
+    row, at = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    there = at < SIZE
+    gate = tl.load(product + row * (2 * SIZE) + at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(product + row * (2 * SIZE) + SIZE + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + row * SIZE + at, (gate / (1 + tl.exp(-gate)) * up).to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def placed(
     product, q, states, slots, cos, sin, q_weight, k_weight, row_stride, value_stride, head_stride,
     EPSILON: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, NORMED: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row: of a query to `q` [R, A, d], of a key or value to its column."""
+    """One head of one row: of a query to `q` [R, A, d], of a key or value to its column, or if not SLOTS its row."""
     row, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, SIZE)
     here = product + row * row_stride + head * SIZE
@@ -36,7 +68,10 @@ def placed(
     if head < HEADS:
         tl.store(q + (row * HEADS + head) * SIZE + at, x.to(q.dtype.element_ty))
     else:
-        place = states + tl.load(slots + row) * SIZE + (head - HEADS) * head_stride
+        column = row
+        if SLOTS:
+            column = tl.load(slots + row)
+        place = states + column * SIZE + (head - HEADS) * head_stride
         if head >= HEADS + SHARED:
             place += value_stride - SHARED * head_stride
         tl.store(place + at, x.to(states.dtype.element_ty))

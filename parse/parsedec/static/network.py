@@ -8,6 +8,7 @@ L taps, K rows logits are wanted for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, silu
 
-from parsedec.static.weights import Layer, Weights
+from parsedec.static.weights import Layer, Norm, Weights
 
 FIRST_POSITIONS = 1024
+
+log = logging.getLogger(__name__)
 
 
 class Attend(Protocol):
@@ -69,6 +72,7 @@ class Network:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.positions = Positions(weights)
+        self.kernels = kernels_for(weights)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """[R, H]"""
@@ -119,39 +123,80 @@ class Network:
 
     def layer(self, i: int, layer: Layer, stream: Stream, angles: Angles, attend: Attend | AttendProduct) -> Stream:
         """Decoder layer i."""
-        x = _whole(stream)
-        y = layer.before_attention(x)
+        x, y = self._normed(stream, layer.before_attention)
         if hasattr(attend, "projected"):
             (qkv,) = layer.qkv
             out = attend.projected(i, layer, qkv(y), angles)
         else:
             out = attend(i, *self._heads(layer, y, angles))
-        x = layer.o.added_to(x, out)
-        y = layer.before_mlp(x)
-        gate, up = layer.gate_up[0](y).chunk(2, -1) if len(layer.gate_up) == 1 else [part(y) for part in layer.gate_up]
-        y = silu(gate).mul_(up)
-        return (x, layer.down(y)) if x.is_cuda else (layer.down.added_to(x, y), None)
+        x, y = self._normed(layer.o.onto(x, out), layer.before_mlp)
+        return layer.down.onto(x, self._gated(layer, y))
+
+    @property
+    def _quick(self) -> Any:
+        """The kernels, where nothing else joins operations."""
+        return None if torch.compiler.is_compiling() else self.kernels
+
+    def _normed(self, stream: Stream, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The rows as a whole, and normed."""
+        if self._quick is not None:
+            both: tuple[Tensor, Tensor] = self._quick.normed(*stream, norm)
+            return both
+        x = _whole(stream)
+        return x, norm(x)
+
+    def _gated(self, layer: Layer, y: Tensor) -> Tensor:
+        """[R, H] to [R, I]"""
+        parts = [part(y) for part in layer.gate_up]
+        if self._quick is not None:
+            product: Tensor = self._quick.gated(*parts)
+            return product
+        gate, up = parts if len(parts) > 1 else parts[0].chunk(2, -1)
+        return silu(gate).mul_(up)
 
     def _heads(self, layer: Layer, y: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """q [R, A, d], k [R, G, d], v [R, G, d], normed and turned."""
-        rows, heads, shared = y.shape[0], self.weights.query_heads, self.weights.kv_heads
-        if len(layer.qkv) > 1 or torch.compiler.is_compiling():  # compiled, to norm and to turn each is one kernel
-            parts = [part(y).view(rows, -1, self.weights.head_size) for part in layer.qkv]
+        rows, heads, shared, size = y.shape[0], self.weights.query_heads, self.weights.kv_heads, self.weights.head_size
+        parts = [part(y) for part in layer.qkv]
+        if self._quick is not None:
+            states = y.new_empty(2, 1, shared, rows, size)
+            q = self._quick.placed(*parts, layer.norms, angles, states, None)
+            k, v = states[:, 0].transpose(1, 2)
+            return q, k, v
+        if len(parts) > 1 or torch.compiler.is_compiling():  # compiled, to norm and to turn each is one kernel
+            parts = [part.view(rows, -1, size) for part in parts]
             q, k, v = parts if len(parts) > 1 else parts[0].split_with_sizes((heads, shared, shared), 1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = layer.q_norm(q), layer.k_norm(k)
+            if layer.norms is not None:
+                q, k = (norm(x) for norm, x in zip(layer.norms, (q, k), strict=True))
             return turned(q, angles), turned(k, angles), v
-        both, v = layer.qkv[0](y).view(rows, -1, self.weights.head_size).split_with_sizes((heads + shared, shared), 1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = both.split_with_sizes((heads, shared), 1)
-            both = torch.cat([layer.q_norm(q), layer.k_norm(k)], 1)
+        both, v = parts[0].view(rows, -1, size).split_with_sizes((heads + shared, shared), 1)
+        if layer.norms is not None:
+            apart = both.split_with_sizes((heads, shared), 1)
+            both = torch.cat([norm(x) for norm, x in zip(layer.norms, apart, strict=True)], 1)
         q, k = turned(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys in one go
         return q, k, v
 
 
+def kernels_for(weights: Weights) -> Any:
+    """The module `fused`: on CUDA, where Triton is and the kernels have been seen to be right for such a model."""
+    joined = all(len(layer.qkv) == len(layer.gate_up) == 1 for layer in weights.layers)
+    if weights.device.type != "cuda" or not joined:
+        return None
+    try:
+        from parsedec.static import fused  # Triton comes with torch for CUDA on Linux, and with no other
+    except ImportError as error:
+        log.warning("the static backend runs without kernels of its own: %s", error)
+        return None
+    shape = weights.query_heads, weights.kv_heads, weights.head_size, weights.hidden_size
+    return fused if fused.right(weights.device, weights.dtype, *shape) else None
+
+
 def _whole(stream: Stream) -> Tensor:
     x, more = stream
-    return x if more is None else x + more
+    if more is None:
+        return x
+    # But for the dimension, torch.compile sees a sum with a product and makes it a product onto a copy (torch 2.11).
+    return (x[None] + more[None])[0]
 
 
 def turned(x: Tensor, angles: Angles) -> Tensor:

@@ -2,7 +2,7 @@
 
 A step reads a chain or a tree of a few tokens behind the cache. Rows are padded to a bucket and attention runs over a
 bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay where
-they are. What is compiled is one layer, which all layers then run: compiling all of them together gains little, since
+they are. If a layer is compiled, it is one, which all layers then run: compiling all of them together gains little, since
 few operations reach over the end of a layer, and takes as many times as long as there are layers.
 
 On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on (`graphs`).
@@ -12,11 +12,10 @@ Shapes in this file:  R rows of a bucket, T columns of a bucket, V vocabulary, L
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,33 +25,28 @@ from parsedec.static.attention import Bucket, BucketRows, hidden
 from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Buffers, Lease
 from parsedec.static.network import Angles, Attend, AttendProduct, Network, Stream
-from parsedec.static.weights import Layer, Weights
+from parsedec.static.weights import Layer
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
 COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
 LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 
-if TYPE_CHECKING:
-    from parsedec.static.fused import FusedRows
-
 Output = tuple[Tensor, Tensor | None]
 AttendBucket = Attend | AttendProduct
-
-log = logging.getLogger(__name__)
 
 
 class Steps(Graphs):
     """The steps of one network.
 
-    compiled  run their layers through torch.compile, which takes a while at the first use of every bucket
+    compiled  run through torch.compile, which takes a while at the first use of every bucket; not the layers where the
+              network has kernels, which leave it nothing to join
     """
 
     def __init__(self, network: Network, *, compiled: bool) -> None:
         super().__init__(network.weights.device, "a decode step")
         self.network = network
         self.compiled = compiled
-        self._fused = _fused_for(network.weights)
 
     def run(
         self,
@@ -82,9 +76,9 @@ class Steps(Graphs):
 
     def attention(self, buffers: Buffers, columns: int) -> Callable[[Tensor, Tensor], AttendBucket]:
         """What makes the attention of steps on so many columns from their slots and mask."""
-        scale = self.network.weights.scale
-        if self._fused is not None:
-            return partial(self._fused, buffers.layers(columns), scale)
+        scale, kernels = self.network.weights.scale, self.network.kernels
+        if kernels is not None:
+            return partial(kernels.FusedRows, buffers.layers(columns), scale)
         return partial(BucketRows, buffers.columns(0, columns), scale)
 
 
@@ -195,7 +189,7 @@ class Step:
         tables = (weights.embedding, self._cos, self._sin)
         x, angles, slots, mask = (_compiled(_opened) if self._steps.compiled else _opened)(*inputs, *tables)
         attend = self._attend(slots, mask)
-        each = partial(_one_of_many, network) if self._steps.compiled else None
+        each = partial(_one_of_many, network) if self._steps.compiled and network.kernels is None else None
         return network.forward(x, angles, attend, self.rows, self.taps, each)
 
 
@@ -212,19 +206,6 @@ def _opened(
     mask = torch.where(column < 0, shown, torch.where(column < rows, own, hidden))
     angles = cos.index_select(0, positions), sin.index_select(0, positions)
     return embedding(ids, embeddings), angles, start + row, mask
-
-
-def _fused_for(weights: Weights) -> type[FusedRows] | None:
-    """Attention by kernels of our own: on CUDA, where Triton is and they have been seen to be right."""
-    if weights.device.type != "cuda" or any(len(layer.qkv) > 1 for layer in weights.layers):
-        return None
-    try:
-        from parsedec.static import fused  # Triton comes with torch for CUDA on Linux, and with no other
-    except ImportError as error:
-        log.warning("decode steps run without kernels of their own: %s", error)
-        return None
-    shape = weights.query_heads, weights.kv_heads, weights.head_size
-    return fused.FusedRows if fused.right(weights.device, weights.dtype, *shape) else None
 
 
 def _one_of_many(

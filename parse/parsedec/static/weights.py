@@ -35,13 +35,14 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
-    def added_to(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y W + b, on the CPU the sum inside the matrix product."""
+    def onto(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x + y W + b, as x and what is to be added to it, or on the CPU as the whole, the sum inside the product.
+
+        On CUDA that would be a copy of x and a product onto it, where the norm that follows adds in passing.
+        """
         if x.is_cuda:
-            # There that is a copy of x and a product onto it; apart, the sum joins what follows when it is compiled.
-            # But for the dimension, torch.compile would see a sum with a product and make it that again (torch 2.11).
-            return (x[None] + self(y)[None])[0]
-        return torch.addmm(x if self.bias is None else x + self.bias, y, self.weight)
+            return x, self(y)
+        return torch.addmm(x if self.bias is None else x + self.bias, y, self.weight), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ class Layer:
     before_mlp: Norm  # [H]
     q_norm: Norm | None  # [d]
     k_norm: Norm | None  # [d]
+
+    @property
+    def norms(self) -> tuple[Norm, Norm] | None:
+        """Those of queries and keys."""
+        return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
 
 @dataclass(frozen=True, slots=True)
