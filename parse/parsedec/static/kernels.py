@@ -1,4 +1,5 @@
-"""The kernels of `fused`, in Triton. What is not said otherwise lies row behind row.
+"""The kernels of `fused`, in Triton. What is not said otherwise lies row behind row; rows of several long passes are
+counted in 64 bits, since their numbers exceed 32.
 
 Shapes in this file:  R rows, T columns, H hidden, I inside the MLP, A query heads, G key and value heads, g = A / G,
 d head size, P pieces.
@@ -19,7 +20,7 @@ def normed(
     EPSILON: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """A row of x [R, H], with that of `more` if it ADDS to `whole`, and its RMSNorm to y."""
-    row, at = tl.program_id(0), tl.arange(0, WIDTH)
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     there = at < SIZE
     place = row * SIZE + at
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
@@ -36,7 +37,7 @@ def normed(
 @triton.jit
 def gated(product, y, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """silu(gate) * up of a part of a row, of [R, 2 * I] to [R, I]."""
-    row, at = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     there = at < SIZE
     gate = tl.load(product + row * (2 * SIZE) + at, mask=there, other=0.0).to(tl.float32)
     up = tl.load(product + row * (2 * SIZE) + SIZE + at, mask=there, other=0.0).to(tl.float32)
@@ -50,7 +51,7 @@ def placed(
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: of a query to `q` [R, A, d], of a key or value to its column, or if not SLOTS its row."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, SIZE)
     here = product + row * row_stride + head * SIZE
     x = tl.load(here + at).to(tl.float32)

@@ -2,7 +2,7 @@
 
 A step reads a chain or a tree of a few tokens behind the cache. Rows are padded to a bucket and attention runs over a
 bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay where
-they are. If a layer is compiled, it is one, which all layers then run: compiling all of them together gains little, since
+they are. Of the layers one is compiled, if any, which all then run: compiling all of them together gains little, since
 few operations reach over the end of a layer, and takes as many times as long as there are layers.
 
 On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on (`graphs`).
