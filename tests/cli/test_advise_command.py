@@ -134,7 +134,8 @@ def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):
     record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2")
     verdict = record["verdict"]
     assert not verdict["helps"]
-    assert "slow_draft" in {finding["kind"] for finding in verdict["findings"]}
+    # which of them is a question of a few times that were measured here; tests/unit/test_advice.py has given ones
+    assert {"slow_draft", "short_answers"} & {finding["kind"] for finding in verdict["findings"]}
     assert verdict["overrides"] == ["outer=none", "inner=none"]
 
 

@@ -49,6 +49,39 @@ def test_heads_are_normed_turned_and_put_in_their_columns(heads, normed, dtype):
     assert torch.equal(states[:2], numbers(4, 1, shared, capacity, size, dtype=dtype, seed=1)[:2]), "another layer's"
 
 
+def test_without_slots_rows_stand_one_behind_another():
+    rows, (queries, shared, size) = 4, HEADS[0]
+    product, angles = numbers(rows, (queries + 2 * shared) * size), tuple(numbers(rows, 1, size) for _ in range(2))
+    made = []
+    for slots in (None, torch.arange(rows, device=DEVICE)):
+        states = numbers(2, 1, shared, rows, size)
+        made.append((fused.placed(product, None, angles, states, slots), states))
+    for without, there in zip(*made, strict=True):
+        assert torch.equal(without, there)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("size", [64, 72, 1000])
+def test_rows_are_added_and_normed(size, dtype):
+    x, more, weight = (numbers(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((3, size), (3, size), (size,))))
+    norm = Norm(weight, 1e-5, None, None)
+    for added in (None, more):
+        whole, y = fused.normed(x, added, norm)
+        expected = x if added is None else x + added
+        assert torch.equal(whole, expected), "as the sum of torch's, which the next layer reads"
+        exact = torch.nn.functional.rms_norm(expected.double(), (size,), weight.double(), 1e-5)
+        torch.testing.assert_close(y.double(), exact, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("size", [8, 1024, 1100])
+def test_the_gate(size, dtype):
+    product = numbers(2, 2 * size, dtype=dtype) * 5
+    gate, up = product.double().chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(fused.gated(product).double(), exact, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("columns", [48, 256, 1000])
 @pytest.mark.parametrize("rows", [1, 3, 8])

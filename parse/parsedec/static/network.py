@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -105,10 +106,11 @@ class Network:
         weights, rows, run = self.weights, x.shape[0], each or self.layer
         shown = {0: x}
         stream: Stream = (x, None)
-        for i, layer in enumerate(weights.layers):
-            stream = run(i, layer, stream, angles, attend)
-            if i + 1 in taps:
-                shown[i + 1] = _whole(stream)
+        with on_device(weights.device):
+            for i, layer in enumerate(weights.layers):
+                stream = run(i, layer, stream, angles, attend)
+                if i + 1 in taps:
+                    shown[i + 1] = _whole(stream)
         x, final = _whole(stream), len(weights.layers)
         if final in taps:
             shown[final] = x = weights.norm(x)
@@ -177,6 +179,11 @@ class Network:
         return q, k, v
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def kernels_for(weights: Weights) -> Any:
     """The module `fused`: on CUDA, where Triton is and the kernels have been seen to be right for such a model."""
     joined = all(len(layer.qkv) == len(layer.gate_up) == 1 for layer in weights.layers)
@@ -188,7 +195,8 @@ def kernels_for(weights: Weights) -> Any:
         log.warning("the static backend runs without kernels of its own: %s", error)
         return None
     shape = weights.query_heads, weights.kv_heads, weights.head_size, weights.hidden_size
-    return fused if fused.right(weights.device, weights.dtype, *shape) else None
+    with on_device(weights.device):
+        return fused if fused.right(weights.device, weights.dtype, *shape) else None
 
 
 def _whole(stream: Stream) -> Tensor:
