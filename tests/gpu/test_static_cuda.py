@@ -16,7 +16,7 @@ from parsedec.sampling import Sampler, request_generator
 from parsedec.session import Session
 from parsedec.static import cascade
 from parsedec.static.attention import attention, hidden
-from parsedec.static.session import StaticSession
+from parsedec.static.session import StaticSession, machine_of
 from parsedec.static.steps import ROWS
 from parsedec.types import Outcome, Seen
 from parsedec_adapters.eagle3 import Eagle3
@@ -38,6 +38,7 @@ def test_tokens_equal_the_cpu(family, compiled):
     prompt, tokens = tiny.plain_answer(tiny.model(family))
     model = on_cuda(family, compiled=compiled)
     heads = taught_heads(tiny.model(family), prompt, tokens, share=0.6)
+    assert machine_of(model).network.kernels is not None, "a GPU has kernels of ours"
     for inner in (None, Medusa(heads=heads, tree="mc_sim_7b_63")):
         result = Parse(model, inner=inner, outer=TargetOnly()).generate(prompt, max_new_tokens=len(tokens))
         assert list(result.tokens) == tokens
@@ -132,14 +133,15 @@ def test_a_request_is_the_same_without_prefetching(settings, monkeypatch):
 @pytest.mark.parametrize("shape", [(16, 8, 128), (32, 8, 128), (64, 8, 128), (4, 2, 16)], ids=str)
 def test_steps_have_kernels_of_their_own(shape, dtype):
     """For the heads of Qwen3 1.7B, 8B and 32B, for one row and for a tree, with the numbers of double precision."""
-    fused = pytest.importorskip("parsedec.static.fused")
-    assert fused.right(torch.device("cuda"), dtype, *shape, 5120)
+    from parsedec.static import fused
+
+    assert fused.right(torch.device("cuda"), dtype, *shape, 5120, True)
     heads, shared, size = shape
     generator = torch.Generator().manual_seed(0)
-    for rows in (1, 8, 64):
+    for rows, columns in ((1, 768), (8, 768), (64, 768), (1, 8192)):
         q = torch.randn(rows, heads, size, generator=generator)
-        states = torch.randn(2, 1, shared, 1024, size, generator=generator).narrow(3, 0, 768)
-        mask = torch.zeros(rows, 768).index_fill_(1, torch.arange(601, 768), hidden(dtype))
+        states = torch.randn(2, 1, shared, columns + 256, size, generator=generator).narrow(3, 0, columns)
+        mask = torch.zeros(rows, columns).index_fill_(1, torch.arange(601, columns), hidden(dtype))
         mask[:, 601 : 601 + rows] += torch.full((rows, rows), -hidden(dtype)).tril()
         ours = fused.seen(*(x.to("cuda", dtype) for x in (q, states, mask)), size**-0.5)
         q, states, mask = (x.to(dtype).double() for x in (q, states, mask))

@@ -83,10 +83,11 @@ def test_the_gate(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("columns", [48, 256, 1000])
+@pytest.mark.parametrize("programs", [fused.PROGRAMS, 4])
+@pytest.mark.parametrize("columns", [48, 256, 455])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_a_tree_of_rows_sees_what_its_mask_shows(heads, rows, columns, dtype):
+def test_a_tree_of_rows_sees_what_its_mask_shows(heads, rows, columns, programs, dtype):
     queries, shared, size = heads
     q = numbers(rows, queries, size, dtype=dtype)
     states = numbers(2, 1, shared, columns + 9, size, dtype=dtype, seed=1)
@@ -98,7 +99,7 @@ def test_a_tree_of_rows_sees_what_its_mask_shows(heads, rows, columns, dtype):
     for row in range(rows):  # a path of its own
         mask[row, [start + other for other in range(row + 1) if other == row or other % 3 == 0]] = 0
     expected = attention(q.double(), *states.double(), mask.double(), False, size**-0.5)
-    made = fused.seen(q, states, mask, size**-0.5)
+    made = fused.seen(q, states, mask, size**-0.5, programs)
     torch.testing.assert_close(made.double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
@@ -127,33 +128,54 @@ def test_as_many_pieces_as_keep_a_gpu_busy(monkeypatch):
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_they_are_found_right(heads, dtype):
-    assert fused.right(DEVICE, dtype, *heads, 72)
+    assert fused.right(DEVICE, dtype, *heads, 72, heads[1] > 1)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 64), (torch.float32, 80)], ids=str)
 def test_what_they_are_not_made_for_is_left_to_torch(dtype, size):
-    assert not fused.right(DEVICE, dtype, 4, 2, size, 64)
+    assert not fused.right(DEVICE, dtype, 4, 2, size, 64, True)
 
 
-@pytest.mark.parametrize("broken", ["normed", "placed", "seen", "together", "gated"])
+OUTPUTS = {"normed": [4], "gated": [1], "placed": [1], "seen": [3, 4], "together": [2]}  # which arguments they are
+
+
+@pytest.mark.parametrize("broken", OUTPUTS)
 def test_wrong_numbers_are_noticed(broken, monkeypatch, caplog):
-    class Idle:
+    class Broken:
         def __getitem__(self, grid):
-            return lambda *_, **__: None
+            return lambda *arguments, **_: [arguments[i].fill_(torch.nan) for i in OUTPUTS[broken]]
 
-    monkeypatch.setattr(fused.kernels, broken, Idle())
-    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64)
+    monkeypatch.setattr(fused.kernels, broken, Broken())
+    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64, True)
     assert "the static backend runs without kernels of its own: its output differs" in caplog.text
 
 
-def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch, caplog):
+@pytest.mark.parametrize("error", fused.kernels.FAILS)
+def test_what_cannot_be_compiled_or_launched_is_left_to_torch(error, monkeypatch, caplog):
     class Fails:
         def __getitem__(self, grid):
-            raise fused.kernels.TritonError("no such target\nand more")
+            raise error("no such target\nand more")
 
     monkeypatch.setattr(fused.kernels, "placed", Fails())
-    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64)
+    assert not fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64, True)
     assert caplog.messages == ["the static backend runs without kernels of its own: no such target"]
+
+
+def test_pieces_of_one_block_and_of_several_are_tried(monkeypatch):
+    widths = []
+    real = fused.kernels.seen
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                widths.append((arguments[5], arguments[7] // fused.COLUMNS, grid[2]))
+                return real[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(fused.kernels, "seen", Watched())
+    assert fused.right.__wrapped__(DEVICE, torch.float32, 4, 2, 16, 64, True)
+    assert widths == [(1, 3, 2), (5, 1, 6), (64, 6, 1)], "rows, blocks a piece, pieces"
 
 
 def test_a_step_by_them_equals_one_by_torch(monkeypatch):

@@ -86,14 +86,17 @@ def placed(
     return q
 
 
-def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q [R, A, d] against keys and values [2, 1, G, T, d] with a mask [R, T] that is added: [R, A * d]."""
+def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float, programs: int = PROGRAMS) -> Tensor:
+    """q [R, A, d] against keys and values [2, 1, G, T, d] with a mask [R, T] that is added: [R, A * d].
+
+    programs  to do it by, about: more of them read in more pieces
+    """
     (rows, heads, size), (_, _, shared, columns, _) = q.shape, states.shape
     group = heads // shared
     tile = min(MOST_TILE[q.dtype], max(LEAST_TILE, _power_of_2(rows * group)))
     tiles = _parts(rows * group, tile)
     blocks = _parts(columns, COLUMNS)
-    width = _parts(blocks, min(blocks, MOST, max(1, PROGRAMS // (tiles * shared)))) * COLUMNS
+    width = _parts(blocks, min(blocks, MOST, max(1, programs // (tiles * shared)))) * COLUMNS
     pieces = _parts(columns, width)
     whole = q.new_empty(rows, heads * size)
     out = whole if pieces == 1 else q.new_empty(pieces, rows, heads, size, dtype=torch.float32)
@@ -116,11 +119,17 @@ def _power_of_2(least: int) -> int:
 
 
 @cache
-def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int, hidden_size: int) -> bool:
-    """Whether the kernels give what torch's give for such a model on this device; tried once, on random numbers."""
+def right(
+    device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int, hidden_size: int, has_norms: bool
+) -> bool:
+    """Whether the kernels give what torch's give for such a model on this device; tried once, on random numbers.
+
+    Heads of a few rows, with slots and without; a decode step in two pieces of several blocks, the last one not whole;
+    a tree in as many pieces as blocks; and as many rows as a step has, in one piece.
+    """
     if dtype not in MOST_TILE or size not in SIZES:
         return False
-    rows, columns, generator = 5, 5 * COLUMNS, torch.Generator().manual_seed(0)
+    rows, columns, scale, generator = 5, 5 * COLUMNS + 24, size**-0.5, torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -128,31 +137,35 @@ def right(device: torch.device, dtype: torch.dtype, heads: int, shared: int, siz
     def norm(of: int) -> Norm:
         return Norm(numbers(of) / 4, 1e-6, None, None)
 
-    x, more, norms = numbers(rows, hidden_size) / 4, numbers(rows, hidden_size) / 4, (norm(size), norm(size))
-    product, states = numbers(rows, (heads + 2 * shared) * size), numbers(2, 1, shared, columns, size)
-    both, before = numbers(rows, 2 * (WIDTH + 8)) / 4, norm(hidden_size)
+    def tree(rows: int) -> Tensor:
+        """Each row sees what is before all and those of its own before it; one block and more nobody sees."""
+        start, mask = columns - COLUMNS - 40 - rows, torch.zeros(rows, columns, dtype=dtype, device=device)
+        mask.narrow(1, start, columns - start).fill_(hidden(dtype)).triu_(1)
+        return mask
+
+    x, more, before = numbers(rows, hidden_size) / 4, numbers(rows, hidden_size) / 4, norm(hidden_size)
+    norms = (norm(size), norm(size)) if has_norms else None
+    product, states = numbers(rows, (heads + 2 * shared) * size) / 2, numbers(2, 1, shared, columns, size)
+    both = numbers(rows, 2 * (WIDTH + 8)) / 4
     angle = torch.arange(rows * size, device=device).view(rows, 1, size)
-    angles = angle.cos().to(dtype), angle.sin().to(dtype)
-    start = columns - 2 * COLUMNS - rows  # one piece and more is of nothing that is seen
-    slots = torch.arange(start, start + rows, device=device)
-    mask = torch.zeros(rows, columns, dtype=dtype, device=device)
-    mask.narrow(1, start, columns - start).fill_(hidden(dtype)).triu_(1)
+    angles, slots = (angle.cos().to(dtype), angle.sin().to(dtype)), torch.arange(7, 7 + rows, device=device)
+    reads = [(numbers(n, heads, size), tree(n), programs) for n, programs in ((1, 2 * shared), (5, PROGRAMS), (64, 1))]
 
     def ours() -> Tensor:
-        own = states.clone()
-        q = placed(product, norms, angles, own, slots)
-        made = (*normed(x, more, before), q, own, seen(q, own, mask, size**-0.5), gated(both))
+        own, tight = states.clone(), states.new_empty(2, 1, shared, rows, size)
+        made = [placed(product, norms, angles, own, slots), own, placed(product, norms, angles, tight, None), tight]
+        made += [*normed(x, more, before), *normed(x, None, before), gated(both)]
+        made += [seen(q, states, mask, scale, programs) for q, mask, programs in reads]
         return torch.cat([part.flatten() for part in made])
 
     def torchs() -> Tensor:
-        keys, values = own = states.clone()
         q, k, v = product.view(rows, -1, size).split_with_sizes((heads, shared, shared), 1)
-        q, k = turned(norms[0](q), angles), turned(norms[1](k), angles)
-        keys.index_copy_(2, slots, k.transpose(0, 1)[None])
-        values.index_copy_(2, slots, v.transpose(0, 1)[None])
-        gate, up = both.chunk(2, -1)
-        out = attention(q, keys, values, mask, False, size**-0.5)
-        made = x + more, before(x + more), q, own, out, silu(gate) * up
+        if norms is not None:
+            q, k = (norm(part) for norm, part in zip(norms, (q, k), strict=True))
+        q, tight = turned(q, angles), torch.stack([turned(k, angles).transpose(0, 1), v.transpose(0, 1)])[:, None]
+        own, (gate, up) = states.clone().index_copy_(3, slots, tight), both.chunk(2, -1)
+        made = [q, own, q, tight, x + more, before(x + more), x, before(x), silu(gate) * up]
+        made += [attention(q, states[0], states[1], mask, False, scale) for q, mask, _ in reads]
         return torch.cat([part.flatten() for part in made])
 
     return agrees("the static backend runs without kernels of its own", ours, torchs, kernels.FAILS)

@@ -20,6 +20,7 @@ from torch.nn.functional import embedding, silu
 from parsedec.static.weights import Layer, Norm, Weights
 
 FIRST_POSITIONS = 1024
+LEAST_GPU = (8, 0)  # older ones have too few registers for the kernels
 
 log = logging.getLogger(__name__)
 
@@ -187,14 +188,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def kernels_for(weights: Weights) -> Any:
     """The module `fused`: on CUDA, where Triton is and the kernels have been seen to be right for such a model."""
     joined = all(len(layer.qkv) == len(layer.gate_up) == 1 for layer in weights.layers)
-    if weights.device.type != "cuda" or not joined:
+    if weights.device.type != "cuda" or not joined or torch.cuda.get_device_capability(weights.device) < LEAST_GPU:
         return None
     try:
         from parsedec.static import fused  # Triton comes with torch for CUDA on Linux, and with no other
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("triton"):
+            raise
         log.warning("the static backend runs without kernels of its own: %s", error)
         return None
-    shape = weights.query_heads, weights.kv_heads, weights.head_size, weights.hidden_size
+    shape = weights.query_heads, weights.kv_heads, weights.head_size, weights.hidden_size, bool(weights.layers[0].norms)
     with on_device(weights.device):
         return fused if fused.right(weights.device, weights.dtype, *shape) else None
 

@@ -47,6 +47,7 @@ class Steps(Graphs):
         super().__init__(network.weights.device, "a decode step")
         self.network = network
         self.compiled = compiled
+        self.compiles_layers = compiled and network.kernels is None
 
     def run(
         self,
@@ -62,7 +63,7 @@ class Steps(Graphs):
         positions  None: plainly onwards;  sees  [rows, rows] bool, which rows see which; None: those before them
         """
         count, start = len(ids), lease.rows
-        rows = next(bucket for bucket in (COMPILED_ROWS if self.compiled else ROWS) if bucket >= count)
+        rows = next(bucket for bucket in (COMPILED_ROWS if self.compiles_layers else ROWS) if bucket >= count)
         buffers = lease.writable(rows)
         key = (rows, min(column_bucket(start + rows), buffers.capacity), taps, self.compiled)
         step: Step | None = buffers.graphs.get(key)
@@ -189,7 +190,7 @@ class Step:
         tables = (weights.embedding, self._cos, self._sin)
         x, angles, slots, mask = (_compiled(_opened) if self._steps.compiled else _opened)(*inputs, *tables)
         attend = self._attend(slots, mask)
-        each = partial(_one_of_many, network) if self._steps.compiled and network.kernels is None else None
+        each = partial(_one_of_many, network) if self._steps.compiles_layers else None
         return network.forward(x, angles, attend, self.rows, self.taps, each)
 
 
