@@ -3,8 +3,13 @@
 Models are float32 on the CPU; seeds are fixed. `OMP_WAIT_POLICY` and one thread keep small machines steady.
 """
 
+import ctypes
 import os
 
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:  # no GPU: Triton's kernels run on the CPU, if Triton is told before torch imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,8 +20,6 @@ import transformers
 import tiny
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on the CPU then; Triton looks when it is imported
 transformers.utils.logging.set_verbosity_error()
 
 

@@ -1,5 +1,8 @@
 """Kernels of decode steps against torch's, interpreted where there is no CUDA."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +13,23 @@ from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network, turned
 from parsedec.static.weights import Norm, join_weights, read_weights
 
-pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA, or by make test-kernels")
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed: it comes with torch for CUDA, or by make test-kernels"
+)
 
-from parsedec.static import fused
+
+def release(package):
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
+
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("there is a driver for GPUs and no GPU", allow_module_level=True)
+if not torch.cuda.is_available() and release(triton) < (3, 9) and release(np) >= (2, 4):
+    pytest.skip(
+        f"Triton {triton.__version__} cannot interpret loops with numpy {np.__version__}", allow_module_level=True
+    )
+
+fused = pytest.importorskip("parsedec.static.fused")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = [(4, 2, 16), (4, 4, 32), (16, 2, 64), (8, 1, 128)]  # of queries, of keys, their size
