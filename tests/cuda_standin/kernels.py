@@ -118,6 +118,12 @@ class On:
         return lambda *arguments, num_warps=4, num_stages=3: self._call(grid, *arguments)
 
 
+def check_states(states, value_stride, head_stride, size):
+    """Keys and values [2, 1, G, T, d] as kernels are told they lie."""
+    assert states.stride()[0::2] == (value_stride, head_stride, 1)
+    assert states.stride(3) == size
+
+
 def normed(grid, x, more, weight, whole, y, epsilon, size, width, adds):
     assert grid == (len(x),)
     assert width >= size == x.shape[1]
@@ -141,12 +147,7 @@ def placed(
 ):  # fmt: skip
     assert grid == (len(product), heads + 2 * shared)
     assert (product.stride(0), product.stride(1)) == (row_stride, 1)
-    assert (states.stride(0), states.stride(2), states.stride(3), states.stride(4)) == (
-        value_stride,
-        head_stride,
-        size,
-        1,
-    )
+    check_states(states, value_stride, head_stride, size)
     assert all(x.is_contiguous() for x in (q, slots, cos, sin, q_weight, k_weight))
     slots = slots if has_slots else torch.arange(len(product), device=product.device)
     made = product.float().view(len(product), -1, size)
@@ -171,12 +172,7 @@ def seen(
     assert pieces * width >= columns > (pieces - 1) * width
     assert width % block == 0
     assert shared * group == heads
-    assert (states.stride(0), states.stride(2), states.stride(3), states.stride(4)) == (
-        value_stride,
-        head_stride,
-        size,
-        1,
-    )
+    check_states(states, value_stride, head_stride, size)
     assert (mask.stride(0), mask.stride(1)) == (mask_stride, 1)
     assert q.is_contiguous()
     keys, values = (x.float()[0].repeat_interleave(group, 0) for x in states)  # [A, T, d]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from parsedec.static.memory import Buffers
+from parsedec.static.memory import Buffers, bucket
 
 SQUARE = 128
 LEAST_ROWS = 128  # buckets of rows are this many and its doubles
@@ -63,12 +63,6 @@ def uncompiled(q: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: 
     out = flex_attention(q, keys, values, block_mask=mask, scale=scale, enable_gqa=True)
     assert isinstance(out, Tensor)
     return out
-
-
-def bucket(count: int, least: int) -> int:
-    while least < count:
-        least *= 2
-    return least
 
 
 def block_mask(reach: Tensor, own: Tensor, before: int, rows: int, columns: int, device: torch.device) -> BlockMask:

@@ -21,6 +21,7 @@ from torch.nn.functional import silu
 
 from parsedec.static import kernels
 from parsedec.static.attention import Bucket, agrees, attention, hidden
+from parsedec.static.memory import bucket
 from parsedec.static.network import Angles, turned
 from parsedec.static.weights import Layer, Norm
 
@@ -53,7 +54,7 @@ def normed(x: Tensor, more: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
     y, whole = torch.empty_like(x), x if more is None else torch.empty_like(x)
     kernels.normed[(rows,)](
-        x, x if more is None else more, norm.weight, whole, y, norm.epsilon, size, _power_of_2(size), more is not None,
+        x, x if more is None else more, norm.weight, whole, y, norm.epsilon, size, bucket(size, 1), more is not None,
         num_warps=8,
     )  # fmt: skip
     return whole, y
@@ -93,7 +94,7 @@ def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float, programs: int = 
     """
     (rows, heads, size), (_, _, shared, columns, _) = q.shape, states.shape
     group = heads // shared
-    tile = min(MOST_TILE[q.dtype], max(LEAST_TILE, _power_of_2(rows * group)))
+    tile = min(MOST_TILE[q.dtype], bucket(rows * group, LEAST_TILE))
     tiles = _parts(rows * group, tile)
     blocks = _parts(columns, COLUMNS)
     width = _parts(blocks, min(blocks, MOST, max(1, programs // (tiles * shared)))) * COLUMNS
@@ -106,16 +107,12 @@ def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float, programs: int = 
         scale, heads, group, size, tile, COLUMNS, q.dtype == torch.float32, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
-        kernels.together[(rows * heads,)](out, weight, whole, pieces, rows * heads, size, _power_of_2(pieces))
+        kernels.together[(rows * heads,)](out, weight, whole, pieces, rows * heads, size, bucket(pieces, 1))
     return whole
 
 
 def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
-
-
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 @cache

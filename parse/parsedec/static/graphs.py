@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
+
+from parsedec.static.network import on_device
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Graphs:
         on_cuda = device.type == "cuda"
         self.what = what
         self.captures = 0
-        self.device: AbstractContextManager[Any] = torch.cuda.device(device) if on_cuda else nullcontext()
+        self.device = on_device(device)
         self._attempts = ATTEMPTS if on_cuda else 0
         self._memory = torch.cuda.graph_pool_handle() if on_cuda else None
         # A stream of their own, for two reasons: torch's common one belongs to the device that captured first, and a

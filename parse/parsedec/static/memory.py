@@ -24,6 +24,13 @@ FIRST_CAPACITY = {"cpu": 256, "cuda": 2048}
 SPARE = 2  # buffers nobody holds, kept for the next requests
 
 
+def bucket(count: int, least: int) -> int:
+    """The smallest of `least` and its doubles that is at least `count`."""
+    while least < count:
+        least *= 2
+    return least
+
+
 class Buffers:
     """One allocation for all layers. `states` [M, 1, G, C, d]: 2 * i are the keys of layer i, 2 * i + 1 its values."""
 
@@ -98,10 +105,7 @@ class Stock(Generic[B]):
         free = [buffers for buffers in self._all if not buffers.leases]
         for buffers in sorted(free, key=lambda buffers: buffers.capacity)[: max(0, len(free) - SPARE + 1)]:
             self._all.remove(buffers)  # the smallest go first: requests have outgrown them
-        size = FIRST_CAPACITY.get(self._device.type, 256)
-        while size < capacity:
-            size *= 2
-        self._all.append(self._make(size))
+        self._all.append(self._make(bucket(capacity, FIRST_CAPACITY.get(self._device.type, 256))))
         return self._all[-1]
 
 

@@ -41,7 +41,8 @@ class AttendProduct(Protocol):
 
 
 Stream = tuple[Tensor, Tensor | None]  # rows [R, H] and, where the next layer's norm adds it, what is still to be added
-EachLayer = Callable[[int, Layer, Stream, Angles, Any], Stream]  # as Network.layer
+Attends = Attend | AttendProduct
+EachLayer = Callable[[int, Layer, Stream, Angles, Attends], Stream]  # as Network.layer
 
 
 class Positions:
@@ -94,7 +95,7 @@ class Network:
         self,
         x: Tensor,
         angles: Angles,
-        attend: Attend | AttendProduct,
+        attend: Attends,
         keep: Tensor | int,
         taps: tuple[int, ...] = (),
         each: EachLayer | None = None,
@@ -124,7 +125,7 @@ class Network:
         logits = weights.head(x)
         return logits, torch.stack([shown[i] for i in taps], dim=1) if taps else None
 
-    def layer(self, i: int, layer: Layer, stream: Stream, angles: Angles, attend: Attend | AttendProduct) -> Stream:
+    def layer(self, i: int, layer: Layer, stream: Stream, angles: Angles, attend: Attends) -> Stream:
         """Decoder layer i."""
         x, y = self._normed(stream, layer.before_attention)
         if hasattr(attend, "projected"):
@@ -181,7 +182,8 @@ class Network:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever device its tensors are on."""
+    """A context in which `device` is the current one: streams and graphs belong to that, and Triton launches there,
+    whatever device its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

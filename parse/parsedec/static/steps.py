@@ -24,7 +24,7 @@ from torch.nn.functional import embedding
 from parsedec.static.attention import Bucket, BucketRows, hidden
 from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Buffers, Lease
-from parsedec.static.network import Angles, Attend, AttendProduct, Network, Stream
+from parsedec.static.network import Angles, Attends, Network, Stream
 from parsedec.static.weights import Layer
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
@@ -33,7 +33,6 @@ LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one ha
 MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
 
 Output = tuple[Tensor, Tensor | None]
-AttendBucket = Attend | AttendProduct
 
 
 class Steps(Graphs):
@@ -75,7 +74,7 @@ class Steps(Graphs):
             # clones: the next step writes to the same tensors
             return logits[:count].clone(), None if shown is None else shown[:count].clone()
 
-    def attention(self, buffers: Buffers, columns: int) -> Callable[[Tensor, Tensor], AttendBucket]:
+    def attention(self, buffers: Buffers, columns: int) -> Callable[[Tensor, Tensor], Attends]:
         """What makes the attention of steps on so many columns from their slots and mask."""
         scale, kernels = self.network.weights.scale, self.network.kernels
         if kernels is not None:
@@ -209,9 +208,7 @@ def _opened(
     return embedding(ids, embeddings), angles, start + row, mask
 
 
-def _one_of_many(
-    network: Network, i: int, layer: Layer, stream: Stream, angles: Angles, attend: AttendBucket
-) -> Stream:
+def _one_of_many(network: Network, i: int, layer: Layer, stream: Stream, angles: Angles, attend: Attends) -> Stream:
     """A layer by the code that was compiled for the first one of its shape. It is not told which one it is."""
     assert isinstance(attend, Bucket)
     x, more = stream
