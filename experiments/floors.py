@@ -35,6 +35,7 @@ def measure_all(cfg: DictConfig, save: Callable[[dict[str, Any]], object]) -> di
     from parsedec.experiment.cli import progress, stderr
     from parsedec.experiment.floors import JudgeSize, cells, measure
     from parsedec.experiment.nodes import check_local
+    from parsedec.experiment.threads import settle_threads
 
     check_local(cfg)
     sizes = [JudgeSize(**size) for size in cfg.judge_passes]
@@ -44,6 +45,7 @@ def measure_all(cfg: DictConfig, save: Callable[[dict[str, Any]], object]) -> di
     with progress(len(cfg.shapes) * (2 + len(sizes) * len(cfg.kernels))) as step:
         for source in cfg.shapes:
             model = instantiate(cfg.target, source=source)
+            settle_threads(cfg.runtime.threads, model)
             device, made = measure(
                 model, context=cfg.context, nodes=cfg.nodes, sizes=sizes, kernels=cfg.kernels, repeats=cfg.repeats,
                 after_each=step)  # fmt: skip

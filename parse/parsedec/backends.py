@@ -18,7 +18,9 @@ from parsedec.static.weights import static_obstacle
 
 log = logging.getLogger(__name__)
 
-_obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+Structure = tuple[tuple[int, int, int], ...]
+
+_obstacles: WeakKeyDictionary[PreTrainedModel, tuple[Structure, str | None]] = WeakKeyDictionary()
 
 
 def open_session(model: LanguageModel, taps: tuple[int, ...] = ()) -> Session:
@@ -33,17 +35,23 @@ def runs_static(model: LanguageModel) -> bool:
     """
     if model.backend == "eager":
         return False
-    if model.hf not in _obstacles:
+    structure = _structure(model.hf)
+    before, obstacle = _obstacles.get(model.hf, ((), None))
+    if structure != before:  # it is new, or was given adapters or hooks, or has lost them
         obstacle = static_obstacle(model) or _disagreement(model)
-        _obstacles[model.hf] = obstacle
+        _obstacles[model.hf] = structure, obstacle
         if obstacle and model.backend == "auto":
             log.warning("%s runs on the eager backend: it has %s", model.name, obstacle)
-    obstacle = _obstacles[model.hf]
     if obstacle and model.backend == "static":
         raise IncompatibleStack(
             f"backend=static cannot run {model.name}: it has {obstacle}. Use backend=auto or runtime=eager."
         )
     return obstacle is None
+
+
+def _structure(hf: PreTrainedModel) -> Structure:
+    """The modules, and how many hooks each has: what users change in a model between requests."""
+    return tuple((id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in hf.modules())
 
 
 def _disagreement(model: LanguageModel) -> str | None:

@@ -97,7 +97,7 @@ class LanguageModel:
         compiled: bool = False,
         judge_kernel: str = "auto",
     ) -> LanguageModel:
-        """Use a model that is already in memory. The other arguments are those of `load`."""
+        """Use a model in memory; other arguments as for `load`. Whoever holds a model may change it, hence "eager"."""
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if context_limit is not None:
             if not 1 < context_limit <= limit:
@@ -284,7 +284,7 @@ def load(
     template_args: Mapping[str, Any] | None = None,
     device_map: str | None = None,
     tp_plan: str | None = None,
-    backend: str = "eager",
+    backend: str = "auto",
     compiled: bool = False,
     judge_kernel: str = "auto",
     name: str | None = None,
@@ -300,7 +300,7 @@ def load(
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
     tp_plan        "auto": this process' share of the model, one of those that torchrun started (`ranks`); `device` is
                    then ignored, and the backend is eager
-    backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families) or "auto"
+    backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families), "auto": if it can
     compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
     judge_kernel   static backend, attention of judge passes: "auto" (by size and device), "sdpa", "cascade", "flex"
 

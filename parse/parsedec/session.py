@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parsedec import kv, masks
-from parsedec.branches import Branches
+from parsedec.branches import Branches, PaddedBranches
 from parsedec.decoding import DecodingSession
 from parsedec.errors import IncompatibleStack, JudgeError, PromptError
 from parsedec.staged import JudgeRows, ProbeRows, check_cuts, joined, stage_draft
@@ -97,10 +97,15 @@ class Session(DecodingSession):
         n = len(draft)
         self._read_causally(draft, sorted({*cuts, n} - {0}), 0)
         assert self._staged is not None and self._logits is not None  # noqa: PT018
+        return self._branches(cuts, torch.stack([self._staged.known[cut - 1] if cut else self._logits for cut in cuts]))
+
+    def _branches(self, cuts: Sequence[int], logits: Tensor) -> Branches:
+        """Behind cuts of the staged draft, with the logits [B, V] there."""
+        assert self._staged is not None
+        n = len(self._staged.tokens)
         states = [self._staged.snapshots[cut] for cut in cuts] if self.model.recurrent else []
         wide = kv.widen(self._cache, states, [n - cut for cut in cuts])
-        logits = torch.stack([self._staged.known[cut - 1] if cut else self._logits for cut in cuts])
-        return Branches(self.model, wide, self.cached + n, [self.cached + cut for cut in cuts], logits)
+        return PaddedBranches(self.model, wide, self.cached + n, [self.cached + cut for cut in cuts], logits)
 
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int

@@ -185,7 +185,7 @@ def is_engine(cfg):
 
 
 def is_runtime(cfg):
-    runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads is None or cfg.runtime.threads >= 1)
+    runs = cfg.runtime.device == "cpu" and (cfg.runtime.threads in (None, "auto") or cfg.runtime.threads >= 1)
     built = [instantiate(node) for node in (cfg.target, cfg.draft.model)]
     names = ("backend", "compiled", "judge_kernel")
     return runs and all(getattr(m, name) == cfg.runtime[name] for m in built for name in names)

@@ -27,11 +27,13 @@ CARD = JudgeCard(question="?", labels=("Correct", "Incorrect"), threshold=0.6, f
 NEW, STEP = 22, 4
 GRID = EveryTokens(delta=STEP)
 FAMILIES = ["llama", "gemma3", "qwen3_next"]
+BACKENDS = [*((family, "eager") for family in FAMILIES), ("llama", "static"), ("qwen3", "static")]
 
 
-def pair(family="llama"):
+def pair(family="llama", backend="eager"):
     """Two models that never close their answers, and a prompt."""
-    target, draft = tiny.model(family), tiny.model("llama", seed=5, layers=2)
+    models = tiny.model(family), tiny.model("llama", seed=5, layers=2)
+    target, draft = (dataclasses.replace(model, backend=backend) for model in models)
     prompt = torch.randint(5, tiny.VOCAB, (7,), generator=torch.Generator().manual_seed(4)).tolist()
     return tiny.with_end_token(target, tiny.VOCAB), tiny.with_end_token(draft, tiny.VOCAB), prompt
 
@@ -168,9 +170,9 @@ def lookahead(target, draft, prompt, same, ahead):
 
 
 @pytest.mark.parametrize("together", ["auto", "never"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lookahead_is_the_loop_of_its_paper(family, together):
-    target, draft, prompt = pair(family)
+@pytest.mark.parametrize(("family", "backend"), BACKENDS)
+def test_lookahead_is_the_loop_of_its_paper(family, backend, together):
+    target, draft, prompt = pair(family, backend)
     for seed in range(3):
         same = Scripted(seed=seed)
         outer = LookaheadReasoning(equivalence=same, segmenter=Uneven(), steps=3, together=together)
@@ -179,6 +181,7 @@ def test_lookahead_is_the_loop_of_its_paper(family, together):
         assert list(result.tokens) == expected
         assert result.counters.kept_draft_tokens == kept == sum(r.kept_tokens for r in result.rounds)
         assert 0 < kept < NEW
+        assert not result.notes
         assert "".join(span.text for span in result.spans) == result.text
 
 
@@ -206,8 +209,9 @@ def test_lookahead_of_a_model_with_itself_keeps_all_proposals(tiny_target, toget
     assert [r.kept_tokens for r in result.rounds] == [min(12, end - start) for start in range(0, end, 16)]
 
 
-def test_a_batch_saves_calls_and_not_rows():
-    target, _, prompt = pair()
+@pytest.mark.parametrize("backend", ["eager", "static"])
+def test_a_batch_saves_calls_and_not_rows(backend):
+    target, _, prompt = pair(backend=backend)
     calls, rows = [], []
     for together in ("auto", "never"):
         outer = LookaheadReasoning(equivalence=EqualText(), segmenter=GRID, steps=3, together=together)

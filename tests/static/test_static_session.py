@@ -284,6 +284,27 @@ def test_forks_share_their_buffers_until_they_must_not():
     walks.close(first.feed([5]), walks.plain(model, [*walks.tokens(4), 5])[0][-1])
 
 
+def test_branches_of_a_draft_leave_the_session_where_it_is():
+    model = tiny.model("llama")
+    session, draft, cuts = StaticSession(model), walks.tokens(16)[10:], [0, 2, 6]
+    session.feed(walks.tokens(10))
+    session.fan_out(draft, [2])  # to make room once
+    buffers = session._lease._buffers
+    branches = session.fan_out(draft, cuts)
+    read = [walks.tokens(10) + draft[:cut] for cut in cuts]
+    for step in range(3):
+        for logits, ids in zip(branches.logits, read, strict=True):
+            walks.close(logits, walks.plain(model, ids)[0][-1])
+        more = [20 + 3 * step + i for i in range(3)]
+        branches.step(more)
+        read = [[*ids, token] for ids, token in zip(read, more, strict=True)]
+    assert (branches.calls, branches.rows) == (3, 9)
+    del branches
+    session.keep_draft(2)
+    walks.close(session.feed([11]), walks.plain(model, [*walks.tokens(10), *draft[:2], 11])[0][-1])
+    assert session._lease._buffers is buffers
+
+
 def test_leases_never_see_what_another_writes():
     """A random walk of leases on one pool against lists of numbers."""
     rng = random.Random(0)
@@ -359,6 +380,31 @@ def test_changed_models_are_found_out():
     assert static_obstacle(steered) is None
     assert not runs_static(steered)
     assert runs_static(changed(lambda hf: None))
+
+
+def test_a_model_that_is_changed_between_requests_is_looked_at_again():
+    model = on(dataclasses.replace(tiny.model("llama"), hf=copy.deepcopy(tiny.model("llama").hf)), "auto")
+    assert type(open_session(model)) is StaticSession
+    hook = model.hf.model.layers[2].register_forward_hook(lambda *a: a[-1] * 2)
+    assert type(open_session(model)) is Session
+    hook.remove()
+    assert type(open_session(model)) is StaticSession
+    plain = model.hf.model.layers[1].mlp.up_proj
+
+    class Adapter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = plain
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    model.hf.model.layers[1].mlp.up_proj = Adapter()
+    session = open_session(model)
+    assert type(session) is Session
+    walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
+    model.hf.model.layers[1].mlp.up_proj = plain
+    assert type(open_session(model)) is StaticSession
 
 
 def test_weights_are_read_where_they_are():

@@ -11,9 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from parsedec.engine import Parse
-from parsedec.errors import ConfigError, IncompatibleStack, require_number
+from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.experiment.calibrated import warn_of_other_calibration
 from parsedec.experiment.nodes import draft_node, name_of, target_node
+from parsedec.experiment.threads import set_threads, settle_threads
 from parsedec.model import LanguageModel
 from parsedec.outer import TargetOnly
 from parsedec.types import Sampling
@@ -43,8 +44,10 @@ def build_engine(cfg: DictConfig) -> Parse:
         raise IncompatibleStack(
             f"{type(outer).__name__} needs a draft model, and draft is none. Set draft=WHERE, or use outer=none."
         )
+    target = build_model(target_node(cfg))
+    settle_threads(cfg.runtime.threads, target)
     return Parse(
-        build_model(target_node(cfg)),
+        target,
         build_model(draft) if draft is not None else None,
         inner=instantiate(cfg.inner),
         draft_inner=instantiate(cfg.draft.inner) if draft is not None else None,
@@ -58,8 +61,10 @@ def build_draft_alone(cfg: DictConfig) -> Parse:
     draft = draft_node(cfg)
     if draft is None:
         raise ConfigError("draft=none, but an arm runs the draft model alone. Choose a draft, or other arms (arms=…).")
+    model = build_model(draft)
+    settle_threads(cfg.runtime.threads, model)
     return Parse(
-        build_model(draft),
+        model,
         inner=instantiate(cfg.draft.inner),
         acceptance=instantiate(cfg.acceptance),
         outer=TargetOnly(),
@@ -72,10 +77,7 @@ def build_sampling(cfg: DictConfig) -> Sampling:
 
 def apply_runtime(cfg: DictConfig) -> None:
     """Thread settings, before the first tensor is made."""
-    threads = cfg.runtime.threads
-    if threads is not None:
-        require_number("runtime.threads", threads, whole=True, low=1)
-        torch.set_num_threads(threads)
+    set_threads(cfg.runtime.threads)
     if not torch.cuda.is_available() and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         log.warning("OMP_WAIT_POLICY is not PASSIVE; on small machines torch can then be many times slower")
 

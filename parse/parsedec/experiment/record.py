@@ -27,6 +27,7 @@ import torch
 
 from parsedec.checkpoints import hub_commits, pin_commits
 from parsedec.errors import OutputExistsError, ParsedecError
+from parsedec.experiment.threads import settled_threads
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,13 @@ def provenance() -> dict[str, Any]:
 def write_record(record: dict[str, Any], path: Path) -> Path:
     """Write beside the target and rename: a reader, or a kill, never meets half a record.
 
-    What was read from the hub so far is added to its provenance: `hub`, the commit of each repository.
+    What has come out since its provenance was made is added to that: `hub`, the commit of each repository read, and the
+    threads that were chosen.
     """
-    if "provenance" in record and (commits := hub_commits()):
-        record = record | {"provenance": record["provenance"] | {"hub": commits}}
+    if "provenance" in record:
+        found = {"hub": hub_commits() or None, "threads": settled_threads()}
+        known = {name: value for name, value in found.items() if value is not None}
+        record = record | {"provenance": record["provenance"] | known}
     return write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")), path)
 
 

@@ -29,7 +29,6 @@ from parsedec.peers.steps import DraftSteps, OwnStep, OwnWriting, joined, write_
 from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
 from parsedec.segmenters import Paragraphs, Segmenter
-from parsedec.static.session import StaticSession
 from parsedec.text import Draft
 from parsedec.types import Author, Round, Segment, StopReason, Tree
 
@@ -45,8 +44,8 @@ class LookaheadReasoning:
     equivalence  says whether two versions of a step mean the same
     threshold    least score with which they do
     segmenter    what a step is: published, text up to a blank line
-    together     "auto": the target writes its versions as a batch where it decodes without an inner speculator and on
-                 the eager backend, else one after another up to the first that differs; "never": one after another
+    together     "auto": the target writes its versions as a batch where it decodes without an inner speculator
+                 and on no server, else one after another up to the first that differs; "never": one after another
 
     As published but for this: one chain of proposals, no tree of them, and rounds in turn, without proposing for the
     next round while the target writes; a drafted step that closes the answer stands if the target's own version closes
@@ -120,8 +119,6 @@ class Comparison:
         """Yields the steps that stand and the target's own behind them."""
         work, session = self.work, self.work.target.session
         obstacle = "an inner speculator" if not isinstance(work.target.inner, NoSpeculation) else None
-        if obstacle is None and isinstance(session, StaticSession):
-            obstacle = "the static backend"
         if obstacle is None and isinstance(session.model, RemoteModel):
             obstacle = "a model on a server"
         if not self.proposed:
@@ -194,6 +191,7 @@ class Comparison:
         with work.meter.span("decode"):
             session.calls += branches.calls
             session.rows += branches.rows
+            del branches  # before the session goes on, which would otherwise move out of what they still hold
             session.keep_draft(ends[self.stands])
             if own is not None:
                 session.feed(own.tokens)  # read once more, in one pass: a branch's cache is not taken over

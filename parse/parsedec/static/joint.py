@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from parsedec.branches import Branches
 from parsedec.joint import Output
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease
@@ -71,6 +72,22 @@ class StaticPass:
         if isinstance(self.keep, Tensor):
             return self.keep.cpu()
         return torch.arange(self.rows - (self.rows if self.keep is None else self.keep), self.rows)
+
+
+class StaticBranches(Branches):
+    """Branches that are leases on the buffers of `session`; one that reads on moves to its own."""
+
+    def __init__(self, session: StaticSession, leases: Sequence[Lease], logits: Tensor) -> None:
+        super().__init__(logits)
+        self._session, self._leases = session, leases
+
+    @torch.inference_mode()
+    def _read(self, tokens: Sequence[int]) -> Tensor:
+        passes = [
+            StaticPass(self._session, lease, [token], None, None, None, 1, ())
+            for lease, token in zip(self._leases, tokens, strict=True)
+        ]
+        return torch.cat([logits for logits, _ in _forward(passes)])
 
 
 class JointRows:

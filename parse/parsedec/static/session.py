@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parsedec import fibers, masks
+from parsedec.branches import Branches
 from parsedec.joint import Output
 from parsedec.model import LanguageModel
 from parsedec.session import Session
 from parsedec.staged import ProbeRows, joined, stage_draft
-from parsedec.static.joint import StaticPass
+from parsedec.static.joint import StaticBranches, StaticPass
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool
 from parsedec.static.network import Network
@@ -188,6 +189,12 @@ class StaticSession(Session):
                 )
                 done = stop
         return joined(verdicts)
+
+    def _branches(self, cuts: Sequence[int], logits: Tensor) -> Branches:
+        leases = [self._lease.fork() for _ in cuts]
+        for lease, cut in zip(leases, cuts, strict=True):
+            lease.rows = self.cached + cut
+        return StaticBranches(self, leases, logits)
 
     def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         self.calls += 1
