@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,10 +25,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.distributed import DistributedConfig
 from transformers.utils import output_capturing
 
-from parsedec import kv, ranks
+from parsedec import kv, placement, ranks
 from parsedec.checkpoints import Checkpoint, find_checkpoint, refuse_part
 from parsedec.errors import ConfigError, ModelLoadError, first_line
 from parsedec.inference import inference, whole_numbers
@@ -292,7 +290,8 @@ def load(
     """Load a model and its tokenizer.
 
     source         directory, `.gguf` file, hub id (also ID@REVISION and ID/FILE.gguf), or `zoo:NAME` for one of ours
-    dtype          "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
+    dtype          "float32", "bfloat16", "float16" or "auto": the checkpoint's; float32 for the zoo's small models and
+                   where the processor does not multiply in the checkpoint's
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
     attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
@@ -306,11 +305,15 @@ def load(
 
     Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
-    where, precision = _device(device), _dtype(dtype)
-    spread = _spread(device_map, tp_plan, backend)
+    where, precision = placement.device_of(device), placement.dtype_of(dtype, str(source))
+    spread = placement.spread(device_map, tp_plan, backend)
     place = find_checkpoint(source)
     given = spread if attention == "auto" else {**spread, "attn_implementation": attention}
     hf, tokenizer = _read(place, str(source), dtype=precision, **given)
+    fixed = dtype != "auto" or spread or getattr(hf, "is_quantized", False)
+    if not fixed and not placement.multiplies(where, hf.dtype):
+        log.info("%s is computed in float32: this processor has no fast products in %s", source, hf.dtype)
+        hf = hf.float()
     return LanguageModel.wrap(
         hf if spread else hf.to(where),
         tokenizer,
@@ -346,46 +349,6 @@ def _read(place: Checkpoint, source: str, **given: Any) -> tuple[PreTrainedModel
             f"cannot load the model '{source}': {type(error).__name__}: {first_line(error)}. Expected "
             f"a hub id, a directory with config.json and weights, a .gguf file or zoo:NAME. {check}"
         ) from error
-
-
-def _spread(device_map: str | None, tp_plan: str | None, backend: str) -> dict[str, Any]:
-    """What `from_pretrained` is told of a model on several devices; nothing for one device."""
-    if tp_plan is None:
-        return {} if device_map is None else {"device_map": device_map}
-    if tp_plan != "auto" or device_map is not None or backend == "static":
-        raise ConfigError(
-            f"tp_plan={tp_plan!r}, device_map={device_map!r}, backend='{backend}'; expected tp_plan=auto, without a "
-            "device_map and with backend=eager or auto. Leave the others at null."
-        )
-    if "WORLD_SIZE" not in os.environ:
-        raise ModelLoadError(
-            "tp_plan=auto divides the model among processes, and this one was started alone. Start it with "
-            "torchrun --nproc-per-node GPUS …, or use device_map=auto to spread the layers within one process."
-        )
-    return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device='{device}' is not a device; expected auto, cpu, cuda or cuda:N.") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(
-            f"device='{device}', but this machine has no usable CUDA device (torch {torch.__version__}). "
-            "Use device=cpu, or install a CUDA build of torch."
-        )
-    return where
-
-
-def _dtype(dtype: str) -> torch.dtype | str:
-    names = ("float32", "bfloat16", "float16")
-    known: dict[str, torch.dtype | str] = {"auto": "auto", **{name: getattr(torch, name) for name in names}}
-    if dtype not in known:
-        raise ConfigError(f"dtype='{dtype}' is unknown; expected one of {sorted(known)}.")
-    return known[dtype]
 
 
 def read_template(chat_template: str | None) -> str | None:

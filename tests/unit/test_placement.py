@@ -1,0 +1,44 @@
+"""Which precision a model is computed in where none is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from parsedec import load
+from parsedec.checkpoints import in_zoo
+from parsedec.placement import multiplies
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The embedded draft model, stored in bfloat16, as a folder of somebody's."""
+    folder = shutil.copytree(in_zoo("zoo:draft"), tmp_path / "draft")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    return folder
+
+
+def test_that_of_the_checkpoint_where_the_processor_has_it(monkeypatch, checkpoint, caplog):
+    caplog.set_level("INFO")
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        caplog.clear()
+        monkeypatch.setattr("parsedec.placement.multiplies", lambda device, dtype, has=has: has)
+        assert load(checkpoint, device="cpu").dtype is expected
+        assert ("is computed in float32" in caplog.text) is not has
+        assert load(checkpoint, device="cpu", dtype="bfloat16").dtype is torch.bfloat16, "what is asked for is done"
+    assert load("zoo:draft", device="cpu").dtype is torch.float32
+
+
+def test_what_is_asked_of_the_processor(monkeypatch):
+    cpu = torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert multiplies(torch.device("cuda"), dtype)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert not multiplies(cpu, dtype)
+        monkeypatch.undo()
+        assert multiplies(cpu, dtype) is bool(
+            {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+             torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}[dtype]()
+        )  # fmt: skip
+        assert multiplies(cpu, torch.float32)
