@@ -20,7 +20,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -38,7 +38,7 @@ def measure_all(cfg: DictConfig, save: Callable[[dict[str, Any]], object]) -> di
     from parsedec.experiment.threads import settle_threads
 
     check_local(cfg)
-    sizes = [JudgeSize(**size) for size in cfg.judge_passes]
+    sizes = [JudgeSize.of(f"judge_passes[{i}]", size) for i, size in enumerate(cfg.judge_passes)]
     rows: list[Any] = []
     devices: dict[str, Any] = {}
     measured = {"devices": devices, "rows": rows}
@@ -61,6 +61,7 @@ def measure_all(cfg: DictConfig, save: Callable[[dict[str, Any]], object]) -> di
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="floors")
+@checked
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 

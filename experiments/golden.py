@@ -17,13 +17,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SHOWN = 8  # unequal items named per case
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="golden")
+@checked
 def main(cfg: DictConfig) -> None:
     import torch
 

@@ -20,13 +20,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="gpu")
+@checked
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 

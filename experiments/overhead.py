@@ -19,7 +19,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -55,6 +55,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="overhead")
+@checked
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 

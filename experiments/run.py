@@ -17,7 +17,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -32,6 +32,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+@checked
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 

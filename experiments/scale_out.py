@@ -12,12 +12,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="scale_out")
+@checked
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate

@@ -15,12 +15,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from parsedec.experiment.cli import run_command
+from parsedec.experiment.cli import checked, run_command
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+@checked
 def main(cfg: DictConfig) -> None:
     from parsedec.experiment.cli import announced
     from parsedec.training import run_recipe

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
 
 import configs
 import tiny
@@ -20,7 +19,9 @@ from medusa_heads import random_heads
 from oracle.test_judge_kinds import probe_folder
 from parallel_heads import new_head
 from parsedec.engine import Parse
+from parsedec.errors import ConfigError
 from parsedec.experiment.build import build_draft_alone, build_engine, build_sampling, plain
+from parsedec.experiment.kinds import require_kinds
 from parsedec.experiment.nodes import draft_node, target_node
 from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel, load
@@ -266,11 +267,9 @@ def test_member_composes_and_builds(member, problems):
 
 @pytest.mark.parametrize("member", BUILT)
 def test_unknown_setting_is_refused(member, problems):
-    """By what Hydra does with a setting once all members are composed; as a command: the next but one test."""
-    override = OverridesParser.create().parse_overrides([f"{member.split('/')[0]}.not_a_setting=1"])
-    cfg = chosen(member, problems)
-    with pytest.raises(ConfigCompositionException, match="not_a_setting"):
-        ConfigLoaderImpl._apply_overrides_to_config(override, cfg)
+    """Once all members are composed, the configuration is closed; as a command: the next but one test."""
+    with pytest.raises(ConfigAttributeError, match="not_a_setting"):
+        OmegaConf.update(chosen(member, problems), f"{member.split('/')[0]}.not_a_setting", 1)
 
 
 @pytest.mark.parametrize("member", CLASSES)
@@ -283,6 +282,21 @@ def test_yaml_lists_every_setting_of_its_class(member):
     ours = OURS.get(built.__name__, set())
     named = set(listed) - {"_target_", "_convert_", "defaults"} | nested
     assert named == set(inspect.signature(built).parameters) - ours
+
+
+@pytest.mark.parametrize("member", [member for member in CLASSES if not member.startswith("labels/")])
+def test_text_for_a_number_or_a_switch_is_refused(member, problems):
+    """Which settings those are is taken from what the YAML holds, not from annotations."""
+    group = member.split("/")[0]
+    held = OmegaConf.to_container(OmegaConf.load(CONF / f"{member}.yaml"))
+    for name, value in held.items():
+        cfg = chosen(member, problems)
+        require_kinds(cfg)
+        if isinstance(value, bool | int | float):
+            OmegaConf.update(cfg, f"{group}.{name}", "abc")
+            kind = "true or false" if isinstance(value, bool) else "a (whole )?number"
+            with pytest.raises(ConfigError, match=rf"{group}\.{name}='abc'; expected {kind}"):
+                require_kinds(cfg)
 
 
 @pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])

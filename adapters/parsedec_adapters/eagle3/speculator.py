@@ -20,7 +20,7 @@ from torch import Tensor
 
 from parsedec.backends import runs_static
 from parsedec.checkpoints import Version, version_of
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import ConfigError, IncompatibleStack, require_numbers
 from parsedec.inference import inference, whole_numbers
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
@@ -88,7 +88,8 @@ class Eagle3:
                 "depth >= 0 and top_k >= 1."
             )
         if self.taps is not None:
-            object.__setattr__(self, "taps", tuple(int(tap) for tap in self.taps))
+            require_numbers("inner.taps", self.taps)
+            object.__setattr__(self, "taps", tuple(self.taps))
 
     @property
     def needs(self) -> Needs:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.experiment.calibrated import warn_of_other_calibration
+from parsedec.experiment.kinds import require_kinds
 from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.threads import set_threads, settle_threads
 from parsedec.model import LanguageModel
@@ -35,7 +36,8 @@ def build_model(cfg: DictConfig) -> LanguageModel:
 
 def build_engine(cfg: DictConfig) -> Parse:
     """The engine of one configuration."""
-    outer = instantiate(cfg.outer)
+    require_kinds(cfg)
+    outer, inner, draft_inner = instantiate(cfg.outer), instantiate(cfg.inner), instantiate(cfg.draft.inner)
     if cfg.calibration is not None and outer.needs_draft:
         warn_of_other_calibration(cfg)
     wants_draft = outer.needs_draft or "model" in cfg.inner  # an inner speculator that drafts with a model
@@ -49,8 +51,8 @@ def build_engine(cfg: DictConfig) -> Parse:
     return Parse(
         target,
         build_model(draft) if draft is not None else None,
-        inner=instantiate(cfg.inner),
-        draft_inner=instantiate(cfg.draft.inner) if draft is not None else None,
+        inner=inner,
+        draft_inner=draft_inner if draft is not None else None,
         acceptance=instantiate(cfg.acceptance),
         outer=outer,
     )

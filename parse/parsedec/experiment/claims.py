@@ -106,7 +106,7 @@ def _token_times(record: Json) -> Iterator[Claim]:
     for model, most in record["config"]["wanted"]["token_ms"].items():
         source = sources(record)[model]
         row = row_of(record, source, "decode")
-        what, wanted = f"one token, {short(source)}", f"<= {most} ms"
+        what, wanted = f"one token, {short(source)}", f"<= {most:g} ms"
         if row is None or not row["seconds"]:
             yield Claim(what=what, wanted=wanted)
             continue
@@ -144,7 +144,7 @@ def _judge(record: Json) -> Iterator[Claim]:
     """By the kernel that is taken where none is asked for, and by the others that were measured."""
     config, source = record["config"], sources(record)["target"]
     wanted, size = config["wanted"], JudgeSize(**config["judge_pass"])
-    said = f"<= {wanted['judge_floors']} x floor or <= {wanted['judge_ms']} ms"
+    said = f"<= {wanted['judge_floors']} x floor or <= {wanted['judge_ms']:g} ms"
     for kernel in ("auto", *config["kernels"]):
         what, row = f"{size.name}, {short(source)}, {kernel}", row_of(record, source, f"{size.name}, {kernel}")
         if row is not None and row["seconds"]:

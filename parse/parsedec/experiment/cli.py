@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parsedec.errors import ParsedecError
 from parsedec.experiment.calibrated import read_calibration
+from parsedec.experiment.kinds import require_kinds, require_kinds_of_defaults
 
 log = logging.getLogger(__name__)
 USAGE, INTERRUPTED = 2, 130
@@ -53,6 +56,20 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
     except (HydraException, OmegaConfBaseException, ParsedecError) as error:
         stderr.print(f"[bold red]error:[/] {_escape(explain(error, conf))}", soft_wrap=True, highlight=False)
         sys.exit(USAGE)
+
+
+def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """A command's function, that first refuses settings of the wrong kind; to stand below `@hydra.main`."""
+
+    @wraps(task)
+    def run(cfg: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        conf = next(Path(source.path) for source in hydra.runtime.config_sources if source.provider == "main")
+        require_kinds_of_defaults(cfg, str(hydra.job.config_name), conf)
+        require_kinds(cfg)
+        task(cfg)
+
+    return run
 
 
 def expand_shorthand(argument: str, conf: Path) -> list[str]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from rich.table import Table
@@ -63,6 +63,14 @@ class JudgeSize:
     draft: int
     probes: int
     suffix: int
+
+    @classmethod
+    def of(cls, name: str, sizes: Mapping[Any, Any]) -> Self:
+        """Those of the setting `name`."""
+        names = [field.name for field in fields(cls)]
+        if set(sizes) != set(names):
+            raise ConfigError(f"{name} has {', '.join(map(str, sizes)) or 'nothing'}; expected {', '.join(names)}.")
+        return cls(**sizes)
 
     def __post_init__(self) -> None:
         if not 1 <= self.probes <= self.draft or self.suffix < 1:

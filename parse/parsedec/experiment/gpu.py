@@ -149,7 +149,7 @@ class Measurement:
     def _target(self) -> None:
         """The judge pass also by the kernel that longer texts get, unless a test has failed: a kernel that reads where
         it must not ends the process."""
-        model, size = build_model(self.cfg.target), JudgeSize(**self.cfg.judge_pass)
+        model, size = build_model(self.cfg.target), JudgeSize.of("judge_pass", self.cfg.judge_pass)
         kernels = ["auto", "cascade"] if (self.record.get("tests") or {}).get("passed") else ["auto"]
         self._time(model, step_passes(model, self.cfg.context, self.cfg.nodes))
         self._time(model, judge_passes(model, self.cfg.context, [size], kernels))
@@ -190,12 +190,12 @@ class Measurement:
     def _long(self) -> None:
         """Whether it fits, so once: the draft model stays where it is meanwhile."""
         self._draft_model()
-        model, size = build_model(self.cfg.target), JudgeSize(**self.cfg.long_pass)
+        model, size = build_model(self.cfg.target), JudgeSize.of("long_pass", self.cfg.long_pass)
         self._time(model, judge_passes(model, self.cfg.context, [size], ["auto"]), repeats=1, warm_ups=0)
 
     def _kernels(self) -> None:
         """For comparison: the judge pass by every other kernel."""
-        model, size = build_model(self.cfg.target), JudgeSize(**self.cfg.judge_pass)
+        model, size = build_model(self.cfg.target), JudgeSize.of("judge_pass", self.cfg.judge_pass)
         self._time(model, judge_passes(model, self.cfg.context, [size], list(self.cfg.kernels)))
 
     # What they have in common

@@ -12,7 +12,7 @@ from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.errors import ConfigError, ParsedecError
+from parsedec.errors import ConfigError, ParsedecError, require_texts
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
@@ -97,6 +97,12 @@ def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequen
     """Run (or finish) the arms of `cfg.arms`: each is the configuration `config` with the command's overrides and its
     own behind them, built when they are needed. Hydra must be initialised."""
     apply_runtime(cfg)
+    for name, arm in cfg.arms.items():
+        if not isinstance(arm, DictConfig) or "overrides" not in arm:
+            raise ConfigError(
+                f"arms.{name}={arm!r}; expected overrides=[…], and model=draft for the draft model alone."
+            )
+        require_texts(f"arms.{name}.overrides", arm.overrides)
     if cfg.baseline is not None and cfg.baseline not in cfg.arms and len(cfg.arms) > 1:
         raise ConfigError(
             f"baseline={cfg.baseline}; expected one of the arms, {', '.join(map(str, cfg.arms))}, or null to compare "

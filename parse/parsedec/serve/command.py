@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from parsedec.experiment.build import apply_runtime, build_engine, build_sampling
-from parsedec.experiment.cli import run_command, stderr
+from parsedec.experiment.cli import checked, run_command, stderr
 from parsedec.experiment.nodes import conf_folder
 from parsedec.serve.app import Gateway
 from parsedec.serve.settings import KEY_VARIABLE, ServeSettings
@@ -113,6 +113,7 @@ def serve(cfg: DictConfig) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="serve")
+@checked
 def composed(cfg: DictConfig) -> None:
     serve(cfg)
 

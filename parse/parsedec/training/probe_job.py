@@ -57,9 +57,9 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     target = build_model(cfg.target)
     settle_threads(cfg.runtime.threads, target)
+    layers = probes.grid_of_layers(target, cfg.layers)  # before drafts are written, which takes long
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
     train, unseen = labelled(cfg, target, draft, folder)
-    layers = probes.grid_of_layers(target, cfg.layers if isinstance(cfg.layers, int) else list(cfg.layers))
     steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + len(cfg.positions) * len(layers)
     with progress(steps) as step:
         card, found = _fit(cfg, target, (train, unseen), layers, folder / "probe", step)

@@ -24,7 +24,7 @@ from torch import Tensor
 from parsedec.backends import open_session
 from parsedec.chat import suffix_text
 from parsedec.checkpoints import write_tensors
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_numbers
 from parsedec.experiment.record import to_json, write_text
 from parsedec.judge import CombinedJudge, Reading, judging_session
 from parsedec.judge.probe import CARD, POSITIONS, WEIGHTS, LinearProbes, Mixture, ProbeCard
@@ -67,6 +67,7 @@ class Linear:
 def grid_of_layers(target: LanguageModel, wanted: int | Sequence[int]) -> tuple[int, ...]:
     """Layers to fit probes on: those given, or so many, evenly spread up to the last."""
     if not isinstance(wanted, int):
+        require_numbers("layers", wanted)
         layers = tuple(sorted(set(wanted)))
     else:
         count = min(wanted, target.num_layers)
