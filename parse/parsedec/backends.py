@@ -13,12 +13,12 @@ from parsedec.errors import IncompatibleStack
 from parsedec.model import LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.session import Session
-from parsedec.static.session import StaticSession
+from parsedec.static.session import StaticSession, forget_machine
 from parsedec.static.weights import static_obstacle
 
 log = logging.getLogger(__name__)
 
-Structure = tuple[tuple[int, int, int], ...]
+Structure = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
 
 _obstacles: WeakKeyDictionary[PreTrainedModel, tuple[Structure, str | None]] = WeakKeyDictionary()
 
@@ -36,8 +36,10 @@ def runs_static(model: LanguageModel) -> bool:
     if model.backend == "eager":
         return False
     structure = _structure(model.hf)
-    before, obstacle = _obstacles.get(model.hf, ((), None))
-    if structure != before:  # it is new, or was given adapters or hooks, or has lost them
+    before, obstacle = _obstacles.get(model.hf, (((), ()), None))
+    if structure[0] != before[0]:
+        forget_machine(model)
+    if structure != before:  # it is new, or was given other weights, adapters or hooks, or has lost them
         obstacle = static_obstacle(model) or _disagreement(model)
         _obstacles[model.hf] = structure, obstacle
         if obstacle and model.backend == "auto":
@@ -50,8 +52,12 @@ def runs_static(model: LanguageModel) -> bool:
 
 
 def _structure(hf: PreTrainedModel) -> Structure:
-    """The modules, and how many hooks each has: what users change in a model between requests."""
-    return tuple((id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in hf.modules())
+    """What users change in a model between requests: its modules and their parameters; what else runs than those."""
+    modules = list(hf.modules())
+    return (
+        tuple((id(m), *map(id, m._parameters.values())) for m in modules),
+        tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules),
+    )
 
 
 def _disagreement(model: LanguageModel) -> str | None:

@@ -405,6 +405,14 @@ def test_a_model_that_is_changed_between_requests_is_looked_at_again():
     walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
     model.hf.model.layers[1].mlp.up_proj = plain
     assert type(open_session(model)) is StaticSession
+    plain.weight = torch.nn.Parameter(2 * plain.weight)  # another parameter in the same module
+    session = open_session(model)
+    assert type(session) is StaticSession
+    walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
+    plain.forward = lambda x: 3 * torch.nn.functional.linear(x, plain.weight)
+    session = open_session(model)
+    assert type(session) is Session
+    walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
 
 
 def test_weights_are_read_where_they_are():

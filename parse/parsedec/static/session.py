@@ -79,6 +79,11 @@ def machine_of(model: LanguageModel) -> Machine:
     return machine
 
 
+def forget_machine(model: LanguageModel) -> None:
+    """For a model whose modules or parameters are others now; sessions that are open go on with what they hold."""
+    _machines.pop(model.hf, None)
+
+
 @dataclass(slots=True)
 class Prefetched:
     """A token that is read, but neither committed nor counted: its row is behind those of the session's books.
