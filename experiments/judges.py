@@ -33,7 +33,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from parsedec.calibration.sources import Answers, Checker, Question
     from parsedec.errors import ConfigError
     from parsedec.experiment import judging
-    from parsedec.experiment.build import build_model
+    from parsedec.experiment.build import build_model, build_target
     from parsedec.experiment.cli import progress
     from parsedec.experiment.nodes import check_local
     from parsedec.training.generation import prompts, write_answers
@@ -47,7 +47,7 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     unknown = {part for parts in cfg.combinations.values() for part in parts} - set(chosen)
     if unknown:
         raise ConfigError(f"combinations name judges {sorted(unknown)}; this run has {sorted(chosen)}.")
-    target = build_model(cfg.target)
+    target = build_target(cfg)
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
     judges = {
         str(name): instantiate(compose("judges", overrides=[*overrides, *own]).judge).bind(target)

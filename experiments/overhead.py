@@ -32,12 +32,12 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from parsedec import Parse, TargetOnly
     from parsedec.chat import prompt_ids
     from parsedec.experiment import overhead
-    from parsedec.experiment.build import build_engine, build_model
+    from parsedec.experiment.build import build_engine, build_target
     from parsedec.experiment.cli import progress
     from parsedec.experiment.nodes import check_local
 
     check_local(cfg)
-    model = build_model(cfg.target)
+    model = build_target(cfg)
     engines = {}
     for entry in dict.fromkeys(["none", *cfg.inners] if cfg.inners else []):
         name, *own = shlex.split(entry)

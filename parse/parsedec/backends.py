@@ -14,11 +14,11 @@ from parsedec.model import LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.session import Session
 from parsedec.static.session import StaticSession, forget_machine
-from parsedec.static.weights import static_obstacle
+from parsedec.static.weights import foreign_hooks, static_obstacle
 
 log = logging.getLogger(__name__)
 
-Structure = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
+Structure = tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
 
 _obstacles: WeakKeyDictionary[PreTrainedModel, tuple[Structure, str | None]] = WeakKeyDictionary()
 
@@ -55,8 +55,8 @@ def _structure(hf: PreTrainedModel) -> Structure:
     """What users change in a model between requests: its modules and their parameters; what else runs than those."""
     modules = list(hf.modules())
     return (
-        tuple((id(m), *map(id, m._parameters.values())) for m in modules),
-        tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules),
+        tuple((id(m), id(type(m)), *map(id, m._parameters.values())) for m in modules),
+        tuple(("forward" in vars(m), *foreign_hooks(m)) for m in modules),
     )
 
 

@@ -312,7 +312,12 @@ def load(
     hf, tokenizer = _read(place, str(source), dtype=precision, **given)
     fixed = dtype != "auto" or spread or getattr(hf, "is_quantized", False)
     if not fixed and not placement.multiplies(where, hf.dtype):
-        log.info("%s is computed in float32: this processor has no fast products in %s", source, hf.dtype)
+        log.warning(
+            "%s is computed in float32 and takes %.1f GB, twice of what it is stored in: this processor has no fast "
+            "products in %s. dtype=%s computes in it all the same.",
+            *(source, 4e-9 * sum(part.numel() for part in hf.parameters())),
+            *[str(hf.dtype).removeprefix("torch.")] * 2,
+        )
         hf = hf.float()
     return LanguageModel.wrap(
         hf if spread else hf.to(where),

@@ -33,7 +33,7 @@ def held(node, prefix=""):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_of_another_kind_than_its_default_is_refused(command):
-    require_kinds_of_defaults(of(command), command, CONF)
+    require_kinds_of_defaults(of(command), command, [CONF])
     own = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
     own.pop("hydra", None)
     for name, value in held(own):
@@ -44,7 +44,7 @@ def test_what_is_of_another_kind_than_its_default_is_refused(command):
             cfg = of(command)
             OmegaConf.update(cfg, name, wrong, merge=False, force_add=True)
             with pytest.raises(ConfigError, match=rf"{re.escape(name)}=('abc'|.*a.*) ?.*expected {kind}"):
-                require_kinds_of_defaults(cfg, command, CONF)
+                require_kinds_of_defaults(cfg, command, [CONF])
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,12 @@ def test_what_is_of_another_kind_than_its_default_is_refused(command):
      ("floors", "judge_passes=[{draft: a}]", r"judge_passes\[0\]\.draft='a'; expected a whole number"),
      ("floors", "repeats=2.5", r"repeats=2\.5; expected a whole number"),
      ("compare", "resume=3", r"resume=3; expected true or false"),
+     ("config", "sampling=null", r"sampling=None; expected settings by name, such as temperature"),
      ("judges", "judges=abc", r"judges='abc'; expected settings by name, such as label, digit")],
 )  # fmt: skip
 def test_what_is_in_lists_and_groups(command, setting, said):
     with pytest.raises(ConfigError, match=said):
-        require_kinds_of_defaults(composed(command, "output=unused", setting), command, CONF)
+        require_kinds_of_defaults(composed(command, "output=unused", setting), command, [CONF])
 
 
 def test_what_is_of_the_right_kind_passes():
@@ -67,7 +68,7 @@ def test_what_is_of_the_right_kind_passes():
         ("floors", "nodes=null"), ("floors", "judge_passes=[]"), ("train_probe", "layers=[1,2]"), ("gpu", "minutes=4"),
         ("advise", "thresholds=[0.5]"), ("calibrate", "goal.risk=1"), ("config", "title=3"),
     ):  # fmt: skip
-        require_kinds_of_defaults(composed(command, "output=unused", *NEEDS.get(command, []), setting), command, CONF)
+        require_kinds_of_defaults(composed(command, "output=unused", *NEEDS.get(command, []), setting), command, [CONF])
 
 
 @pytest.mark.parametrize("wrong", ["abc", 3, ["a"], [-1], [1.5], [True]])
@@ -88,6 +89,33 @@ def test_sizes_and_arms_are_named(tmp_path):
         OmegaConf.update(cfg, "arms.target", wrong, merge=False)
         with pytest.raises(ConfigError, match=said):
             run_comparison(cfg, tmp_path, "compare", [])
+
+
+def test_where_a_setting_was_set_is_what_is_named():
+    cfg = composed("config", "output=unused", "runtime.compiled=1")
+    with pytest.raises(ConfigError, match=r"^runtime\.compiled=1; expected true or false"):
+        require_kinds(cfg)
+    passes = [{"_target_": "parsedec.training.drafts.DraftPass", "temperature": "warm", "noise": 0.0}]
+    with pytest.raises(ConfigError, match=r"^passes\[1\]\.temperature='warm'; expected a number"):
+        require_kinds(OmegaConf.create({"passes": ["???", *passes]}))
+
+
+def test_what_makes_a_value_may_make_any():
+    made = {"_target_": "statistics.mean", "data": [0.5, 0.7]}
+    require_kinds(OmegaConf.create({"boundary": {"_target_": "parsedec.boundary.FirstFailure", "threshold": made}}))
+    for target in ("builtins.dict", "torch.tensor", "builtins.int"):  # which do not tell what they take
+        require_kinds(OmegaConf.create({"one": {"_target_": target, "data": "abc"}}))
+
+
+def test_a_configuration_of_the_users_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nseed: 3\n")
+    for name in ("mine", "config.yaml"):
+        own = commands.run("run.py", "--config-dir", tmp_path, "--config-name", name, "runtime=cpu", "task.n=abc",
+                           cwd=tmp_path)  # fmt: skip
+        assert own.returncode == 2
+        assert "n='abc'; expected a whole number" in own.stderr
+    own = commands.run("run.py", "--config-dir", tmp_path, "--config-name", "mine", "seed=abc", cwd=tmp_path)
+    assert "error: seed='abc'; expected a whole number" in own.stderr
 
 
 def test_a_class_that_does_not_exist_is_left_to_whoever_makes_it():

@@ -375,44 +375,77 @@ def test_changed_models_are_found_out():
     assert "Adapter" in static_obstacle(changed(adapter))
     assert "gelu" in static_obstacle(changed(activation))
     assert "forward was replaced" in static_obstacle(tiny.right_with_probability(original, 0.5))
+    for register in ("register_forward_hook", "register_forward_pre_hook"):  # also one that only looks
+        looked_at = changed(lambda hf, register=register: getattr(hf.model.layers[2], register)(lambda *a: None))
+        assert "hooks of somebody's (LlamaDecoderLayer)" in static_obstacle(looked_at)
+
     # what no look at the modules shows is seen in the logits
-    steered = changed(lambda hf: hf.model.layers[2].register_forward_hook(lambda *a: a[-1] * 2))
-    assert static_obstacle(steered) is None
-    assert not runs_static(steered)
-    assert runs_static(changed(lambda hf: None))
+    def scaling(hf):
+        hf.model.layers[2].self_attn.scaling *= 4
+
+    scaled = changed(scaling)
+    assert static_obstacle(scaled) is None
+    assert not runs_static(scaled)
+    plain = changed(lambda hf: None)
+    assert runs_static(plain)
+    plain.hf(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)  # for which transformers leaves hooks
+    assert any(module._forward_hooks for module in plain.hf.modules())
+    assert runs_static(plain)
 
 
-def test_a_model_that_is_changed_between_requests_is_looked_at_again():
-    model = on(dataclasses.replace(tiny.model("llama"), hf=copy.deepcopy(tiny.model("llama").hf)), "auto")
-    assert type(open_session(model)) is StaticSession
-    hook = model.hf.model.layers[2].register_forward_hook(lambda *a: a[-1] * 2)
-    assert type(open_session(model)) is Session
+class Twice(torch.nn.Module):
+    """An adapter around a projection."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+class Other(torch.nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # with copies of the weights and without
+def test_a_model_that_is_changed_between_requests_is_looked_at_again(dtype):
+    """Each change is in effect in the next request, and the backend is static again where it can be."""
+    hf = copy.deepcopy(tiny.model("llama").hf).to(dtype)
+    model = on(dataclasses.replace(tiny.model("llama"), hf=hf), "auto")
+    mlp, ids = hf.model.layers[1].mlp, [5, 6, 7]
+
+    def now_runs(kind):
+        session = open_session(model)
+        assert type(session) is kind
+        walks.close(session.feed(ids), walks.plain(model, ids)[0][-1])
+
+    now_runs(StaticSession)
+    hook = mlp.register_forward_hook(lambda *a: a[-1] * 2)
+    now_runs(Session)
     hook.remove()
-    assert type(open_session(model)) is StaticSession
-    plain = model.hf.model.layers[1].mlp.up_proj
-
-    class Adapter(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.base = plain
-
-        def forward(self, x):
-            return 2 * self.base(x)
-
-    model.hf.model.layers[1].mlp.up_proj = Adapter()
-    session = open_session(model)
-    assert type(session) is Session
-    walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
-    model.hf.model.layers[1].mlp.up_proj = plain
-    assert type(open_session(model)) is StaticSession
-    plain.weight = torch.nn.Parameter(2 * plain.weight)  # another parameter in the same module
-    session = open_session(model)
-    assert type(session) is StaticSession
-    walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
-    plain.forward = lambda x: 3 * torch.nn.functional.linear(x, plain.weight)
-    session = open_session(model)
-    assert type(session) is Session
-    walks.close(session.feed([5, 6, 7]), walks.plain(model, [5, 6, 7])[0][-1])
+    mlp.register_forward_hook(lambda *a: a[-1] * 3)  # as many hooks as before
+    now_runs(Session)
+    mlp._forward_hooks.clear()
+    now_runs(StaticSession)
+    plain, mlp.up_proj = mlp.up_proj, Twice(mlp.up_proj)
+    now_runs(Session)
+    mlp.up_proj = plain
+    now_runs(StaticSession)
+    plain.weight = torch.nn.Parameter(2 * plain.weight)
+    now_runs(StaticSession)
+    plain.weight.data += 0.5  # as adapters are merged, which counts as no version of the parameter
+    now_runs(StaticSession)
+    hf.load_state_dict({name: value * 1.1 for name, value in hf.state_dict().items()}, assign=True)
+    now_runs(StaticSession)
+    mlp.up_proj = torch.nn.Linear(64, 96, bias=False, dtype=dtype)
+    now_runs(StaticSession)
+    mlp.up_proj.__class__ = Other
+    now_runs(Session)
+    mlp.up_proj.__class__ = torch.nn.Linear
+    mlp.forward = lambda x: 3 * type(mlp).forward(mlp, x)
+    now_runs(Session)
 
 
 def test_weights_are_read_where_they_are():

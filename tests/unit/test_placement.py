@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from parsedec import load
+from parsedec.backends import runs_static
 from parsedec.checkpoints import in_zoo
 from parsedec.placement import multiplies
 
@@ -20,14 +22,28 @@ def checkpoint(tmp_path):
 
 
 def test_that_of_the_checkpoint_where_the_processor_has_it(monkeypatch, checkpoint, caplog):
-    caplog.set_level("INFO")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
         caplog.clear()
         monkeypatch.setattr("parsedec.placement.multiplies", lambda device, dtype, has=has: has)
         assert load(checkpoint, device="cpu").dtype is expected
-        assert ("is computed in float32" in caplog.text) is not has
+        assert ("is computed in float32 and takes 0.0 GB" in caplog.text) is not has
+        assert ("dtype=bfloat16 computes in it" in caplog.text) is not has
         assert load(checkpoint, device="cpu", dtype="bfloat16").dtype is torch.bfloat16, "what is asked for is done"
-    assert load("zoo:draft", device="cpu").dtype is torch.float32
+
+
+def test_what_is_quantised_or_spread_stays_as_it_is(monkeypatch, checkpoint):
+    monkeypatch.setattr("parsedec.placement.multiplies", lambda device, dtype: False)
+    assert load(checkpoint, device_map="cpu").dtype is torch.bfloat16
+    monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
+    assert load(checkpoint, device="cpu").dtype is torch.bfloat16
+
+
+def test_the_embedded_models_are_computed_in_float32_and_quickly():
+    for name in ("draft", "target"):
+        model = load(f"zoo:{name}", device="cpu")
+        assert model.dtype is torch.float32
+        assert model.backend == "auto"
+        assert runs_static(model)
 
 
 def test_what_is_asked_of_the_processor(monkeypatch):

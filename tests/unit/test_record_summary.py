@@ -118,9 +118,14 @@ def test_resuming_needs_the_same_configuration(tmp_path):
     path = write_record(RECORD, tmp_path / "record.json")
     same = CONFIG | {"resume": True, "output": "elsewhere"}
     assert earlier_record(path, same, resume=True) == RECORD
-    for changed, name in [({"seed": 1}, "seed"), ({"task": {"n": 3}}, "task"), ({"extra": 1}, "extra")]:
-        with pytest.raises(OutputExistsError, match=rf"differs in \['{name}'\].*same overrides"):
+    for changed, said in [
+        ({"seed": 1}, "seed: 0, now 1"), ({"task": {"n": 3}}, r"task\.n: \d+, now 3"), ({"extra": 1}, "extra: null, now 1")
+    ]:  # fmt: skip
+        with pytest.raises(OutputExistsError, match=rf"configuration \({said}\).*same overrides"):
             earlier_record(path, same | changed, resume=True)
+    many = {f"more{i}": i for i in range(9)}
+    with pytest.raises(OutputExistsError, match=r"more0: null, now 0; .*more4: null, now 4; …\)"):
+        earlier_record(path, same | many, resume=True)
 
 
 def test_to_json_of_what_results_are_made_of():

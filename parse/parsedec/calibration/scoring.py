@@ -17,7 +17,7 @@ from parsedec.calibration.sources import Answers, Question, Source, Steps, right
 from parsedec.chat import prompt_ids
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
-from parsedec.experiment.build import build_engine, build_model, build_sampling
+from parsedec.experiment.build import build_engine, build_sampling, build_target
 from parsedec.experiment.nodes import check_local
 from parsedec.judge import judging_session
 from parsedec.model import LanguageModel
@@ -53,7 +53,7 @@ class Scorer:
             )
         check_local(cfg)
         self.engine: Parse | None = None
-        self.target: LanguageModel = build_model(cfg.target)
+        self.target: LanguageModel = build_target(cfg)
         if source.drafts:
             self.engine = build_engine(cfg)
             bound = self.engine.outer

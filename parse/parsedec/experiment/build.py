@@ -34,6 +34,13 @@ def build_model(cfg: DictConfig) -> LanguageModel:
     return _models[key]
 
 
+def build_target(cfg: DictConfig) -> LanguageModel:
+    """The target of one configuration, and with it the number of threads, where that is to be tried."""
+    target = build_model(target_node(cfg))
+    settle_threads(cfg.runtime.threads, target)
+    return target
+
+
 def build_engine(cfg: DictConfig) -> Parse:
     """The engine of one configuration."""
     require_kinds(cfg)
@@ -46,10 +53,8 @@ def build_engine(cfg: DictConfig) -> Parse:
         raise IncompatibleStack(
             f"{type(outer).__name__} needs a draft model, and draft is none. Set draft=WHERE, or use outer=none."
         )
-    target = build_model(target_node(cfg))
-    settle_threads(cfg.runtime.threads, target)
     return Parse(
-        target,
+        build_target(cfg),
         build_model(draft) if draft is not None else None,
         inner=inner,
         draft_inner=draft_inner if draft is not None else None,

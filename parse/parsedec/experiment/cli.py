@@ -64,8 +64,8 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     @wraps(task)
     def run(cfg: DictConfig) -> None:
         hydra = HydraConfig.get()
-        conf = next(Path(source.path) for source in hydra.runtime.config_sources if source.provider == "main")
-        require_kinds_of_defaults(cfg, str(hydra.job.config_name), conf)
+        folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+        require_kinds_of_defaults(cfg, str(hydra.job.config_name), folders)
         require_kinds(cfg)
         task(cfg)
 

@@ -23,7 +23,7 @@ from torch._dynamo.exc import TorchDynamoException
 from parsedec.backends import runs_static
 from parsedec.errors import ConfigError, ParsedecError, first_line
 from parsedec.experiment import claims, floors
-from parsedec.experiment.build import build_model, plain
+from parsedec.experiment.build import build_model, build_target, plain
 from parsedec.experiment.cuda_tests import CudaTests
 from parsedec.experiment.floors import Device, JudgeSize, Pass, judge_passes, step_passes
 from parsedec.experiment.job import run_comparison
@@ -149,7 +149,7 @@ class Measurement:
     def _target(self) -> None:
         """The judge pass also by the kernel that longer texts get, unless a test has failed: a kernel that reads where
         it must not ends the process."""
-        model, size = build_model(self.cfg.target), JudgeSize.of("judge_pass", self.cfg.judge_pass)
+        model, size = build_target(self.cfg), JudgeSize.of("judge_pass", self.cfg.judge_pass)
         kernels = ["auto", "cascade"] if (self.record.get("tests") or {}).get("passed") else ["auto"]
         self._time(model, step_passes(model, self.cfg.context, self.cfg.nodes))
         self._time(model, judge_passes(model, self.cfg.context, [size], kernels))
@@ -190,12 +190,12 @@ class Measurement:
     def _long(self) -> None:
         """Whether it fits, so once: the draft model stays where it is meanwhile."""
         self._draft_model()
-        model, size = build_model(self.cfg.target), JudgeSize.of("long_pass", self.cfg.long_pass)
+        model, size = build_target(self.cfg), JudgeSize.of("long_pass", self.cfg.long_pass)
         self._time(model, judge_passes(model, self.cfg.context, [size], ["auto"]), repeats=1, warm_ups=0)
 
     def _kernels(self) -> None:
         """For comparison: the judge pass by every other kernel."""
-        model, size = build_model(self.cfg.target), JudgeSize.of("judge_pass", self.cfg.judge_pass)
+        model, size = build_target(self.cfg), JudgeSize.of("judge_pass", self.cfg.judge_pass)
         self._time(model, judge_passes(model, self.cfg.context, [size], list(self.cfg.kernels)))
 
     # What they have in common
@@ -237,7 +237,7 @@ class Measurement:
 
     def _note_graphs(self) -> None:
         """How many steps were captured: none, or few, where the log warns of captures that failed."""
-        for model in (build_model(self.cfg.target), self._draft_model()):
+        for model in (build_target(self.cfg), self._draft_model()):
             steps = machine_of(model).steps[model.compiled] if runs_static(model) else None
             self.record.setdefault("captured", {})[model.name] = None if steps is None else steps.captures
 

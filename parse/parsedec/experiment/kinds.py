@@ -7,7 +7,8 @@ such as the range of a number, whoever uses it says so.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,20 @@ def require_kinds(cfg: DictConfig) -> None:
         settings = dict(_settled(node))
         for name, kinds in _kinds(str(settings["_target_"])).items():
             if name in settings:
-                _require(f"{key}.{name}", settings[name], kinds)
+                _require(_place(node, key, name), settings[name], kinds)
 
 
 def _targets(node: object, key: str) -> Iterator[tuple[str, DictConfig]]:
-    """(where it is, node) of every node that names what it is for; what several have is first met where it is set."""
+    """(where it is, node) of every node that names what it is for."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield key, node
         for name, part in _settled(node):
             yield from _targets(part, f"{key}.{name}" if key else name)
     elif isinstance(node, ListConfig):
-        for i, part in enumerate(node):
-            yield from _targets(part, f"{key}[{i}]")
+        for i in range(len(node)):
+            with suppress(MissingMandatoryValue, InterpolationToMissingValueError):
+                yield from _targets(node[i], f"{key}[{i}]")
 
 
 def _settled(node: DictConfig) -> Iterator[tuple[str, Any]]:
@@ -53,11 +55,19 @@ def _settled(node: DictConfig) -> Iterator[tuple[str, Any]]:
             yield str(name), node[name]
 
 
+def _place(node: DictConfig, key: str, name: str) -> str:
+    """Where a setting was set: in its node, or where that points to."""
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    there = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[name]))
+    return there[1] if there else f"{key}.{name}"
+
+
 def _kinds(target: str) -> dict[str, set[str]]:
     """Parameters of a class or function that are annotated as numbers or switches."""
     try:
         signature = inspect.signature(get_object(target))
-    except ImportError:  # who makes the object says what is wrong with its name
+    except (ImportError, ValueError, TypeError):  # not there, which its maker will say; or it does not tell
         return {}
     found = {name: _parts(parameter.annotation) for name, parameter in signature.parameters.items()}
     return {name: kinds for name, kinds in found.items() if kinds - {"None"} and kinds <= {*NUMBERS, "bool", "None"}}
@@ -69,7 +79,8 @@ def _parts(annotation: object) -> set[str]:
 
 
 def _require(name: str, value: object, kinds: set[str]) -> None:
-    if value is None and "None" in kinds:
+    made = isinstance(value, DictConfig) and "_target_" in value  # of whatever kind
+    if made or (value is None and "None" in kinds):
         return
     if kinds & NUMBERS:
         require_number(name, value, whole="float" not in kinds)
@@ -77,28 +88,33 @@ def _require(name: str, value: object, kinds: set[str]) -> None:
         raise ConfigError(f"{name}={value!r}; expected true or false.")
 
 
-def require_kinds_of_defaults(cfg: DictConfig, config: str, conf: Path) -> None:
-    """Raise ConfigError for a setting of the command `config` itself that is of another kind than its default.
+def require_kinds_of_defaults(cfg: DictConfig, config: str, folders: Sequence[Path]) -> None:
+    """Raise ConfigError for a setting of the configuration `config`, a file in one of the folders, that is of another
+    kind than its default.
 
     null stands for no value where a default is a number or a list; whether there can be none is for the command to say.
     """
-    for default in _defaults(config, conf):
+    for default in _defaults(config, folders):
         _require_like(default, cfg, "")
 
 
-def _defaults(config: str, conf: Path) -> Iterator[Any]:
+def _defaults(config: str, folders: Sequence[Path]) -> Iterator[Any]:
     """What a command's YAML holds, and those that it is made of."""
-    held = OmegaConf.to_container(OmegaConf.load(conf / f"{config}.yaml"), resolve=False)
-    assert isinstance(held, dict)
+    places = [folder / f"{config.removesuffix('.yaml')}.yaml" for folder in folders]
+    file = next((place for place in places if place.is_file()), None)
+    held = None if file is None else OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    if not isinstance(held, dict):
+        return
     for parent in held.pop("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
-            yield from _defaults(parent, conf)
+            yield from _defaults(parent, folders)
     held.pop("hydra", None)
     yield held
 
 
 def _require_like(default: Any, value: Any, name: str) -> None:
-    if isinstance(default, str) or default is None or value is None or name in EITHER:
+    absent = value is None and not isinstance(default, dict)
+    if isinstance(default, str) or default is None or absent or name in EITHER:
         return
     if isinstance(default, bool):
         _require(name, value, {"bool"})

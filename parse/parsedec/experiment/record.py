@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ import torch
 
 from parsedec.checkpoints import hub_commits, pin_commits
 from parsedec.errors import OutputExistsError, ParsedecError
-from parsedec.experiment.threads import settled_threads
+from parsedec.experiment.threads import recall_threads, settled_threads
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+SHOWN = 5  # settings that differ
 PACKAGES = ("parsedec", "torch", "transformers", "tokenizers", "hydra-core", "numpy")
 
 
@@ -141,14 +142,25 @@ def earlier_record(
         )
     record = read_record(path)
     ours, theirs = (_without(one, ("resume", "output", *free)) for one in (config, record["config"]))
-    changed = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    if changed:
+    if changed := list(_changes(theirs, ours)):
+        more = "; …" if len(changed) > SHOWN else ""
         raise OutputExistsError(
-            f"{path} was made with another configuration (it differs in {changed}), so it cannot be "
-            "resumed with this one. Use the same overrides, or another folder (output=DIR)."
+            f"{path} was made with another configuration ({'; '.join(changed[:SHOWN])}{more}), so it cannot be resumed "
+            "with this one. Use the same overrides, add what differs, or choose another folder (output=DIR)."
         )
-    pin_commits(record.get("provenance", {}).get("hub", {}))
+    provenance = record.get("provenance", {})
+    pin_commits(provenance.get("hub", {}))
+    recall_threads(provenance.get("threads"))
     return record
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """The settings in which two configurations differ: `runtime.threads: null, now "auto"`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield f"{name}: {json.dumps(before)}, now {json.dumps(now)}"
 
 
 def _without(config: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Angles that depend on the position alone. "dynamic" and "longrope" change with the length of the text.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 DEVICES = ("cpu", "cuda")
+HARMLESS = ("transformers.utils.output_capturing", "parsedec.")  # hooks from there
 PACK_LIMIT = 1 << 30  # bytes of weights up to which copies are made
 
 
@@ -102,6 +103,8 @@ class Weights:
     scale     of the attention scores
     packed    bytes of copies that were made
     versions  of the parameters when they were read
+    points    where copies were made, a number of each parameter, and `values`, what those were: writing to `.data`, as
+              merging adapters does, counts as no version
     """
 
     embedding: Tensor  # [V, H]
@@ -116,11 +119,14 @@ class Weights:
     packed: int
     parameters: tuple[Tensor, ...]
     versions: tuple[tuple[int, int], ...]
+    points: tuple[Tensor, ...]
+    values: Tensor | None
 
     @property
     def fresh(self) -> bool:
         """Whether the parameters are still what was read: where they were and, of copies, with the same content."""
-        return _versions(self.parameters, bool(self.packed)) == self.versions
+        same = _versions(self.parameters, bool(self.packed)) == self.versions
+        return same and (self.values is None or torch.equal(torch.cat(self.points), self.values))
 
     @property
     def device(self) -> torch.device:
@@ -144,8 +150,19 @@ def static_obstacle(model: LanguageModel) -> str | None:
         return f"a sliding window ({model.windows})"
     replaced = [type(module).__name__ for module in hf.modules() if "forward" in vars(module)]
     if replaced:
-        return f"modules whose forward was replaced ({replaced[0]}), as device_map and hooks do"
+        return f"modules whose forward was replaced ({replaced[0]}), as device_map does"
+    hooked = [type(module).__name__ for module in hf.modules() if foreign_hooks(module)]
+    if hooked:
+        return f"modules with hooks of somebody's ({hooked[0]}), which only their own forward calls"
     return _strange_modules(hf) or _strange_tensors(hf) or _strange_rope(hf)
+
+
+def foreign_hooks(module: nn.Module) -> tuple[int, ...]:
+    """Which hooks of its forward a module has, but for those that collect or count."""
+    if not module._forward_hooks and not module._forward_pre_hooks:  # nearly always, and asked whenever a session opens
+        return ()
+    hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+    return tuple(key for key, hook in hooks.items() if not str(getattr(hook, "__module__", "")).startswith(HARMLESS))
 
 
 def _strange_modules(hf: Any) -> str | None:
@@ -203,6 +220,7 @@ def read_weights(hf: Any) -> Weights:
     size = attention.head_dim
     copied = sum(module.weight.nbytes for module in _projections(hf))
     pack = hf.device.type == "cpu" and hf.dtype == torch.float32 and copied <= PACK_LIMIT
+    points = tuple(part.detach().flatten().narrow(0, part.numel() // 2, 1) for part in parameters) if pack else ()
     return Weights(
         embedding=hf.model.embed_tokens.weight,
         layers=tuple(_layer(layer, pack) for layer in hf.model.layers),
@@ -216,6 +234,8 @@ def read_weights(hf: Any) -> Weights:
         packed=copied if pack else 0,
         parameters=parameters,
         versions=_versions(parameters, pack),
+        points=points,
+        values=torch.cat(points) if pack else None,
     )
 
 

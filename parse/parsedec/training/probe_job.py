@@ -19,11 +19,10 @@ from omegaconf import DictConfig
 
 from parsedec.calibration.sources import Answers, Question, Source, Steps, asked_of
 from parsedec.errors import ConfigError, require_texts
-from parsedec.experiment.build import apply_runtime, build_model, plain
+from parsedec.experiment.build import apply_runtime, build_model, build_target, plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.problems import read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
-from parsedec.experiment.threads import settle_threads
 from parsedec.judge import how_to_ask
 from parsedec.judge.probe import ProbeCard
 from parsedec.model import LanguageModel
@@ -55,8 +54,7 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     require_texts("positions", cfg.positions)
     asked = asked_of(instantiate(cfg.labels).questions(cfg.seed))
     started = time.monotonic()
-    target = build_model(cfg.target)
-    settle_threads(cfg.runtime.threads, target)
+    target = build_target(cfg)
     layers = probes.grid_of_layers(target, cfg.layers)  # before drafts are written, which takes long
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
     train, unseen = labelled(cfg, target, draft, folder)

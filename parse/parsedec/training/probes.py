@@ -24,7 +24,7 @@ from torch import Tensor
 from parsedec.backends import open_session
 from parsedec.chat import suffix_text
 from parsedec.checkpoints import write_tensors
-from parsedec.errors import ConfigError, require_numbers
+from parsedec.errors import ConfigError, require_number, require_numbers
 from parsedec.experiment.record import to_json, write_text
 from parsedec.judge import CombinedJudge, Reading, judging_session
 from parsedec.judge.probe import CARD, POSITIONS, WEIGHTS, LinearProbes, Mixture, ProbeCard
@@ -70,6 +70,7 @@ def grid_of_layers(target: LanguageModel, wanted: int | Sequence[int]) -> tuple[
         require_numbers("layers", wanted)
         layers = tuple(sorted(set(wanted)))
     else:
+        require_number("layers", wanted, whole=True)
         count = min(wanted, target.num_layers)
         layers = tuple(round(target.num_layers * (i + 1) / count) for i in range(count)) if count > 0 else ()
     if not layers or not 0 <= layers[0] <= layers[-1] <= target.num_layers:
