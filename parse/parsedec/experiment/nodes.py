@@ -16,8 +16,8 @@ def name_of(cfg: DictConfig) -> str:
 
 
 def target_node(cfg: DictConfig) -> DictConfig:
-    """Where the target is: on a server, if the engine says so."""
-    node: DictConfig = cfg.engine.target or cfg.target
+    """Where the target is: on a server, if there is an engine and it says so."""
+    node: DictConfig = ("engine" in cfg and cfg.engine.target) or cfg.target
     return node
 
 
