@@ -19,6 +19,8 @@ from parsedec.model import JudgeCard, LanguageModel
 from parsedec.peers import Cascade, EqualText, LabelEquivalence, LookaheadReasoning, SameNumber, SpecReason
 from parsedec.peers.equivalence import Sameness
 from parsedec.segmenters import EveryTokens, Lines, Segmenter
+from parsedec.static.memory import Lease
+from parsedec.static.session import machine_of
 from parsedec.types import Author
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.ngram import Ngram
@@ -220,6 +222,19 @@ def test_a_batch_saves_calls_and_not_rows(backend):
         rows.append(counters.target_rows)
     assert calls[0] < 0.5 * calls[1]
     assert rows[0] >= rows[1]
+
+
+def test_a_batch_does_not_move_the_target_out_of_its_buffers(monkeypatch):
+    target, draft, prompt = pair(backend="static")
+    engine = Parse(target, draft, outer=LookaheadReasoning(equivalence=Scripted(rate=1.1), segmenter=GRID, steps=3))
+    engine.generate(prompt, max_new_tokens=1)  # the models' self-tests have sessions, too
+    moved, move = [], Lease._move
+    monkeypatch.setattr(Lease, "_move", lambda lease, count: moved.append(lease) or move(lease, count))
+    result = engine.generate(prompt, max_new_tokens=NEW)
+    assert len(result.rounds) > 1
+    ours = [lease for lease in moved if lease.pool is machine_of(target).pool]
+    assert len(ours) > 3, "branches have buffers of their own"
+    assert sum(lease is ours[0] for lease in ours) == 1, "the target's own, when it reads the prompt"
 
 
 def test_a_step_that_closes_the_answer_stands_only_if_both_close_it(tiny_target):
