@@ -106,11 +106,16 @@ def test_the_first_target_decides_for_the_run(monkeypatch, tiny_target, tiny_dra
 def test_a_resumed_run_goes_on_with_as_many(monkeypatch, tiny_target, tmp_path):
     config = {"runtime": {"threads": "auto"}}
     write_record({"schema_version": 1, "config": config, "provenance": {"threads": 3}}, tmp_path / "record.json")
+    write_record({"schema_version": 1, "config": config, "provenance": {"threads": 64}}, tmp_path / "larger.json")
     monkeypatch.setattr(threads, "open_session", lambda model: pytest.fail("tried"))
     set_threads("auto")
     assert earlier_record(tmp_path / "record.json", config, resume=True)
     settle_threads("auto", tiny_target)
     assert state() == (3, 3)
+    set_threads("auto")
+    assert earlier_record(tmp_path / "larger.json", config, resume=True)
+    with pytest.raises(pytest.fail.Exception, match="tried"):
+        settle_threads("auto", tiny_target)
     changed = {"runtime": {"threads": None}}
     with pytest.raises(OutputExistsError, match=r'runtime\.threads: "auto", now null\)'):
         earlier_record(tmp_path / "record.json", changed, resume=True)

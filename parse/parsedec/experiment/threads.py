@@ -37,7 +37,8 @@ def settled_threads() -> int | None:
 
 
 def recall_threads(recorded: int | None) -> None:
-    """For "auto" in a run that is resumed: what its first part was computed with, since rounding depends on it."""
+    """For "auto" in a run that is resumed: what its first part was computed with, since rounding depends on it. Where
+    that was on a larger machine, it is tried anew."""
     global _recorded
     _recorded = recorded
 
@@ -64,9 +65,9 @@ def settle_threads(threads: int | str | None, target: LanguageModel) -> None:
     global _settled
     local = not isinstance(target, RemoteModel) and target.device.type == "cpu" and not target.shared
     most = torch.get_num_threads()
-    if threads != "auto" or _settled is not None or not local or (most == 1 and _recorded is None):
+    if threads != "auto" or _settled is not None or not local or most == 1:
         return
-    if _recorded is not None:
+    if _recorded is not None and _recorded <= most:
         _settled, why = _recorded, "as the run began"
     else:
         seconds = time_threads(_step_of(target), [max(1, most >> i) for i in range(most.bit_length())])
