@@ -289,14 +289,15 @@ def test_text_for_a_number_or_a_switch_is_refused(member, problems):
     """Which settings those are is taken from what the YAML holds, not from annotations."""
     group = member.split("/")[0]
     held = OmegaConf.to_container(OmegaConf.load(CONF / f"{member}.yaml"))
+    cfg = chosen(member, problems)
+    require_kinds(cfg)
     for name, value in held.items():
-        cfg = chosen(member, problems)
-        require_kinds(cfg)
         if isinstance(value, bool | int | float):
             OmegaConf.update(cfg, f"{group}.{name}", "abc")
             kind = "true or false" if isinstance(value, bool) else "a (whole )?number"
             with pytest.raises(ConfigError, match=rf"{group}\.{name}='abc'; expected {kind}"):
                 require_kinds(cfg)
+            OmegaConf.update(cfg, f"{group}.{name}", value)
 
 
 @pytest.mark.parametrize("setting", ["not_a_setting=1", "sampling.not_a_setting=1", "not_a_group=zoo", "seedd=3"])
