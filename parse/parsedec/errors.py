@@ -118,12 +118,12 @@ def require_number(
     raise ConfigError(f"{name}={value!r}; expected a {'whole ' if whole else ''}number{reach}.")
 
 
-def require_numbers(name: str, value: object, *, low: int = 0) -> None:
-    """Raise ConfigError for a setting that is no list of whole numbers from `low` on."""
+def require_numbers(name: str, value: object) -> None:
+    """Raise ConfigError for a setting that is no list of whole numbers from 0 on."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigError(f"{name}={value!r}; expected a list of whole numbers: {name}=[…].")
     for i, one in enumerate(value):
-        require_number(f"{name}[{i}]", one, whole=True, low=low)
+        require_number(f"{name}[{i}]", one, whole=True, low=0)
 
 
 def require_texts(

@@ -122,6 +122,8 @@ def test_resuming_needs_the_same_configuration(tmp_path):
         ({"seed": 1}, "seed: 0, now 1"),
         ({"task": {"n": 3}}, r"task\.n: 2, now 3"),
         ({"extra": 1}, "extra: null, now 1"),
+        ({"task": {"n": 2, "seed": None}}, r"task\.seed: absent, now null"),
+        ({"task": {}}, r"task\.n: 2, now absent"),
     ]:
         with pytest.raises(OutputExistsError, match=rf"configuration \({said}\).*same overrides"):
             earlier_record(path, same | changed, resume=True)

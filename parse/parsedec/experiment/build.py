@@ -34,9 +34,10 @@ def build_model(cfg: DictConfig) -> LanguageModel:
     return _models[key]
 
 
-def build_target(cfg: DictConfig) -> LanguageModel:
-    """The target of one configuration, and with it the number of threads, where that is to be tried."""
-    target = build_model(target_node(cfg))
+def build_target(cfg: DictConfig, node: DictConfig | None = None) -> LanguageModel:
+    """The target of one configuration, or the model of another node in its place, and with it the number of threads,
+    where that is to be tried."""
+    target = build_model(node or target_node(cfg))
     settle_threads(cfg.runtime.threads, target)
     return target
 
@@ -68,10 +69,8 @@ def build_draft_alone(cfg: DictConfig) -> Parse:
     draft = draft_node(cfg)
     if draft is None:
         raise ConfigError("draft=none, but an arm runs the draft model alone. Choose a draft, or other arms (arms=…).")
-    model = build_model(draft)
-    settle_threads(cfg.runtime.threads, model)
     return Parse(
-        model,
+        build_target(cfg, draft),
         inner=instantiate(cfg.draft.inner),
         acceptance=instantiate(cfg.acceptance),
         outer=TargetOnly(),

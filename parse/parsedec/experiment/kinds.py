@@ -29,10 +29,12 @@ def require_kinds(cfg: DictConfig) -> None:
     Looked at are settings that `_target_` annotates as int, float, bool, or one of these or None.
     """
     for key, node in _targets(cfg, ""):
-        settings = dict(_settled(node))
+        settings, written = dict(_settled(node)), OmegaConf.to_container(node, resolve=False)
+        assert isinstance(written, dict)
         for name, kinds in _kinds(str(settings["_target_"])).items():
             if name in settings:
-                _require(_place(node, key, name), settings[name], kinds)
+                there = re.fullmatch(r"\$\{([\w.]+)\}", str(written[name]))  # it was set where that points to
+                _require(there[1] if there else f"{key}.{name}", settings[name], kinds)
 
 
 def _targets(node: object, key: str) -> Iterator[tuple[str, DictConfig]]:
@@ -53,14 +55,6 @@ def _settled(node: DictConfig) -> Iterator[tuple[str, Any]]:
     for name in node:
         with suppress(MissingMandatoryValue, InterpolationToMissingValueError):
             yield str(name), node[name]
-
-
-def _place(node: DictConfig, key: str, name: str) -> str:
-    """Where a setting was set: in its node, or where that points to."""
-    raw = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(raw, dict)
-    there = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[name]))
-    return there[1] if there else f"{key}.{name}"
 
 
 def _kinds(target: str) -> dict[str, set[str]]:

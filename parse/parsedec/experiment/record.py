@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 SHOWN = 5  # settings that differ
+ABSENT = object()  # which is not the same as null
 PACKAGES = ("parsedec", "torch", "transformers", "tokenizers", "hydra-core", "numpy")
 
 
@@ -142,10 +143,11 @@ def earlier_record(
         )
     record = read_record(path)
     ours, theirs = (_without(one, ("resume", "output", *free)) for one in (config, record["config"]))
-    if changed := list(_changes(theirs, ours)):
-        more = "; …" if len(changed) > SHOWN else ""
+    if changed := sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)):
+        told = [said for key in changed for said in _changes(theirs.get(key), ours.get(key), key)]
+        more = "; …" if len(told) > SHOWN else ""
         raise OutputExistsError(
-            f"{path} was made with another configuration ({'; '.join(changed[:SHOWN])}{more}), so it cannot be resumed "
+            f"{path} was made with another configuration ({'; '.join(told[:SHOWN])}{more}), so it cannot be resumed "
             "with this one. Use the same overrides, add what differs, or choose another folder (output=DIR)."
         )
     provenance = record.get("provenance", {})
@@ -154,13 +156,14 @@ def earlier_record(
     return record
 
 
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+def _changes(before: Any, now: Any, name: str) -> Iterator[str]:
     """The settings in which two configurations differ: `runtime.threads: null, now "auto"`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            yield from _changes(before.get(key, ABSENT), now.get(key, ABSENT), f"{name}.{key}")
     elif before != now:
-        yield f"{name}: {json.dumps(before)}, now {json.dumps(now)}"
+        was, became = ("absent" if value is ABSENT else json.dumps(value) for value in (before, now))
+        yield f"{name}: {was}, now {became}"
 
 
 def _without(config: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
