@@ -131,11 +131,11 @@ def test_what_was_another_arm_is_run_again_and_what_is_finished_is_left_alone(tm
 
 
 def test_the_target_as_its_own_draft_model_does_not_help(tmp_path):
-    record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2")
+    wanted = "gain=2"  # two models as fast as each other are measured here: by no chance is one twice as fast
+    record, _ = advised(tmp_path / "out", "draft.model.source=zoo:target", "inners=[]", "n=2", wanted)
     verdict = record["verdict"]
     assert not verdict["helps"]
-    # which of them is a question of a few times that were measured here; tests/unit/test_advice.py has given ones
-    assert {"slow_draft", "short_answers"} & {finding["kind"] for finding in verdict["findings"]}
+    assert "slow_draft" in {finding["kind"] for finding in verdict["findings"]}
     assert verdict["overrides"] == ["outer=none", "inner=none"]
 
 

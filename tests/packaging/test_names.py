@@ -50,6 +50,39 @@ def test_public_names_are_few_and_exist():
     assert all(hasattr(parsedec, name) for name in parsedec.__all__)
 
 
+def test_what_type_checkers_are_told_is_what_is_imported():
+    import ast
+
+    import parsedec
+
+    (told,) = (node for node in ast.parse(Path(parsedec.__file__).read_text()).body if isinstance(node, ast.If))
+    names = {alias.asname: f"{one.module}.{alias.name}" for one in told.body for alias in one.names}
+    assert names == {name: f"parsedec.{home}.{name}" for name, home in parsedec._HOMES.items()}
+    with pytest.raises(AttributeError, match="no attribute 'generate'"):
+        _ = parsedec.generate
+
+
+LIGHT = """
+import runpy, sys
+from pathlib import Path
+
+for path in Path("experiments").glob("*.py"):
+    if "run_command" in path.read_text():
+        runpy.run_path(str(path), run_name="imported")
+import parsedec.serve.command
+sys.argv[:] = ["run.py", "judge.pth=packed"]
+try:
+    runpy.run_path("experiments/run.py", run_name="__main__")
+except SystemExit as left:
+    print(left.code, sorted({"torch", "transformers", "fastapi"} & set(sys.modules)))
+"""
+
+
+def test_help_and_a_misspelt_setting_wait_for_no_heavy_import():
+    done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 []\n", done.stderr
+
+
 def test_budgets():
     """Files of the packages stay readable: at most 400 lines, functions at most 60, or the exception says why here."""
     import ast

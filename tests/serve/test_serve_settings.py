@@ -72,7 +72,7 @@ def test_serving_without_a_key_is_warned_of_before_models_are_loaded(monkeypatch
     def loading(cfg):
         raise LoadingBegan
 
-    monkeypatch.setattr(served, "apply_runtime", loading)
+    monkeypatch.setattr("parsedec.experiment.build.apply_runtime", loading)
     for host, said in (("0.0.0.0", True), ("127.0.0.1", False)):
         with pytest.raises(LoadingBegan):
             served.serve(composed(f"serve.host={host}"))

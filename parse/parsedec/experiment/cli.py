@@ -47,7 +47,6 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
     )
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    _quiet_transformers()
     try:
         sys.argv[1:] = [expanded for argument in sys.argv[1:] for expanded in expand_shorthand(argument, conf)]
         main()
@@ -63,6 +62,7 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
     @wraps(task)
     def run(cfg: DictConfig) -> None:
+        _quiet_transformers()
         hydra = HydraConfig.get()
         folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
         require_kinds_of_defaults(cfg, str(hydra.job.config_name), folders)
@@ -208,7 +208,7 @@ def _escape(text: str) -> str:
 
 
 def _quiet_transformers() -> None:
-    import transformers  # here: importing them takes a second, and --help should not wait for it
+    import transformers  # here: this takes seconds, and neither --help nor a misspelt setting should wait for it
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
     transformers.utils.logging.set_verbosity_error()

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: spinning ones are erratic
 
@@ -24,12 +25,12 @@ import uvicorn
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from parsedec.experiment.build import apply_runtime, build_engine, build_sampling
 from parsedec.experiment.cli import checked, run_command, stderr
 from parsedec.experiment.nodes import conf_folder
-from parsedec.serve.app import Gateway
 from parsedec.serve.settings import KEY_VARIABLE, ServeSettings
-from parsedec.types import Limits
+
+if TYPE_CHECKING:
+    from parsedec.serve.app import Gateway
 
 AFTER_DRAIN = 5  # seconds for the last bytes to reach their readers
 TURN_S = 0.001  # the thread that decodes lets the one that answers in so soon; Python's 5 ms double a refusal's wait
@@ -89,6 +90,10 @@ class Server(uvicorn.Server):
 
 def serve(cfg: DictConfig) -> None:
     """Build the engine and serve it until a signal comes."""
+    from parsedec.experiment.build import apply_runtime, build_engine, build_sampling
+    from parsedec.serve.app import Gateway
+    from parsedec.types import Limits
+
     settings: ServeSettings = instantiate(cfg.serve)
     _ = settings.keys  # a missing key is found before models are loaded
     if settings.unguarded:
