@@ -116,7 +116,8 @@ class Decoder:
         self.logprobs: list[float] | None = None  # of the tokens written, if somebody has set it to a list
         self.top: int | None = None  # how many of the most probable tokens `shown` has; None: nobody asks for it
         self.shown: list[Shown] = []
-        self._plain = isinstance(inner, NoSpeculation) and self.acceptance.lossless  # each token is read by itself
+        # each token is read by itself, and is what the sampler chooses
+        self._plain = isinstance(inner, NoSpeculation) and (self.acceptance.lossless or sampler.greedy)
         self._whole = True  # whether all is wanted that `write` can write
         self._state: Any = None
         self._told = 0  # committed tokens the speculator's state knows of

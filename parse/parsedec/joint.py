@@ -25,6 +25,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from parsedec import kv, masks, ranks
+from parsedec.meter import wait_for
 from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.remote.model import RemoteModel
@@ -88,7 +89,7 @@ def _finished(passes: Sequence[Pass], made: Callable[[], list[Output]]) -> list[
     """What was made, once the device is done with it: how long it took is then known, and whether it failed."""
     outputs = made()
     if passes[0].device.type == "cuda":
-        torch.cuda.synchronize(passes[0].device)
+        wait_for(passes[0].device)
     return outputs
 
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,15 @@ import torch
 from parsedec.types import Counters, PhaseTimes
 
 T = TypeVar("T")
+
+# Held while a device as a whole is waited for, and while a graph is captured: CUDA refuses the one during the other.
+DEVICE_WIDE = Lock()
+
+
+def wait_for(device: torch.device | int) -> None:
+    """Until a CUDA device has done all it was asked for."""
+    with DEVICE_WIDE:
+        torch.cuda.synchronize(device)
 
 
 @dataclass(slots=True)
@@ -73,7 +83,7 @@ class Meter:
     def now(self) -> float:
         if self._cuda:
             for device in range(torch.cuda.device_count()):  # target and draft may be on different ones
-                torch.cuda.synchronize(device)
+                wait_for(device)
         return self._clock()
 
     @contextmanager

@@ -36,6 +36,7 @@ from parsedec.judge import Judge, Scores, judged
 from parsedec.outer import DraftVerification, Work, Written, drafter_of
 from parsedec.segmenters import Segmenter
 from parsedec.session import Session
+from parsedec.static.graphs import own_stream
 from parsedec.text import Draft
 from parsedec.types import Author
 
@@ -145,7 +146,7 @@ class Beside:
 @cache
 def _draft_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all requests: what a draft model's session frees is then only ever handed out to draft models."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return own_stream(device)
 
 
 def sure_cuts(segmenter: Segmenter, draft: Draft) -> list[int]:

@@ -22,7 +22,7 @@ class Stream:
     current = None  # the device's module, which knows the stream of this thread
 
     def __init__(self, device=None, priority=0, number=None):
-        self.number = next(Stream._ids) if number is None else number
+        self.number = self.stream_id = next(Stream._ids) if number is None else number
 
     def __eq__(self, other):
         return isinstance(other, Stream) and self.number == other.number

@@ -249,6 +249,11 @@ def test_auto_goes_by_length(monkeypatch):
         block = Block(before, 5, (before,), 3)
         buffers = random_pass(block)[0]
         assert type(kernels.kernel("auto", buffers, block, 0.3)) is kind
+    monkeypatch.setattr(cascade, "fused_for", lambda buffers, suffix: True)
+    monkeypatch.setattr(kernels, "FLASH_COLUMNS", 200)  # another length where flash attention is
+    assert type(kernels.kernel("auto", buffers, block, 0.3)) is Rows
+    monkeypatch.setattr(kernels, "FLASH_COLUMNS", 150)
+    assert type(kernels.kernel("auto", buffers, block, 0.3)) is CascadeRows
 
 
 def test_an_unknown_kernel_is_refused(tiny_target):

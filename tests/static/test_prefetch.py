@@ -13,6 +13,8 @@ import oracle.test_session as walks
 import tiny
 from every_draw import relative
 from parsedec import Parse, Sampling, TargetOnly
+from parsedec.acceptance import Nucleus, Typical
+from parsedec.experiment.scripted import ScriptedAcceptance
 from parsedec.sampling import request_generator
 from parsedec.static.session import StaticSession
 from parsedec.static.steps import Readback, Steps
@@ -112,6 +114,23 @@ def test_a_request_is_the_same_with_and_without(monkeypatch, family, settings):
         assert without.counters == having.counters
         assert without.rounds[0].segments == having.rounds[0].segments
     assert made[0] <= made[1] <= made[0] + 3, "one row may be in vain where an answer or a draft ends"
+
+
+@pytest.mark.parametrize("rule", [Typical(), Nucleus(), ScriptedAcceptance()], ids=lambda rule: type(rule).__name__)
+def test_greedy_tokens_are_read_ahead_whatever_accepts_guesses(monkeypatch, rule):
+    """A token by itself is then the most likely one under every rule; sampled, these have their own way."""
+    target = on(tiny.model("llama"), "static")
+    engine = Parse(target, acceptance=rule, outer=TargetOnly())
+    prompt, tokens = tiny.plain_answer(target)
+    in_steps(monkeypatch, target, prefetches=True)
+    ahead = []
+    prefetch = StaticSession.prefetch
+    monkeypatch.setattr(StaticSession, "prefetch", lambda self, token: ahead.append(token) or prefetch(self, token))
+    assert list(engine.generate(prompt, max_new_tokens=len(tokens)).tokens) == tokens
+    assert len(ahead) == len(tokens) - 1
+    sampling = Sampling(temperature=0.8)
+    engine.generate(prompt, max_new_tokens=8, sampling=sampling, generator=request_generator(3, 0))
+    assert len(ahead) == len(tokens) - 1
 
 
 def test_a_token_is_read_before_the_host_knows_it(monkeypatch, tiny_target):

@@ -21,7 +21,7 @@ from parsedec.session import Session
 from parsedec.static import session as static
 from parsedec.static.memory import FIRST_CAPACITY, Lease, Pool
 from parsedec.static.session import StaticSession
-from parsedec.static.steps import Steps, column_bucket
+from parsedec.static.steps import COMPILED_ROWS, Steps, column_bucket
 from parsedec.static.weights import join_weights, joined, read_weights, static_obstacle
 from parsedec.types import JudgePath, Tree
 from parsedec_adapters.draft_model import DraftModel
@@ -107,6 +107,20 @@ def test_steps_grow_into_the_next_bucket(monkeypatch, tiny_target):
     walks.close(logits, walks.plain(tiny_target, ids)[0][-1])
     used = session._lease._buffers.graphs
     assert {(rows, columns) for rows, columns, *_ in used} == {(1, 384)}, "the steps of the larger buffers"
+
+
+def test_compiled_steps_have_few_buckets_of_rows(monkeypatch, tiny_target):
+    """Also where only what stands before the layers is compiled: every bucket takes a compiler's time."""
+    monkeypatch.setattr("parsedec.static.steps._compiled", lambda call: call)
+    steps = Steps(static.machine_of(tiny_target).network, compiled=True)
+    steps.compiles_layers = False
+    lease, ids = Lease(Pool(steps.network.weights)), walks.tokens(60)
+    with torch.inference_mode():
+        steps.run(lease, ids[:11], None, None, ())
+        steps.run(lease, ids[11:12], None, None, ())
+        logits, _ = steps.run(lease, ids[12:60], None, None, ())
+    walks.close(logits[-1], walks.plain(tiny_target, ids)[0][-1])
+    assert {rows for rows, *_ in lease.writable(1).graphs} == {1, 64} < set(COMPILED_ROWS)
 
 
 def test_a_request_whose_numbers_were_too_large_spoils_no_other(monkeypatch, tiny_target):

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ClassVar, Self
 
 import torch
@@ -114,6 +114,7 @@ class ScriptedAcceptance:
         return path, best[path[-1]]
 
 
+@cache
 def rate_for(tau: float, depth: int) -> float:
     """The chance r of a guess to be right with which a chain of `depth` of them commits tau = 1 + r + … + r^depth."""
     if not 1 <= tau <= depth + 1:

@@ -200,12 +200,26 @@ class Pages:
             table, first = (self.table, None) if PAGED else (None, self.first)
             if PAGED:
                 keys, values = self.states[2 * layer : 2 * layer + 2].permute(0, 2, 3, 1, 4)  # [pages, PAGE, G, d]
-            sizes = self.suffix, self.longest
-            shared = _flash(q[n:], keys, values, self.starts, first, sizes, scale, used=self.used, table=table)
+            # All rows and heads of a probe see the same columns, so those that share keys are rows of one sequence: a
+            # probe alone would leave most of a tile of 128 rows empty, once for every head.
+            heads, group = k.shape[1], q.shape[1] // k.shape[1]
+            packed, starts, sizes = _packed(q[n:], heads), self.starts * group, (self.suffix * group, self.longest)
+            shared = _flash(packed, keys, values, starts, first, sizes, scale, used=self.used, table=table)
             sizes = self.suffix, self.suffix
             own = _flash(q[n:], k[n:], v[n:], self.starts, self.starts, sizes, scale, causal=True)
-            out[n:] = merged([shared, own])
+            out[n:] = merged([(_unpacked(shared[0], group), _unpacked(shared[1], group)), own])
         return out.flatten(1)
+
+
+def _packed(q: Tensor, shared: int) -> Tensor:
+    """[R, A, d] to [R * g, G, d]"""
+    rows, heads, size = q.shape
+    return q.view(rows, shared, heads // shared, size).transpose(1, 2).reshape(-1, shared, size)
+
+
+def _unpacked(x: Tensor, group: int) -> Tensor:
+    """[R * g, G, …] to [R, A, …]"""
+    return x.view(-1, group, *x.shape[1:]).transpose(1, 2).flatten(1, 2)
 
 
 def _flash(

@@ -6,23 +6,42 @@ hundred kernels. Where there is no CUDA the same code is called directly.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
-from threading import Lock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
+from parsedec.meter import DEVICE_WIDE
 from parsedec.static.network import on_device
 
 log = logging.getLogger(__name__)
 
 WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
 ATTEMPTS = 3  # captures that may fail before a network goes on without graphs
+STREAMS = 32  # of one device and priority, which torch hands out in turn
 
 Output = TypeVar("Output")
 
-_capturing = Lock()  # in torch one capture may be under way at a time
+_streams: WeakValueDictionary[tuple[int, int], torch.cuda.Stream] = WeakValueDictionary()
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other holder of one has, as long as there are any left.
+
+    It goes first where several have work: a decode step waits for each of its few kernels, and a judge's long pass, on
+    the stream of whoever calls, gives way between its own.
+    """
+    for _ in range(STREAMS):
+        stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        key = (device.index or 0, stream.stream_id)
+        if key not in _streams:
+            _streams[key] = stream
+            break
+    return stream
 
 
 class Graphs:
@@ -45,8 +64,8 @@ class Graphs:
         self._memory = torch.cuda.graph_pool_handle() if on_cuda else None
         # A stream of their own, for two reasons: torch's common one belongs to the device that captured first, and a
         # graph that goes takes the workspace of its stream's matrix products with it, whoever else uses that.
-        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
-        self._kept: list[torch.cuda.CUDAGraph] = []  # so they go together
+        self._stream = own_stream(device) if on_cuda else None
+        self._kept: list[torch.cuda.CUDAGraph] = []  # so they go together, those that failed as well
 
     @property
     def possible(self) -> bool:
@@ -63,9 +82,10 @@ class Graphs:
                 body()  # what this raises - a compiler's error, too little memory - has nothing to do with graphs
         callers.wait_stream(self._stream)
         try:
-            graph = torch.cuda.CUDAGraph()
+            self._kept.append(graph := torch.cuda.CUDAGraph())
             # the judge may work in another thread meanwhile: what it allocates is none of the capture's business
-            with _capturing, torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local")
+            with DEVICE_WIDE, _uncollected(), capture:
                 outputs = body()
         except RuntimeError as error:
             torch.cuda.set_stream(callers)  # torch leaves it out where the end of a capture fails
@@ -74,10 +94,21 @@ class Graphs:
             lost = "runs without one this time" if self.possible else "runs without them from now on"
             log.warning("%s could not be captured in a CUDA graph and %s: %s", self.what, lost, error)
             return None
-        self._kept.append(graph)
         self.captures += 1
         Graphs.total += 1
         return graph.replay, outputs
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without collecting garbage: graphs of models that are gone would be destroyed in the middle of a capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Replayed(Generic[Output]):

@@ -25,7 +25,9 @@ from parsedec.static.attention import Rows, additive, attention, rows_behind
 from parsedec.static.memory import Buffers, Lease
 from parsedec.static.network import Attend
 
-CASCADE_COLUMNS = {"cpu": 1024, "cuda": 2048}  # kernel=auto: cascade for blocks with more text than this behind them
+# kernel=auto: cascade for blocks with more text than this behind them, by device and by flash attention
+CASCADE_COLUMNS = {"cpu": 1024, "cuda": 2048}
+FLASH_COLUMNS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,9 @@ KERNELS: dict[str, Callable[[Buffers, Block, float], Attend]] = {
 def kernel(wanted: str, buffers: Buffers, block: Block, scale: float) -> Attend:
     """Attention of a block by the kernel `wanted`; "auto": by the length of what the probes share, and the device."""
     if wanted == "auto":
-        wanted = "cascade" if block.text > CASCADE_COLUMNS[buffers.states.device.type] else "sdpa"
+        flash = cascade.fused_for(buffers, block.suffix)
+        least = FLASH_COLUMNS if flash else CASCADE_COLUMNS[buffers.states.device.type]
+        wanted = "cascade" if block.text > least else "sdpa"
     return KERNELS[wanted](buffers, block, scale)
 
 

@@ -62,7 +62,7 @@ class Steps(Graphs):
         positions  None: plainly onwards;  sees  [rows, rows] bool, which rows see which; None: those before them
         """
         count, start = len(ids), lease.rows
-        rows = next(bucket for bucket in (COMPILED_ROWS if self.compiles_layers else ROWS) if bucket >= count)
+        rows = next(bucket for bucket in (COMPILED_ROWS if self.compiled else ROWS) if bucket >= count)
         buffers = lease.writable(rows)
         key = (rows, min(column_bucket(start + rows), buffers.capacity), taps, self.compiled)
         step: Step | None = buffers.graphs.get(key)
