@@ -20,6 +20,7 @@ from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
+from parsedec.turns import share_turns
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import DraftModel, DraftState
 
@@ -95,6 +96,7 @@ def truncated(target: LanguageModel, layers: int) -> LanguageModel:
     config = _shortened(target.hf.config, layers)
     short_body = _view(body, config, layers=stack[:layers])
     whole = _view(target.hf, config, **{target.hf.base_model_prefix: short_body})
+    share_turns(whole, target.hf)
     view = replace(target, hf=whole, name=f"{target.name}, first {layers} of {target.num_layers} layers")
     check_decoding(view)
     return view

@@ -31,6 +31,7 @@ from parsedec.model import LanguageModel
 from parsedec.peers import clean_settings, seeded, settings
 from parsedec.sampling import Sampler
 from parsedec.text import common_prefix
+from parsedec.turns import turns_of
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import drafting_model, fitted
 
@@ -95,7 +96,7 @@ class HfAssisted:
             return Tree.chain([root])
         cache = kv.snapshot(state.cache)
         text = torch.tensor([state.tokens], device=model.device)
-        with clean_settings(model.hf), seeded(state.sampler), torch.inference_mode():
+        with turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler), torch.inference_mode():
             generator = self._generator(text, model, state.settings, length)
             generator.assistant_kwargs["past_key_values"] = cache
             found, scores = generator.get_candidates(text)

@@ -199,7 +199,8 @@ class Parse:
 
         Every request gets the answer it would get by itself, rounding aside; a gate that learns from earlier requests
         may have seen others. What is wrong with one request is its answer, and costs the others nothing; what is wrong
-        with all of them is raised. Nothing else may run the models meanwhile.
+        with all of them is raised. Other threads of ours wait for their turn at a model; what runs its Hugging Face
+        module by itself, such as `model.generate`, must not do so meanwhile.
         """
         start = time.perf_counter()
         answers = dict(

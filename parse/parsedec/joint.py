@@ -29,6 +29,7 @@ from parsedec.meter import wait_for
 from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.remote.model import RemoteModel
+from parsedec.turns import turns_of
 
 log = logging.getLogger(__name__)
 
@@ -220,14 +221,15 @@ def _forward(passes: Sequence[HfPass]) -> list[Output]:
 
 @contextmanager
 def _attending(hf: PreTrainedModel) -> Iterator[None]:
-    """The model attends by `Rows` for a while; nothing else may run it meanwhile."""
+    """The model attends by `Rows` for a while; whoever else wants to run it waits."""
     config = hf.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    with turns_of(hf).alone():
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 def _kinds(model: LanguageModel) -> list[str]:
@@ -269,7 +271,8 @@ def _unfit(model: LanguageModel) -> str | None:
         return "its weights on a server, which is asked for one request at a time"
     if model.mask_obstacle:
         return model.mask_obstacle
-    attention = model.hf.config._attn_implementation
+    with turns_of(model.hf).plain():
+        attention = model.hf.config._attn_implementation
     return None if attention == "sdpa" else f"attention implementation '{attention}'; joint passes need sdpa"
 
 

@@ -33,6 +33,7 @@ from parsedec.errors import ConfigError, ModelLoadError, first_line
 from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
 from parsedec.judge_card import read_judge_card
+from parsedec.turns import turns_of
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,8 @@ class LanguageModel:
         strange = set(self.windows) - ATTENTION_KINDS
         if strange:
             return f"layers of kind {sorted(strange)}, whose masks are not known here"
-        attention = self.hf.config._attn_implementation
+        with turns_of(self.hf).plain():
+            attention = self.hf.config._attn_implementation
         if attention not in MASKABLE:
             return f"attention implementation '{attention}', which takes no 4-D mask (sdpa and eager do)"
         return None
@@ -237,15 +239,16 @@ class LanguageModel:
         rows = whole_numbers(ids[0], self.device).unsqueeze(0) if one else torch.tensor(ids, device=self.device)
         # capturing all layers where only some are read would keep them all alive through a long prefill
         wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
-        out = self.hf(
-            input_ids=rows,
-            position_ids=None if positions is None else positions.to(self.device),
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=keep if isinstance(keep, int) else keep.to(self.device),
-            output_hidden_states=wanted,
-            **{self.cache_argument: cache},
-        )
+        with turns_of(self.hf).plain():
+            out = self.hf(
+                input_ids=rows,
+                position_ids=None if positions is None else positions.to(self.device),
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=keep if isinstance(keep, int) else keep.to(self.device),
+                output_hidden_states=wanted,
+                **{self.cache_argument: cache},
+            )
         return out.logits, torch.stack([out.hidden_states[i] for i in taps], dim=2) if taps else None
 
     def encode(self, text: str, *, plain: bool = False, whole: bool = False) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parsedec.model import LanguageModel
+from parsedec.turns import turns_of
 
 # Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32. In
 # bfloat16 it grows with depth: 64 random layers of Qwen3 32B, two kernels of the same attention, reached 0.35. A mask
@@ -25,7 +26,7 @@ def excess(model: LanguageModel, ours: Tensor, plain: Tensor) -> float | None:
 
 def plain_logits(model: LanguageModel, ids: Sequence[int], last: int = 1) -> Tensor:
     """Logits after each of the last tokens [last, V]."""
-    with torch.inference_mode():
+    with torch.inference_mode(), turns_of(model.hf).plain():
         logits: Tensor = model.hf(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
     return logits[0, -last:]
 

@@ -467,3 +467,35 @@ def test_experiments_in_batches(tiny_target):
     assert seen.count("a") == 3
     with pytest.raises(ConfigError, match="batch=0"):
         Settings(**shared, batch=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "static"])
+def test_threads_that_run_the_same_models_do_not_meet(backend):
+    """Batches and single requests side by side, an early-exit speculator's view of the target among them."""
+    target, draft = (
+        dataclasses.replace(m, backend=backend) for m in (tiny.model("llama"), tiny.model("llama", seed=7))
+    )
+    engine, early = (
+        Parse(target, draft, outer=parse()),
+        Parse(target, inner=SelfEarlyExit(layers=1), outer=TargetOnly()),
+    )
+    asked = prompts(6)
+    alone = [engine.generate(prompt, max_new_tokens=NEW).tokens for prompt in asked]
+    plain = early.generate(asked[0], max_new_tokens=NEW).tokens
+    found, expected = [], []
+
+    def batch():
+        found.extend(a.tokens for a in engine.generate_batch(asked, size=3, max_new_tokens=NEW).answers)
+
+    def single():
+        found.extend(early.generate(asked[0], max_new_tokens=NEW).tokens for _ in range(3))
+
+    for _ in range(4):
+        threads = [threading.Thread(target=run) for run in (batch, batch, single)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected += [*alone, *alone, *[plain] * 3]
+    assert sorted(found) == sorted(expected)
+    assert {model.hf.config._attn_implementation for model in (target, draft)} == {"sdpa"}

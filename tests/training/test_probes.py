@@ -102,7 +102,7 @@ def test_labelled_steps_end_at_their_cuts(tmp_path, tiny_target):
         ({"problem": "a", "steps": [], "label": 0}, "line 2 has no problem with steps"),
         ({"problem": "a", "steps": ["b"], "label": 1}, r"line 2 has label=1 for 1 steps"),
         ({"problem": "a", "steps": ["b"], "label": True}, "line 2 has label=True"),
-        ([1], "line 2 is no JSON object"),
+        ([1], r"line 2 holds \[1\]; expected an object"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, tiny_target, row, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from parsedec.errors import ConfigError
 from parsedec.tasks import Choice, Code, OpenEnded, Problem, Score, Task, TaskDataError, ZooArithmetic, zoo_arithmetic
+from parsedec.tasks.prompts import Prompts
+from parsedec.tasks.steps import read_steps
 from parsedec.tasks.zoo_arithmetic import SPLITS, draw_problem, first_wrong_line, solution, split_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +260,26 @@ def test_jsonl_too_few_rows(tmp_path: Path) -> None:
         chat(path, n=2).problems()
     with pytest.raises(TaskDataError, match="Lower n or offset"):
         chat(path, offset=1).problems()
+    with pytest.raises(TaskDataError, match="holds no problems for chat"):
+        chat(filed(tmp_path, "", "  ")).problems()
+
+
+def test_prompts_with_references_as_tables_write_them(tmp_path: Path) -> None:
+    """A column of whole numbers of which one is missing is one of floats."""
+    path = filed(tmp_path, row(reference=57.0), row(reference=None), row(reference="57"))
+    task = Prompts(path=path)
+    assert [task.score(p, "So there are 57 of them.").correct for p in task.problems()] == [True, None, True]
+    for wrong in (True, ["57"], {"a": 57}, math.nan, math.inf):
+        with pytest.raises(TaskDataError, match=r"line 2 has reference=.*text or number, or absent"):
+            Prompts(path=filed(tmp_path, row(), row(reference=wrong))).problems()
+
+
+@pytest.mark.parametrize("line", ['{"reference": ' + "9" * 5000 + "}", "[" * 100_000], ids=["long", "deep"])
+def test_what_python_does_not_read_is_located(tmp_path: Path, line: str) -> None:
+    path = filed(tmp_path, line)
+    for read in (chat(path).problems, Prompts(path=path).problems, lambda: list(read_steps(path))):
+        with pytest.raises(TaskDataError, match="line 1 is not JSON"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,13 @@ class Eagle3:
         if levels < 1 or not stable:  # without a row of the target's there is nothing to continue
             return Drafted(Tree.chain([root]), (0.0,))
         rows = state.rows.going_on(stable, (most - 1) * top_k)
-        if self.graphed:
-            pool = drafting.grow(rows.store, stable, levels, most, top_k)
-        else:
+        if not self.graphed:
             pool = grow(head, Behind(head, rows.store, stable, levels - 1, top_k), levels, top_k)
-        drafted = select(root, pool, top_k, self.tokens, depth_first=depth_first)
-        if self.graphed and not drafted.sound:  # else the next trees would read it, too
+            return select(root, pool, top_k, self.tokens, depth_first=depth_first)
+        with drafting.graphs.turn:
+            pool = drafting.grow(rows.store, stable, levels, most, top_k)
+            drafted = select(root, pool, top_k, self.tokens, depth_first=depth_first)
+        if not drafted.sound:  # else the next trees would read it, too
             rows.store.clear(stable)
         return drafted
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from typing import Protocol, Self
 
 import torch
@@ -26,7 +27,7 @@ QUESTION = (
 )
 LABELS = ("Same", "Different")
 TOO_LONG = "steps that are longer than the context of {1}, {0} tokens, could not be compared: the target's own stand"
-NUMBER = r"-?\d+(?:\.\d+)?"
+NUMBER = r"(?:(?<!\w)-)?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"  # the hyphen of "3-5" is no sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class EqualText:
 
 @dataclass(frozen=True, kw_only=True)
 class SameNumber:
-    """The same result, for arithmetic: equal text, or the same last number. Not from the paper.
+    """The same result, for arithmetic: equal text, or the same last number, however it is written. Not from the paper.
 
     pattern  what a number looks like; commas between digits are taken out first
     """
@@ -90,9 +91,19 @@ class SameNumber:
         return self
 
     def compare(self, own: str, proposed: str) -> Sameness:
-        last = [re.findall(self.pattern, re.sub(r"(?<=\d),(?=\d)", "", text))[-1:] for text in (own, proposed)]
-        same_number = last[0] == last[1] != []
+        last = [self._last_number(text) for text in (own, proposed)]
+        same_number = last[0] is not None and last[0] == last[1]
         return Sameness(float(same_number or bare(own) == bare(proposed)))
+
+    def _last_number(self, text: str) -> object:
+        """Its value; what a pattern of the user's finds may be none, and is then compared as it stands."""
+        found = re.findall(self.pattern, re.sub(r"(?<=\d),(?=\d)", "", text))
+        if not found:
+            return None
+        try:
+            return Decimal(found[-1])
+        except (InvalidOperation, ValueError):
+            return found[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from parsedec.outer import Work, Written
 from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
 from parsedec.text import common_prefix
+from parsedec.turns import turns_of
 from parsedec.types import Author, Round, Sampling, StopReason
 
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
@@ -92,9 +93,11 @@ class HfGenerate:
         follow = Follow(answer, session.length)
         wanted = settings(target, sampler.settings, min(answer.remaining, session.room))
         with ExitStack() as stack:
+            stack.enter_context(turns_of(target.hf).plain())
             stack.enter_context(clean_settings(target.hf))
             arguments: dict[str, Any] = {}
             if assistant is not None:
+                stack.enter_context(turns_of(assistant.hf).plain())
                 own = stack.enter_context(clean_settings(assistant.hf))
                 own.num_assistant_tokens, own.num_assistant_tokens_schedule = self.length, self.schedule
                 own.assistant_confidence_threshold = self.confidence or 0.0

@@ -10,6 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import ClassVar, Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -45,11 +46,12 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Graphs:
-    """The graphs of one network. They share memory, so one of them is replayed at a time.
+    """The graphs of one network. They share memory: what one of them computed is read before the next is replayed.
 
     what      they are of, for a warning
     captures  how many there are
     device    a context in which streams and graphs are those of the network's device
+    turn      held from a replay until what it computed was read, for threads that run one model
     total     captures of all networks so far
     """
 
@@ -60,6 +62,7 @@ class Graphs:
         self.what = what
         self.captures = 0
         self.device = on_device(device)
+        self.turn = RLock()
         self._attempts = ATTEMPTS if on_cuda else 0
         self._memory = torch.cuda.graph_pool_handle() if on_cuda else None
         # A stream of their own, for two reasons: torch's common one belongs to the device that captured first, and a

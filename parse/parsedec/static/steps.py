@@ -68,7 +68,7 @@ class Steps(Graphs):
         step: Step | None = buffers.graphs.get(key)
         if step is None:
             step = buffers.graphs[key] = Step(self, buffers, rows, key[1], taps)
-        with self.device:
+        with self.turn, self.device:
             logits, shown = step(ids, start, positions, sees)
             lease.rows = start + count
             # clones: the next step writes to the same tensors

@@ -8,6 +8,7 @@ keys are allowed and ignored. Rows of the hub are brought into the same form (`p
 from __future__ import annotations
 
 import json
+import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class JsonlTask(ABC):
         stored = [problem for problem in every if self.counts(problem)]
         if self.shuffle is not None:
             random.Random(self.shuffle).shuffle(stored)
+        if not stored:
+            raise TaskDataError(f"{self.source} holds no problems for {self.name}; expected one at least.")
         stop = len(stored) if self.n is None else self.offset + self.n
         if stop > len(stored) or self.offset >= len(stored):
             raise TaskDataError(
@@ -121,23 +124,23 @@ def read_prompts(path: str | Path) -> list[Problem]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as bad:
-            raise TaskDataError(f"{path}, line {number} is not JSON in UTF-8 ({bad}): {_shorten(line)}.") from bad
-        prompt = row.get("prompt") if isinstance(row, dict) else None
+        where, form = f"{path}, line {number}", '{"prompt": text, "reference": text or number, or absent}'
+        row = json_object(line, where, form)
+        prompt, reference = row.get("prompt"), row.get("reference")
         if not isinstance(prompt, str) or not prompt:
-            raise TaskDataError(f'{path}, line {number} has no "prompt" with text in it: {_shorten(line)}.')
-        reference = "" if row.get("reference") is None else str(row["reference"])
+            raise TaskDataError(f'{where} has no "prompt" with text in it: {_shorten(line)}.')
+        if reference is not None and not _is_reference(reference):
+            raise TaskDataError(f"{where} has reference={reference!r}; expected {form}. Repair or remove the line.")
+        reference = "" if reference is None else str(reference)
         problems.append(Problem(id=f"{file.name}/{number}", prompt=prompt, reference=reference))
     return problems
 
 
-def _object(line: bytes, where: str, form: str) -> dict[str, Any]:
-    """The JSON object of a line."""
+def json_object(line: bytes, where: str, form: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises TaskDataError, which says where it was and what form was expected."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as bad:
+    except (ValueError, RecursionError) as bad:  # numbers too long and lists too deep for Python, too
         raise TaskDataError(
             f"{where} is not JSON in UTF-8 ({bad}): {_shorten(line)}; expected {form}. Repair or remove the line."
         ) from bad
@@ -147,7 +150,7 @@ def _object(line: bytes, where: str, form: str) -> dict[str, Any]:
 
 
 def _parse(line: bytes, where: str, *, references: bool) -> Problem:
-    row = _object(line, where, _FORM)
+    row = json_object(line, where, _FORM)
     if not references:
         row = row | {"reference": ""}
     wrong = [key for key, ok in _checks(row).items() if not ok]
@@ -160,13 +163,19 @@ def _parse(line: bytes, where: str, *, references: bool) -> Problem:
 
 
 def _checks(row: dict[str, Any]) -> dict[str, bool]:
-    reference = row.get("reference")
     return {
         "id": isinstance(row.get("id"), str) and bool(row["id"]),
         "prompt": isinstance(row.get("prompt"), str) and bool(row["prompt"]),
-        "reference": isinstance(reference, str | int | float) and not isinstance(reference, bool),
+        "reference": _is_reference(row.get("reference")),
         "meta": isinstance(row.get("meta"), dict),
     }
+
+
+def _is_reference(value: object) -> bool:
+    """Text, or a number that is one: what is to be compared with an answer."""
+    return (isinstance(value, str | int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _shorten(line: bytes, width: int = 120) -> str:

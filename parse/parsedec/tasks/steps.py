@@ -10,7 +10,6 @@ given, else a line is known by its number. ProcessBench has several solutions to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from parsedec.tasks.base import Problem, Score
-from parsedec.tasks.jsonl import JsonlTask, TaskDataError
+from parsedec.tasks.jsonl import JsonlTask, TaskDataError, json_object
 from parsedec.text import Draft
 
 STEP_FORM = '{"problem": text, "steps": [text, …], "label": first wrong step or -1}'
@@ -42,13 +41,13 @@ def read_steps(path: str | Path) -> Iterator[Problem]:
 
 
 def _solution(line: bytes, where: str, name: str) -> Problem:
-    try:
-        row = json.loads(line)
-        meta = row.get("meta") or {}
-        text, steps = row.get("problem", row.get("prompt")), row.get("steps", meta.get("steps"))
-        label = row.get("label", meta.get("first_wrong_step", row.get("reference")))
-    except (ValueError, AttributeError) as bad:
-        raise TaskDataError(f"{where} is no JSON object: {bad}; expected {STEP_FORM}.") from bad
+    row = json_object(line, where, STEP_FORM)
+    meta = row.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise TaskDataError(f"{where} has meta={meta!r}; expected {STEP_FORM}.")
+    text: Any = row.get("problem", row.get("prompt"))
+    steps: Any = row.get("steps", meta.get("steps"))
+    label = row.get("label", meta.get("first_wrong_step", row.get("reference")))
     good = isinstance(text, str) and text and isinstance(steps, list) and steps
     if not good or not all(isinstance(step, str) and step.strip() for step in steps):
         raise TaskDataError(f"{where} has no problem with steps in it; expected {STEP_FORM}.")
