@@ -45,7 +45,9 @@ class Graph:
             self.outputs = body()
         self._operations = recording.operations
         kept = {place(tensor) for tensor in leaves(self.outputs)}
-        self._own = [t for *_, made in self._operations for t in made if place(t) not in kept]
+        made = [tensor for *_, made in self._operations for tensor in made]
+        self._own = [tensor for tensor in made if place(tensor) not in kept]
+        self._given_out = [tensor for tensor in made if place(tensor) in kept]
         self.forget()
 
     @torch.inference_mode()
@@ -63,23 +65,39 @@ class Graph:
     def forget(self):
         """Whatever is computed on the way belongs to others until the next replay."""
         for tensor in self._own:
-            tensor.fill_(
-                True if tensor.dtype is torch.bool else -(1 << 40) if not tensor.is_floating_point() else torch.nan
-            )
+            tensor.fill_(nonsense(tensor))
+
+    @torch.inference_mode()
+    def spoil(self):
+        """Its outputs belong to others from now on."""
+        for tensor in self._given_out:
+            tensor.fill_(nonsense(tensor))
 
 
 def captured(graphs, body):
-    """In place of `Graphs.captured`."""
-    graph = Graph(body)
+    """In place of `Graphs.captured`. What a graph computes on the way lies where the outputs of later ones may be."""
+    recorded = graphs.__dict__.setdefault("recorded", [])
+    recorded.append(graph := Graph(body))
+    number = len(recorded)
+
+    def replay():
+        for later in recorded[number:]:
+            later.spoil()
+        graph.replay()
+
     graphs.captures += 1
     Graphs.total += 1
-    return graph.replay, graph.outputs
+    return replay, graph.outputs
 
 
 def replay(monkeypatch):
     """Capture and replay whatever has graphs on CUDA."""
     monkeypatch.setattr(Graphs, "possible", True)
     monkeypatch.setattr(Graphs, "captured", captured)
+
+
+def nonsense(tensor):
+    return True if tensor.dtype is torch.bool else -(1 << 40) if not tensor.is_floating_point() else torch.nan
 
 
 def tensors(*values):

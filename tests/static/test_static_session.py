@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from parsedec.session import Session
 from parsedec.static import session as static
 from parsedec.static.memory import FIRST_CAPACITY, Lease, Pool
 from parsedec.static.session import StaticSession
-from parsedec.static.steps import COMPILED_ROWS, Steps, column_bucket
+from parsedec.static.steps import COMPILED_ROWS, Step, Steps, column_bucket
 from parsedec.static.weights import join_weights, joined, read_weights, static_obstacle
 from parsedec.types import JudgePath, Tree
 from parsedec_adapters.draft_model import DraftModel
@@ -96,6 +98,30 @@ def test_steps_in_buckets(monkeypatch, family, kind):
     engine = Parse(on(tiny.model(family), "static"), inner=inner, outer=TargetOnly())
     assert list(engine.generate(prompt, max_new_tokens=len(tokens)).tokens) == tokens
     assert (1 < steps.captures < 30) == (kind is Replayed), "captured once a bucket, not once a step"
+
+
+def test_threads_read_what_their_own_replays_computed(monkeypatch, tiny_target):
+    """The graphs of a model share memory: what one computed may be gone with the next replay of any."""
+    engine, asked = Parse(on(tiny_target, "static"), outer=TargetOnly()), [walks.tokens(9, seed=i) for i in range(3)]
+    in_steps(monkeypatch, tiny_target, Replayed)
+    alone, found = [engine.generate(prompt, max_new_tokens=24).tokens for prompt in asked], {}
+
+    def answer(i):
+        found[i] = engine.generate(asked[i], max_new_tokens=24).tokens
+
+    def slowly(self, *inputs):
+        out = step(self, *inputs)
+        time.sleep(0.001)  # another thread's chance
+        return out
+
+    step = Step.__call__
+    monkeypatch.setattr(Step, "__call__", slowly)
+    threads = [threading.Thread(target=answer, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(3)] == alone
 
 
 def test_steps_grow_into_the_next_bucket(monkeypatch, tiny_target):
