@@ -50,6 +50,14 @@ def test_unknown_setting(folder):
     assert not folder.exists()
 
 
+def test_an_output_that_cannot_be_a_folder(folder):
+    folder.write_text("precious")
+    said = refusal(folder)
+    assert f"the output folder cannot be made: [Errno 17] File exists: '{folder}'" in said
+    assert "output=DIR" in said
+    assert folder.read_text() == "precious"
+
+
 def test_damaged_checkpoint(folder, tmp_path):
     model = tmp_path / "half a model"
     shutil.copytree(ROOT / "parse" / "parsedec" / "zoo" / "draft", model)

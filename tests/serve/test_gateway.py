@@ -186,10 +186,17 @@ WRONG = [
 ]
 
 
-def test_a_wrong_place_is_named_as_the_client_wrote_it(server):
-    null = {**HELLO, "messages": [*HELLO["messages"], {"role": "assistant", "content": None}]}
-    answer = httpx.post(f"{server[0]}/v1/chat/completions", json=null, timeout=60)
-    assert answer.json()["error"]["message"].startswith("'messages.1.content' is not what it should be")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "it is null"), ([{"type": "text", "text": "a"}, {"type": "image_url"}], "a part of type 'image_url'"),
+     (["a"], "a part of type 'str'"), (3, "a valid string")],
+)  # fmt: skip
+def test_a_wrong_place_is_named_as_the_client_wrote_it(server, content, said):
+    wrong = {**HELLO, "messages": [*HELLO["messages"], {"role": "assistant", "content": content}]}
+    answer = httpx.post(f"{server[0]}/v1/chat/completions", json=wrong, timeout=60)
+    message = answer.json()["error"]["message"]
+    assert message.startswith("'messages.1.content' is not what it should be")
+    assert said in message
 
 
 def test_a_temperature_of_nearly_nothing_is_greedy(client):

@@ -10,9 +10,10 @@ import tiny
 from parsedec import Limits, Parse, Sampling, load
 from parsedec.errors import IncompatibleStack
 from parsedec.inner import NoSpeculation
+from parsedec.remote import connect
 from parsedec.serve.logprobs import Book
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
-from parsedec.types import Author, Delta, Shown
+from parsedec.types import Author, Delta, Shown, StopReason
 from parsedec_adapters.ngram import Ngram
 from parsedec_adapters.scripted import Scripted
 from serving import listening
@@ -121,6 +122,40 @@ def test_wrong_ones_are_named(client, fields, param):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_an_answer_that_ends_at_once_shows_the_token_that_ended_it(client, engine):
+    ids = engine.target_ids(PROBLEM.prompt)
+    asked = {
+        "model": MODEL,
+        "prompt": [*ids, *engine.generate(PROBLEM.prompt).tokens[:-1]],
+        "max_tokens": 1,
+        "logprobs": 2,
+    }
+    (choice,) = client.completions.create(**asked).choices
+    assert (choice.text, choice.finish_reason) == ("", "stop")
+    end = engine.target.tokenizer.convert_ids_to_tokens(list(engine.target.end_ids))
+    assert choice.logprobs.tokens[0] in end
+    assert len(choice.logprobs.top_logprobs[0]) == 2
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert [one.logprobs.tokens for one in chunks if one.logprobs] == [choice.logprobs.tokens]
+    assert (
+        client.completions.create(**asked | {"prompt": ids, "max_tokens": 40}).choices[0].logprobs.tokens[-1] not in end
+    )
+
+
+def test_an_engine_whose_target_is_here_decides_as_with_its_own(client, engine):
+    """Judging asks for one token and its rivals; where that token has no text they are told all the same."""
+    there = connect(str(client.base_url).rstrip("/").removesuffix("/v1"), tokenizer=MODEL)
+    draft = load("zoo:draft", dtype="float32", device="cpu")
+    for problem in ZooArithmetic(n=2, seed=5).problems():
+        own, remote = (
+            Parse(target, draft).generate(problem.prompt, max_new_tokens=60) for target in (engine.target, there)
+        )
+        assert remote.text == own.text
+        assert [s.score for s in remote.rounds[0].segments] == pytest.approx(
+            [s.score for s in own.rounds[0].segments], abs=1e-3
+        )
+
+
 def test_parts_of_a_character_and_control_tokens_are_named_without_bytes():
     """Nothing is shown before its text is out, and what stands behind a stop string never is."""
     target = tiny.model("llama")
@@ -137,3 +172,7 @@ def test_parts_of_a_character_and_control_tokens_are_named_without_bytes():
     assert json.dumps(book.page(0, chat=False)) == json.dumps(
         {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     )
+    assert book.page(0, chat=True, ended=StopReason.STOP_STRING)["content"] == []
+    left = book.page(0, chat=True, ended=StopReason.TOKEN_LIMIT)["content"]
+    assert [entry["token"] for entry in left] == ["w8"], "what has no text yet when there is no more"
+    assert book.page(0, chat=True, ended=StopReason.TOKEN_LIMIT)["content"] == []

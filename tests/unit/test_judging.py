@@ -85,6 +85,20 @@ def test_a_better_judge_is_seen_to_be_better_and_chance_is_not():
     assert all(row["at"]["kept_share"] <= summary["kept_share"] + 1e-9 for row in summary["judges"].values())
 
 
+def test_where_nothing_is_wrong_there_is_no_area():
+    """And a table, and pictures of what there is."""
+    marked = [replace(one, right=(True,) * 3) for one in drafts(5)[0]]
+    verdicts = judging.Verdicts(scores=drafts(5)[1], rows=[9] * 5, seconds=[0.1] * 5, path="packed")
+    summary = judging.summarise({"one": verdicts}, [0.1], marked, kept_share=None, threshold=0.7)
+    found = summary["judges"]["one"]
+    assert [found[key] for key in found if key.startswith("auc")] == [None] * 5
+    assert judging.cells({"summary": summary})[0][:4] == ["one", "packed", "-", "-"]
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    from parsedec.reporting.judged import judge_pictures
+
+    assert judge_pictures(summary, "judges") == []
+
+
 def test_f1_is_processbenchs():
     marked, _ = drafts(2)
     marked = [Marked(m.problem, m.prompt, None, m.draft, m.cuts, right) for m, right in zip(marked, [

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -32,6 +32,7 @@ from parsedec.experiment.kinds import require_kinds, require_kinds_of_defaults
 log = logging.getLogger(__name__)
 USAGE, INTERRUPTED = 2, 130
 TOLD_EVERY_S = 60.0
+_begun: list[str] = []  # jobs of this process; before the first one Hydra makes its folder
 # tables need room; a pipe has no width of its own
 stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
@@ -53,8 +54,16 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (HydraException, OmegaConfBaseException, ParsedecError) as error:
-        stderr.print(f"[bold red]error:[/] {_escape(explain(error, conf))}", soft_wrap=True, highlight=False)
-        sys.exit(USAGE)
+        _refuse(explain(error, conf))
+    except OSError as error:
+        if _begun:
+            raise
+        _refuse(f"the output folder cannot be made: {error}. Set another one: output=DIR.")
+
+
+def _refuse(message: str) -> NoReturn:
+    stderr.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(USAGE)
 
 
 def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -62,6 +71,7 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
     @wraps(task)
     def run(cfg: DictConfig) -> None:
+        _begun.append(task.__module__)
         _quiet_transformers()
         hydra = HydraConfig.get()
         folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]

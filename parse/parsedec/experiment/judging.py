@@ -134,7 +134,7 @@ def summarise(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Quality and cost of every judge. `auc` is the area of all prefixes, `auc_whole` that of whole drafts with its
-    interval, None where they are all right or all wrong.
+    interval, both None where they are all right or all wrong.
 
     kept_share  share of the draft tokens each judge is to keep at most; None: what the first judge keeps at `threshold`
     """
@@ -146,7 +146,7 @@ def summarise(
     areas = {name: _areas(marked, verdicts.scores, draws) for name, verdicts in said.items()}
     whole = _whole_areas(marked, said, draws)
     against = areas[next(iter(said))]
-    step = float(np.median(steps))
+    step, known = float(np.median(steps)), bool(np.isfinite(against[0]))
     judges = {}
     for name, verdicts in said.items():
         point, spread = areas[name]
@@ -155,10 +155,10 @@ def summarise(
         pass_s = float(np.median(verdicts.seconds))
         judges[name] = {
             "path": verdicts.path,
-            "auc": point,
-            "auc_interval": _interval(spread),
-            "auc_difference": point - against[0],
-            "auc_difference_interval": _interval(spread - against[1]),
+            "auc": point if known else None,
+            "auc_interval": _interval(spread) if known else None,
+            "auc_difference": point - against[0] if known else None,
+            "auc_difference_interval": _interval(spread - against[1]) if known else None,
             "auc_whole": whole[name],
             "at": localised(marked, verdicts.scores, at),
             "curve": curve,
@@ -300,6 +300,8 @@ def cells(record: dict[str, Any]) -> list[list[str]]:
 
 
 def _areas_told(judge: dict[str, Any]) -> list[str]:
+    if judge["auc"] is None:
+        return [judge["path"], "-", "-"]
     less, more = judge["auc_difference_interval"]
     return [
         judge["path"],

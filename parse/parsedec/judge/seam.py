@@ -232,7 +232,7 @@ def choose_path(target: LanguageModel, suffix: tuple[int, ...], wanted: str) -> 
         raise IncompatibleStack(
             f"the judge's question takes {len(suffix)} tokens, chat turns included, and the context of {target.name} "
             f"holds {target.context_limit}, so no draft could be judged. Ask a shorter one (judge.question), or "
-            "raise the target's context_limit."
+            "give the target a larger context_limit, if it was lowered."
         )
     if isinstance(target, RemoteModel):
         if target.judge_obstacle:

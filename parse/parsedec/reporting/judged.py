@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -196,24 +197,27 @@ def judge_pictures(summary: Json, prefix: str) -> list[Figure]:
     quality: list[list[Cell]] = [
         [name, summary["drafts"], one["auc"], *one["auc_interval"], one["decode_steps"], one["pass_s"], one["rows"]]
         for name, one in judges.items()
+        if one["auc"] is not None and isfinite(one["auc"])  # it is none where nothing was wrong, or nothing right
     ]
     curve: list[list[Cell]] = [
         [name, at["threshold"], at["kept_share"], at["never_later"], at["wrong_drafts"],
          at["never_later"] / at["wrong_drafts"], *wilson(at["never_later"], at["wrong_drafts"])]
         for name, one in judges.items() for at in one["curve"] if at["wrong_drafts"]
     ]  # fmt: skip
-    figures = [
-        Figure(
-            name=f"{prefix}-judges",
-            title="Which judge is best, and which is cheapest",
-            guide="Up is better at telling right from wrong (0.5 is guessing, 1 perfect), left is cheaper: the cost of "
-            "one judgement is given in steps of ordinary writing by the large model.",
-            heads=("judge", "n", "auc", "auc_low", "auc_high", "decode_steps", "pass_s", "rows"),
-            rows=quality,
-            draw=_quality,
-            height=4,
+    figures = []
+    if quality:
+        figures.append(
+            Figure(
+                name=f"{prefix}-judges",
+                title="Which judge is best, and which is cheapest",
+                guide="Up is better at telling right from wrong (0.5 is guessing, 1 perfect), left is cheaper: the "
+                "cost of one judgement is given in steps of ordinary writing by the large model.",
+                heads=("judge", "n", "auc", "auc_low", "auc_high", "decode_steps", "pass_s", "rows"),
+                rows=quality,
+                draw=_quality,
+                height=4,
+            )
         )
-    ]
     if curve and not outcomes(summary):  # a final answer does not say where the mistake is
         figures.append(
             Figure(

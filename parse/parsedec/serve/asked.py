@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from parsedec.errors import ConfigError
 from parsedec.prompt import is_unicode
@@ -70,11 +70,22 @@ class Part(BaseModel):
     text: Text
 
 
+def _read_as_text(content: object) -> object:
+    """The same, if it may be text. What is wrong is said here, once: else each form it may have would say its own."""
+    if content is None:
+        raise ValueError("it is null; expected text, or a list of parts of type text")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"it holds a part of type {kind!r}, and this server reads text alone")
+    return content
+
+
 class Turn(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Text
-    content: Text | list[Part]
+    content: Annotated[Text | list[Part], BeforeValidator(_read_as_text)]
 
     def message(self) -> dict[str, Any]:
         """As the engine takes it, which joins parts of text itself."""

@@ -2,7 +2,8 @@
 
 They are the target's own at temperature 1, before any cut of the distribution. A token is shown with the piece of text
 in which it begins. So all text is covered, the last token may reach into a stop string, and what stands behind that is
-not shown; neither is the token that ends an answer.
+not shown; neither is the token that ends an answer, unless it is all of it: whoever asks for one token and its rivals,
+as a judge does, is told.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from parsedec.model import LanguageModel
 from parsedec.text import INCOMPLETE, TextStream
-from parsedec.types import Delta
+from parsedec.types import Delta, StopReason
 
 Spelt = tuple[str, bool]  # a token's text, True; the name of one that has none by itself, False
 
@@ -37,9 +38,9 @@ class Book:
     def push(self, index: int, delta: Delta) -> None:
         self._choices.setdefault(index, _Choice(self._model)).push(delta)
 
-    def page(self, index: int, *, chat: bool) -> dict[str, Any]:
-        """What text that was handed out since the last page consists of."""
-        entries = self._choices[index].take()
+    def page(self, index: int, *, chat: bool, ended: StopReason | None = None) -> dict[str, Any]:
+        """What text that was handed out since the last page consists of; at the end also tokens without text."""
+        entries = self._choices[index].take(ended)
         return _chat(entries) if chat else _text(entries)
 
 
@@ -49,20 +50,25 @@ class _Choice:
         self._waiting: list[Entry] = []
         self._last: list[int] = []  # the token before: decoders may drop the space a text begins with
         self._written = self._out = 0  # characters of the tokens, and of the text handed out
+        self._end: list[Entry] = []  # the token that ends the answer, as long as it is the only one
 
     def push(self, delta: Delta) -> None:
         for shown in delta.shown:
-            if shown.token not in self._model.end_ids:
-                top = tuple((self._spelt(token), logprob) for token, logprob in shown.top)
-                self._waiting.append(Entry(self._spelt(shown.token), shown.logprob, self._written, top))
+            top = tuple((self._spelt(token), logprob) for token, logprob in shown.top)
+            entry = Entry(self._spelt(shown.token), shown.logprob, self._written, top)
+            if shown.token in self._model.end_ids:
+                self._end = [] if self._last else [entry]
+            else:
+                self._waiting.append(entry)
                 self._written += len(self._stream.push(shown.token))
                 self._last = [shown.token]
         self._out += len(delta.text)
 
-    def take(self) -> list[Entry]:
-        ready = [entry for entry in self._waiting if entry.offset < self._out]
+    def take(self, ended: StopReason | None) -> list[Entry]:
+        all_stands = ended is not None and ended is not StopReason.STOP_STRING
+        ready = [entry for entry in self._waiting if all_stands or entry.offset < self._out]
         self._waiting = self._waiting[len(ready) :]
-        return ready
+        return ready + self._end if all_stands else ready
 
     def _spelt(self, token: int) -> Spelt:
         """Control tokens and parts of a character have no text by themselves."""

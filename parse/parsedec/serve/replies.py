@@ -98,7 +98,9 @@ class Reply:
         """The chunk that ends a choice."""
         body: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         told = {"parsedec": _told(result)}
-        return self._chunk({"index": index, **body, "finish_reason": FINISHED[result.stop], **told})
+        choice = {"index": index, **body, "finish_reason": FINISHED[result.stop], **told}
+        left = self._logprobs(index, result.stop)
+        return self._chunk(choice, left if left and any(left.values()) else None)
 
     def total(self, results: list[Result], prompts: int) -> dict[str, Any]:
         """The chunk with `usage`, where it was asked for."""
@@ -108,8 +110,8 @@ class Reply:
     def _kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _logprobs(self, index: int) -> dict[str, Any] | None:
-        return self.book.page(index, chat=self.chat) if self.book else None
+    def _logprobs(self, index: int, ended: StopReason | None = None) -> dict[str, Any] | None:
+        return self.book.page(index, chat=self.chat, ended=ended) if self.book else None
 
     def _chunk(self, choice: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return self._frame(self._kind, [{**choice, "logprobs": logprobs}])
@@ -128,8 +130,8 @@ class Reply:
         said = {"role": "assistant", "content": result.text, "refusal": None}
         body = {"message": said} if self.chat else {"text": result.text}
         told = _told(result) | {"spans": [{"author": s.author.value, "text": s.text} for s in result.spans]}
-        ended = {"finish_reason": FINISHED[result.stop], "logprobs": self._logprobs(index), "parsedec": told}
-        return {"index": index, **body, **ended}
+        ended = {"finish_reason": FINISHED[result.stop], "parsedec": told}
+        return {"index": index, **body, **ended, "logprobs": self._logprobs(index, result.stop)}
 
 
 def _text(text: str, told: dict[str, Any]) -> dict[str, Any]:
