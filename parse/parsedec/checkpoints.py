@@ -107,7 +107,7 @@ def pin_commits(commits: Mapping[str, str]) -> None:
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
-    """Where a source leads to; nothing is downloaded.
+    """Where a source leads to; nothing is downloaded. The output folder of a recipe is the model in it.
 
     Raises ModelLoadError for a local path that does not exist, and for a name the zoo has not.
     """
@@ -121,7 +121,9 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
             "GGUF file, a hub id (ORG/NAME) or zoo:NAME."
         )
     if path.is_dir():
-        return Checkpoint(str(path))
+        trained = path / "model"  # in the output of a recipe, beside its record
+        one = trained if (trained / "config.json").is_file() and not (path / "config.json").is_file() else path
+        return Checkpoint(str(one))
     if path.is_file() and path.suffix == ".gguf":
         return Checkpoint(str(path.parent), path.name)
     name, _, revision = source.partition("@")

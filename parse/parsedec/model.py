@@ -97,6 +97,11 @@ class LanguageModel:
         judge_kernel: str = "auto",
     ) -> LanguageModel:
         """Use a model in memory; other arguments as for `load`. Whoever holds a model may change it, hence "eager"."""
+        if isinstance(hf, LanguageModel):
+            raise ConfigError(
+                f"LanguageModel.wrap() was given {hf.name}, which is wrapped already; expected a transformers model. "
+                "Use it as it is, or dataclasses.replace(model, backend=…) for other settings."
+            )
         limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if context_limit is not None:
             if not 1 < context_limit <= limit:

@@ -16,6 +16,7 @@ from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.training import run_recipe
 from parsedec.training.heads import acceptance, problems_of
 from parsedec.training.loop import Trainer
+from parsedec_adapters.medusa import Medusa
 
 RECIPES = sorted(path.stem for path in (configs.CONF / "recipe").glob("*.yaml"))
 COMMON = [
@@ -136,6 +137,9 @@ def test_a_head_for_ones_own_prompts(tmp_path):
     record = run_recipe(composed("zoo_medusa", tmp_path / "run", *own))
     assert record["evaluation"]["problems"] == 2
     assert len(json.loads((tmp_path / "run" / "answers.json").read_text())["answers"]) == 7
+    target = load("zoo:target", dtype="float32", device="cpu")
+    for given in (tmp_path / "run", tmp_path / "run" / "model"):  # the output is the head in it
+        assert Medusa(heads=str(given), nodes=4).bind(target, None)
     with pytest.raises(ConfigError, match="held_out=9"):
         run_recipe(composed("zoo_medusa", tmp_path / "more", *own, "recipe.evaluation.held_out=9"))
     file.write_text('{"question": "?"}')

@@ -393,6 +393,8 @@ def test_every_error_of_ours_can_be_caught_as_one():
 def test_context_limit_of_a_model_in_memory():
     with pytest.raises(ConfigError, match=r"context_limit=513 for tiny llama; expected 2 to 512"):
         LanguageModel.wrap(TARGET.hf, TARGET.tokenizer, name="tiny llama", context_limit=513)
+    with pytest.raises(ConfigError, match="tiny llama, which is wrapped already; expected a transformers model"):
+        LanguageModel.wrap(TARGET, TARGET.tokenizer)
 
 
 @pytest.mark.parametrize(

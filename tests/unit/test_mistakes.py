@@ -366,6 +366,7 @@ def test_several_models_of_a_sweep(argument, expanded):
     ("override", "said"),
     [
         ("inner.head=x", r"inner\.head is a setting of another member of inner than the one chosen"),
+        ("inner.head=x", r"Did you mean inner\.heads\?"),
         ("inner.hed=x", r"no setting is called 'inner\.hed'. Did you mean inner\.head"),
         ("path=x", r"no setting is called 'path'. Did you mean .*\.path"),
     ],
@@ -403,7 +404,7 @@ def test_threads(threads):
 
 
 def test_a_server_does_not_stop_at_each_letter_of_a_stop_string(monkeypatch):
-    monkeypatch.setattr(command, "build_engine", lambda cfg: None)
+    monkeypatch.setattr("parsedec.experiment.build.build_engine", lambda cfg: None)
     with pytest.raises(ConfigError, match=r"one string, which would stop at each of its letters|expected a list"):
         command.serve(composed("stop=abc", config="serve"))
     with pytest.raises(Exception, match="port") as refused:

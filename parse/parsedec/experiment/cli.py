@@ -114,9 +114,10 @@ def explain(error: Exception, conf: Path) -> str:
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
         key, names = found[1] or found[2], known_settings(conf)
         if key in names:
+            alike = difflib.get_close_matches(key, [name for name in names if name != key], n=1, cutoff=0.9)
             return (
-                f"{key} is a setting of another member of {key.rsplit('.', 1)[0]} than the one chosen. --help and the "
-                "files of conf/ show what each has."
+                f"{key} is a setting of another member of {key.rsplit('.', 1)[0]} than the one chosen."
+                f"{f' Did you mean {alike[0]}?' if alike else ''} --help and the files of conf/ show what each has."
             )
         return f"no setting is called '{key}'.{_close(key, names)} --help shows all of them."
     if found := re.search(r"Missing mandatory value: ([\w.]+)", message):
