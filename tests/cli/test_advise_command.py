@@ -148,6 +148,7 @@ def test_a_judge_that_refuses_all_does_not_help(tmp_path):
     assert "refusing_judge" in {finding["kind"] for finding in verdict["findings"]}
 
 
+@pytest.mark.slow
 def test_of_the_rehearsed_loops_one_that_stays_right_is_advised(tmp_path, monkeypatch):
     """And none where all of them fall: 'use it' is not said of a pair that loses what it is asked for."""
     wanted = ["draft.model.source=zoo:draft", "inners=[]", "n=2", "gain=0.01", "loops=['rounds loop.rounds=2']"]

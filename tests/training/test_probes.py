@@ -192,6 +192,7 @@ def settings(folder, *overrides):
     return cfg
 
 
+@pytest.mark.slow
 def test_the_zoo_from_drafts_to_a_judge_that_runs(tmp_path):
     """Train on a few drafts; the thresholds hold for the calibration drafts when they are judged anew, one by one."""
     cfg = settings(tmp_path)

@@ -173,6 +173,7 @@ def test_the_area_of_whole_drafts_counts_the_last_cuts_of_those_that_ended():
     assert (unended["ended"], unended["judges"]["one"]["auc_whole"]) == (0, None)
 
 
+@pytest.mark.slow
 def test_the_command_measures_judges_by_final_answers(tmp_path):
     """On the zoo, whose checker says the same of whole drafts: final answers give that verdict to every prefix."""
     records = {}

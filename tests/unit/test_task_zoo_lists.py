@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from parsedec.errors import ConfigError
 from parsedec.model import load
-from parsedec.tasks import Problem, Task, ZooLists
+from parsedec.tasks import Problem, Task, ZooLists, zoo_base
 from parsedec.tasks.zoo_base import LEADS, SPLITS
 from parsedec.tasks.zoo_lists import STEPS, TOLD, draw_problem, first_wrong_line, solution, split_of
 from parsedec.training.answers import clean, injected
@@ -232,7 +232,8 @@ def test_meta_survives_json(seed: int, other: int, operations: list[int]) -> Non
     assert first_wrong_line(meta, "\n".join(solution(problem, random.Random(other)))) is None
 
 
-def test_exhausted_space_is_an_error_and_not_a_hang() -> None:
+def test_exhausted_space_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo_base, "_BARREN_DRAWS", 300)
     task = ZooLists(n=100_000, operations=[1, 1], max_number=10, length=[2, 2], split="calibration")
     with pytest.raises(ConfigError, match=r"n=100000 is more than the \d+ different problems .* Lower n"):
         task.problems()
