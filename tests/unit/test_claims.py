@@ -111,6 +111,9 @@ def test_speed_ups_are_over_the_target_alone_with_the_ceiling_beside(record):
     record = with_arms(record, target, draft, parse)
     claim = line(record, "parse_95 over target")
     assert claim.what.endswith("95 % kept")
+    guessing = {**parse, "summary": parse["summary"] | {"tau": 3.94}}
+    told = line(with_arms(record, target, draft, guessing), "parse_95 over target").what
+    assert told.endswith("95 % kept, tau 3.9")
     assert (claim.measured, claim.holds, claim.n) == ("5.50", True, 2)
     assert claim.ceiling == f"{replay.ceiling(parse, replay.paces(record['replay'])):.2f}"
     assert line(record, "parse_85 over target").cells()[-1] == "not measured"

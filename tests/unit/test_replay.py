@@ -105,6 +105,21 @@ def test_an_eagle_head_of_the_right_size_drafts(pair):
     assert sum(c.offered_by_depth[3] for c in counters) > steps / 2, "trees four levels deep"
 
 
+def test_trees_of_the_usual_size_reach_as_deep_as_they_may(pair):
+    """So that a call commits the four tokens that are stated: a tree of two levels has no more than three."""
+    engine = Parse(pair[0], inner=RandomEagle3(), acceptance=ScriptedAcceptance(), outer=TargetOnly())
+    results = [
+        engine.generate(prompt, max_new_tokens=120, generator=torch.Generator().manual_seed(i))
+        for i, prompt in enumerate(prompts(3))
+    ]
+    assert {result.new_tokens for result in results} == {120}, "none ends"
+    offered = [sum(levels) for levels in zip(*(r.counters.offered_by_depth for r in results), strict=True)]
+    assert len(offered) == 8
+    assert offered[7] > 0.85 * offered[0], "but for the last tokens of an answer"
+    steps = sum(r.counters.inner_steps for r in results)
+    assert (steps + sum(sum(r.counters.accepted_by_depth) for r in results)) / steps == pytest.approx(4, abs=0.5)
+
+
 def test_peers_write_the_known_text_and_leave_no_trace(pair):
     target, draft = pair
     prompt, texts = prompts(1)[0], []

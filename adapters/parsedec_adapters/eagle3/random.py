@@ -17,6 +17,9 @@ from parsedec_adapters.eagle3.head import EagleHead
 from parsedec_adapters.eagle3.speculator import Eagle3
 
 DRAFT_VOCABULARY = 32_000  # of the public heads
+# Trained heads are sure of a guess, so that the likeliest 60 nodes reach down to the last level. One that finds all
+# tokens about equally likely takes them from the first two levels, and no more than three tokens a call could stand.
+SHARPNESS = 64.0
 SMALL = 8  # layers, below which EAGLE's choice of taps does not exist
 
 _heads: WeakKeyDictionary[PreTrainedModel, EagleHead] = WeakKeyDictionary()
@@ -35,7 +38,8 @@ class RandomEagle3(Eagle3):
 
 
 def random_head(target: LanguageModel, seed: int = 0) -> EagleHead:
-    """One layer as wide as the target's, in its dtype and on its device."""
+    """One layer as wide as the target's, in its dtype and on its device. It is sure of its guesses, and never guesses
+    that a text ends."""
     config, layers = target.hf.config.get_text_config(), target.num_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = HeadConfig(
@@ -46,7 +50,7 @@ def random_head(target: LanguageModel, seed: int = 0) -> EagleHead:
         num_kv_heads=config.num_key_value_heads,
         head_dim=size,
         vocab_size=target.vocab_size,
-        draft_vocab_size=min(DRAFT_VOCABULARY, target.vocab_size),
+        draft_vocab_size=min(DRAFT_VOCABULARY, target.vocab_size - len(target.end_ids)),
         max_position_embeddings=target.context_limit,
         taps=(2, layers // 2, layers - 3) if layers >= SMALL else (0, layers // 2, layers),
     )
@@ -54,6 +58,9 @@ def random_head(target: LanguageModel, seed: int = 0) -> EagleHead:
     with torch.random.fork_rng(devices=devices), torch.device(target.device):
         torch.manual_seed(seed)
         head = EagleHead(sizes)
+    with torch.no_grad():
+        head.lm_head.weight.mul_(SHARPNESS)
     if head.config.reduced:
-        head.set_vocabulary(torch.arange(sizes.draft_vocab_size, device=target.device))
+        guessed = [token for token in range(target.vocab_size) if token not in target.end_ids]
+        head.set_vocabulary(torch.tensor(guessed[: sizes.draft_vocab_size], device=target.device))
     return head.to(target.dtype).eval()

@@ -201,9 +201,10 @@ def _speedups(record: Json) -> Iterator[Claim]:
             yield Claim(what=what, wanted=said)
             continue
         best = replay.ceiling(arm, costs)
-        share = arm["summary"]["kept_share"]
+        share, tau = arm["summary"]["kept_share"], arm["summary"].get("tau")
+        told = ("" if share is None else f", {100 * share:.0f} % kept") + ("" if tau is None else f", tau {tau:.1f}")
         yield Claim(
-            what=what + ("" if share is None else f", {100 * share:.0f} % kept"),
+            what=what + told,
             wanted=said,
             measured=f"{row['speedup']:.2f}",
             n=row["requests"],
