@@ -45,6 +45,9 @@ def asked(policy):
 def test_the_inner_level_changes_no_token(inner, policy, plain):
     tokens, results = answers(*POLICIES[policy], f"inner={inner}", f"task.n={asked(policy)}")
     assert tokens == plain[policy]
-    if policy == "alone" and inner not in ("none", "ngram"):  # it did speculate, and was right now and then
+    if policy != "alone" or inner in ("none", "ngram"):
+        return
+    assert sum(sum(result.counters.offered_by_depth) for result in results) > 0, "it did speculate"
+    if inner != "eagle3_random":  # whose guesses are noise; the others were right now and then
         assert sum(sum(result.counters.accepted_by_depth) for result in results) > 0
         assert sum(result.counters.target_calls for result in results) < sum(map(len, tokens))
