@@ -271,9 +271,9 @@ def _unfit(model: LanguageModel) -> str | None:
         return "its weights on a server, which is asked for one request at a time"
     if model.mask_obstacle:
         return model.mask_obstacle
-    with turns_of(model.hf).plain():
-        attention = model.hf.config._attn_implementation
-    return None if attention == "sdpa" else f"attention implementation '{attention}'; joint passes need sdpa"
+    if model.attention == "sdpa":
+        return None
+    return f"attention implementation '{model.attention}'; joint passes need sdpa"
 
 
 def _disagreement(model: LanguageModel) -> str | None:

@@ -212,11 +212,15 @@ class LanguageModel:
         strange = set(self.windows) - ATTENTION_KINDS
         if strange:
             return f"layers of kind {sorted(strange)}, whose masks are not known here"
-        with turns_of(self.hf).plain():
-            attention = self.hf.config._attn_implementation
-        if attention not in MASKABLE:
-            return f"attention implementation '{attention}', which takes no 4-D mask (sdpa and eager do)"
+        if self.attention not in MASKABLE:
+            return f"attention implementation '{self.attention}', which takes no 4-D mask (sdpa and eager do)"
         return None
+
+    @property
+    def attention(self) -> str:
+        """The implementation of its own attention, also while another thread has it attend for several requests."""
+        with turns_of(self.hf).plain():
+            return str(self.hf.config._attn_implementation)
 
     @inference
     def forward(

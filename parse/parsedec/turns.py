@@ -54,11 +54,14 @@ _making = Lock()
 
 
 def turns_of(hf: nn.Module) -> Turns:
-    with _making:
-        return _turns.setdefault(hf, Turns())
+    """Made at the first forward, and found at all others."""
+    found = _turns.get(hf)
+    if found is None:
+        with _making:
+            found = _turns.setdefault(hf, Turns())
+    return found
 
 
 def share_turns(view: nn.Module, hf: nn.Module) -> None:
     """For a module that has layers of another: they take turns together."""
-    with _making:
-        _turns[view] = _turns.setdefault(hf, Turns())
+    _turns[view] = turns_of(hf)
