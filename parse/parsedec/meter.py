@@ -87,12 +87,14 @@ class Meter:
         return self._clock()
 
     @contextmanager
-    def span(self, phase: str) -> Iterator[None]:
-        start = self.now()
+    def span(self, phase: str, settled: bool = True) -> Iterator[None]:
+        """Count what is done inside; not `settled`: without waiting for what devices were asked for."""
+        now = self.now if settled else self._clock
+        start = now()
         try:
             yield
         finally:
-            self._phases[phase] += self.now() - start
+            self._phases[phase] += now() - start
 
     def timed(self, steps: Iterator[T], phase: str) -> Iterator[T]:
         """Pass `steps` on, counting the time inside them but not what their reader does between."""

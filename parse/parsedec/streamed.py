@@ -7,11 +7,11 @@ prefixes have passed is handed out at once.
 draft model   segment 1 | segment 2 | segment 3 | segment 4 |  stopped
 target                    judges 1    judges 2    judges 3: fails -> keeps 1 and 2, goes on from there
 
-What is decided does not depend on when: pass j judges the cuts [j * chunk, (j + 1) * chunk) and reads each row of the
-draft once. The pass that judges the complete draft decides exactly as the fused pass of outer=parse does. So both keep
-the same text under the same rule, unless outer=parse keeps a complete draft one of whose prefixes had failed: a draft
-that failed in an earlier pass than its last is never completed here. And `max_cuts` bounds the probes of a pass, not of
-a draft: cuts are not thinned, since how many will come is not known while they are judged.
+What is decided does not depend on when: a pass judges the next `chunk` cuts, however many more are known by then, and
+reads each row of the draft once. The pass that judges the complete draft decides exactly as the fused pass of
+outer=parse does. So both keep the same text under the same rule, unless outer=parse keeps a complete draft one of whose
+prefixes had failed: a draft that failed in an earlier pass than its last is never completed here. And `max_cuts` bounds
+the probes of a pass, not of a draft: cuts are not thinned, since how many will come is not known while they are judged.
 
 Sampled text does not depend on when either: every draft has a generator of its own (`Drafter`).
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import TracebackType
@@ -44,6 +44,12 @@ FINAL = (FirstFailure, Smoothed)  # rules that a later score cannot make change 
 ONE_MODEL = "judged in turn: target and draft model share one module, which two threads must not run at once"
 RECODED = "a draft was ended early: its text behind the judged part changed how that part is encoded for the target"
 
+FEW_SEGMENTS = 2  # what chunk=auto judges at a time where passes cost what their rows cost, or nobody waits for them
+# Rows from which the time of a pass on a GPU goes with its rows. With fewer it is that of reading the target's weights:
+# in bfloat16 they are as many as the device makes floating-point operations while it reads a byte, 150 on an A100, 180
+# on an H200, 230 on an H100, 290 on a B200 by their rates for matrices and memory.
+ENOUGH_ROWS = 256
+
 
 class Lane(Protocol):
     """Where judge passes run beside the draft model. Passes run one at a time, in the order they were handed in."""
@@ -59,6 +65,10 @@ class Lane(Protocol):
     def drafting(self) -> AbstractContextManager[None]:
         """What the draft model works in."""
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether the draft model stops while a pass runs."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -69,6 +79,8 @@ class Lane(Protocol):
 
 class InTurn:
     """The draft model stops while the judge works: what a CPU does best."""
+
+    in_turn = True
 
     def __init__(self) -> None:
         self._passes: list[Callable[[], None]] = []
@@ -100,12 +112,16 @@ class Beside:
 
     It is the draft model that moves to another stream: its session is made there and never leaves it. The target's
     cache was begun on the caller's stream, and memory that one stream has freed while another still reads it is handed
-    out again by the allocator.
+    out again by the allocator. The two streams wait for each other at the beginning and at the end alone: in between
+    the caller's holds the passes.
     """
+
+    in_turn = False
 
     def __init__(self, target: torch.device, draft: torch.device) -> None:
         self._streams = torch.cuda.current_stream(target) if target.type == "cuda" else None
-        self._draft = draft
+        self._callers = torch.cuda.current_stream(draft) if draft.type == "cuda" else None
+        self._own = _draft_stream(draft) if draft.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "parsedec-judge")
         self._passes: list[Future[None]] = []
 
@@ -119,24 +135,20 @@ class Beside:
         while self._passes:
             self._passes.pop(0).result()
 
-    @contextmanager
-    def drafting(self) -> Iterator[None]:
-        if self._draft.type != "cuda":
-            yield
-            return
-        own, callers = _draft_stream(self._draft), torch.cuda.current_stream(self._draft)
-        own.wait_stream(callers)
-        with torch.cuda.stream(own):
-            yield
-        callers.wait_stream(own)
+    def drafting(self) -> AbstractContextManager[None]:
+        return torch.cuda.stream(self._own) if self._own is not None else nullcontext()
 
     def __enter__(self) -> Self:
+        if self._own is not None and self._callers is not None:
+            self._own.wait_stream(self._callers)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._own is not None and self._callers is not None:
+            self._callers.wait_stream(self._own)
 
     def _run(self, judge_pass: Callable[[], None]) -> None:
         with torch.cuda.stream(self._streams) if self._streams is not None else nullcontext():
@@ -166,12 +178,15 @@ class Judging:
 
     `ready` and `rest` are called where the draft is written and make passes; each pass is a function to be called once,
     in the order they were made. A pass writes `scores`, `passes`, `failed` and `complete`, and nothing else does.
+
+    chunk, rows  segments and rows of which a pass has at least so many, the last one aside; `max_cuts` bounds it
     """
 
     judge: Judge
     segmenter: Segmenter
     boundary: BoundaryRule
     chunk: int
+    rows: int
     session: Session
     asked: Draft = field(default_factory=lambda: Draft((), "", (), ended=False))  # what the passes made so far read
     cuts: list[int] = field(default_factory=list)  # of all passes made so far
@@ -193,15 +208,24 @@ class Judging:
         return draft.tokens[: len(self.asked.tokens)] == self.asked.tokens
 
     def ready(self, draft: Draft) -> list[Callable[[], None]]:
-        """Passes for the full chunks of a draft still being written."""
+        """Full passes over a draft still being written."""
         new = sure_cuts(self.segmenter, draft)[len(self.cuts) :]
-        return [self._pass(draft, probes) for probes in self._chunks(new) if len(probes) == self.chunk]
+        passes = []
+        while full := self._full(new):
+            passes.append(self._pass(draft, new[:full]))
+            new = new[full:]
+        return passes
 
     def rest(self, draft: Draft) -> list[Callable[[], None]]:
         """Passes for what is left of a finished draft, the one that decides about the whole of it among them."""
         cuts = replace(self.segmenter, max_cuts=sys.maxsize).cuts(draft)
-        probes = self._chunks([cut for cut in cuts if cut > len(self.asked.tokens)])
-        return [self._pass(draft, chunk, last=chunk is probes[-1]) for chunk in probes]
+        new = [cut for cut in cuts if cut > len(self.asked.tokens)]
+        passes = []
+        while new:
+            count = self._full(new) or len(new)
+            passes.append(self._pass(draft, new[:count], last=count == len(new)))
+            new = new[count:]
+        return passes
 
     @property
     def stands(self) -> int:
@@ -209,8 +233,13 @@ class Judging:
         segments = self.boundary.keep(list(self.scores))  # a copy: a pass may be adding to it
         return self.cuts[segments - 1] if segments else 0
 
-    def _chunks(self, cuts: list[int]) -> list[list[int]]:
-        return [cuts[i : i + self.chunk] for i in range(0, len(cuts), self.chunk)]
+    def _full(self, cuts: Sequence[int]) -> int | None:
+        """How many of the next cuts make a full pass; None if all of them do not."""
+        for count, cut in enumerate(cuts, start=1):
+            rows = cut - len(self.asked.tokens) + count * self.judge.suffix_rows
+            if count == self.segmenter.max_cuts or (count >= self.chunk and rows >= self.rows):
+                return count
+        return None
 
     def _pass(self, draft: Draft, probes: list[int], last: bool = False) -> Callable[[], None]:
         n = probes[-1]
@@ -232,21 +261,21 @@ class Judging:
 class StreamedVerification(DraftVerification):
     """outer=parse_streamed: finished segments are judged while the draft model writes on.
 
-    chunk    segments per judge pass: fewer find an error sooner, more let the target read its weights less often
+    chunk    segments per judge pass: fewer find an error sooner, more let the target read its weights less often.
+             "auto": two, and on a GPU that also drafts as many as give the pass 256 rows: it takes no less with fewer
     overlap  "auto": drafting and judging at the same time unless the target is on the CPU; "always", "never"
 
     The boundary rule has to be one whose decision about a prefix no later score changes: first_failure or smoothed.
     """
 
-    chunk: int = 2
+    chunk: int | str = "auto"
     overlap: str = "auto"
 
     def __post_init__(self) -> None:
         DraftVerification.__post_init__(self)
-        if not 1 <= self.chunk <= self.segmenter.max_cuts:
-            raise ConfigError(
-                f"outer.chunk={self.chunk}; expected 1 to {self.segmenter.max_cuts}, the segmenter's max_cuts."
-            )
+        most = self.segmenter.max_cuts
+        if self.chunk != "auto" and not (type(self.chunk) is int and 1 <= self.chunk <= most):
+            raise ConfigError(f"outer.chunk={self.chunk!r}; expected auto, or 1 to {most}, the segmenter's max_cuts.")
         if self.overlap not in ("auto", "always", "never"):
             raise ConfigError(f"outer.overlap={self.overlap!r}; expected auto, always or never.")
         if not isinstance(self.boundary, FINAL):
@@ -257,18 +286,20 @@ class StreamedVerification(DraftVerification):
             )
 
     def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
-        meter, drafter = work.meter, drafter_of(work)
-        judging = Judging(self.judge, self.segmenter, self.boundary, self.chunk, work.target.session)
-        before = {phase: meter.seconds(phase) for phase in ("draft", "judge")}
+        drafter, lane = drafter_of(work), self._lane(work)
+        judging = Judging(self.judge, self.segmenter, self.boundary, *self._least(work, lane), work.target.session)
+        before = {phase: work.meter.seconds(phase) for phase in ("draft", "judge")}
+        # a boundary between phases would wait for the passes that are to run beside the draft model
+        span = partial(work.meter.span, settled=lane.in_turn)
         handed = 0  # tokens of the draft that are in the answer
-        with self._lane(work) as lane:
-            with meter.span("draft"), lane.drafting():
+        with lane:
+            with span("draft"), lane.drafting():
                 writing = drafter.begin(work.answer, limit)
             more = writing is not None
             while writing and more:
-                with meter.span("draft"), lane.drafting():
+                with span("draft"), lane.drafting():
                     more = self._write_on(writing, judging, lane)
-                with meter.span("judge"):
+                with span("judge"):
                     if not more:
                         lane.wait()
                         self._judge_rest(work, writing, judging, lane)
@@ -279,7 +310,7 @@ class StreamedVerification(DraftVerification):
                 if taken:
                     yield Author.DRAFT, taken
                 more = more and not judging.failed and work.answer.stop is None
-            with meter.span("judge"):
+            with work.meter.span("judge"):
                 lane.wait()
         yield from self._conclude(work, writing, judging, handed, facts, before)
 
@@ -345,6 +376,14 @@ class StreamedVerification(DraftVerification):
         self._count_draft(work, len(draft.tokens) + draft.ended, handed + len(taken), facts)
         if taken:
             yield Author.DRAFT, taken
+
+    def _least(self, work: Work, lane: Lane) -> tuple[int, int]:
+        """Segments and rows of a full pass."""
+        if isinstance(self.chunk, int):
+            return self.chunk, 0
+        target, draft = work.target.session.model.device, drafter_of(work).model.device
+        few = min(FEW_SEGMENTS, self.segmenter.max_cuts)
+        return few, ENOUGH_ROWS if target.type == "cuda" and (lane.in_turn or draft == target) else 0
 
     def _lane(self, work: Work) -> Lane:
         target, draft = work.target.session.model, drafter_of(work).model

@@ -22,8 +22,8 @@ SMALL = [
     "task.n=1", "task.words=6", "context=16", "nodes=8", "repeats=2", "judge_pass={draft:12,probes:4,suffix:6}",
     "long_pass={draft:40,probes:8,suffix:6}", "kernels=[sdpa,cascade]", "hf.max_new_tokens=3", "prepare=[target,draft]",
     *(f"~arms.{name}" for name in (
-        "parse_95", "parse_85", "parse_eagle3_85", "parse_both_85", "parse_both_60", "streamed_wide_100",
-        "parse_eagle3_10", "streamed_eagle3_10", "streamed_wide_eagle3_10")),
+        "parse_95", "parse_85", "parse_eagle3_85", "parse_both_85", "parse_both_60", "streamed_narrow_100",
+        "parse_eagle3_10", "streamed_eagle3_10", "streamed_narrow_eagle3_10")),
 ]  # fmt: skip
 
 

@@ -246,6 +246,54 @@ def test_more_cuts_than_max_cuts_are_all_judged(tiny_target, tiny_draft):
     assert done.judge_passes == 5
 
 
+# Size of passes
+
+
+@pytest.mark.parametrize(("rows", "most"), [(0, 32), (17, 32), (30, 32), (30, 3)])
+def test_passes_have_the_segments_and_rows_they_should(rows, most, monkeypatch):
+    """As soon as they have both, and never more segments than `max_cuts`; the last pass takes what is left."""
+    monkeypatch.setattr(Streamed, "_least", lambda self, work, lane: (2, rows))
+    target, draft = tiny.model("llama"), tiny.model("llama", seed=5, layers=2)
+    judge = tiny.ScriptedJudge(value=0.5)
+    suffix = judge.bind(target).suffix_rows
+    made, score = [], tiny.ScriptedJudge.score
+    monkeypatch.setattr(
+        tiny.ScriptedJudge,
+        "score",
+        lambda self, session, draft, cuts, probes: (
+            made.append(list(probes)) or score(self, session, draft, cuts, probes)
+        ),
+    )
+    segmenter = EveryTokens(delta=4, max_cuts=most)
+    answer(target, draft, Streamed, judge=judge, segmenter=segmenter, boundary=NEVER_WHOLE)
+    assert [cut for probes in made for cut in probes] == list(range(4, NEW + 1, 4))
+    segments = next(n for n in range(2, 12) if n * (4 + suffix) >= rows)
+    assert {len(probes) for probes in made[:-1]} == {min(segments, most)}
+    assert len(made[-1]) <= min(segments, most)
+
+
+@pytest.mark.parametrize(
+    ("devices", "in_turn", "chunk", "least"),
+    [
+        (("cpu", "cpu"), True, "auto", (2, 0)),
+        (("cuda:0", "cuda:0"), False, "auto", (2, 256)),
+        (("cuda:0", "cuda:0"), True, "auto", (2, 256)),
+        (("cuda:0", "cuda:1"), False, "auto", (2, 0)),
+        (("cuda:0", "cuda:1"), True, "auto", (2, 256)),
+        (("cuda:0", "cuda:0"), False, 3, (3, 0)),
+    ],
+)
+def test_passes_are_larger_where_small_ones_cost_as_much(devices, in_turn, chunk, least):
+    """A GPU reads all weights for few rows, too, and the draft model waits for that unless it has one of its own."""
+    target, draft = (SimpleNamespace(device=torch.device(name)) for name in devices)
+    work = SimpleNamespace(
+        target=SimpleNamespace(session=SimpleNamespace(model=target)), drafter=SimpleNamespace(model=draft)
+    )
+    assert Streamed(chunk=chunk)._least(work, SimpleNamespace(in_turn=in_turn)) == least
+    one = Streamed(segmenter=Lines(max_cuts=1))
+    assert one._least(work, SimpleNamespace(in_turn=in_turn))[0] == 1
+
+
 # Overlap
 
 
@@ -254,6 +302,8 @@ class Late:
 
     def __init__(self, seed):
         self.random, self.passes = random.Random(seed), []
+
+    in_turn = False
 
     def submit(self, judge_pass):
         self.passes.append(judge_pass)
@@ -449,8 +499,11 @@ def test_where_the_judge_runs(tiny_target, tiny_draft):
     ("settings", "message"),
     [
         ({"boundary": LongestValid()}, "boundary rule LongestValid.*first_failure"),
-        ({"chunk": 0}, "chunk=0; expected 1 to 32"),
-        ({"chunk": 5, "segmenter": Lines(max_cuts=4)}, "expected 1 to 4"),
+        ({"chunk": 0}, "chunk=0; expected auto, or 1 to 32"),
+        ({"chunk": "some"}, "chunk='some'; expected auto, or 1"),
+        ({"chunk": True}, "chunk=True; expected auto, or 1"),
+        ({"chunk": 2.0}, "chunk=2.0; expected auto, or 1"),
+        ({"chunk": 5, "segmenter": Lines(max_cuts=4)}, "expected auto, or 1 to 4"),
         ({"overlap": "sometimes"}, "auto, always or never"),
         ({"max_draft_tokens": 0}, "max_draft_tokens=0"),
     ],

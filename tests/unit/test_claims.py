@@ -123,12 +123,12 @@ def test_speed_ups_are_over_the_target_alone_with_the_ceiling_beside(record):
 
 def test_streamed_is_no_slower_if_the_interval_reaches_one_and_faster_if_all_of_it_does(record):
     walls = {"target": [9, 9], "parse_100": [1.0, 1.0], "streamed_100": [0.98, 1.1],
-             "parse_eagle3_10": [4, 4], "streamed_eagle3_10": [3.5, 3.9], "streamed_wide_eagle3_10": [3.9, 4.1],
+             "parse_eagle3_10": [4, 4], "streamed_eagle3_10": [3.5, 3.9], "streamed_narrow_eagle3_10": [3.9, 4.1],
              "parse_eagle3_85": [2, 2], "parse_both_85": [1, 1]}  # fmt: skip
     record = with_arms(record, *(arm(name, seconds) for name, seconds in walls.items()))
     verdicts = {claim.what.split()[0]: claim.holds for claim in claims.claims(record) if "in time" in claim.what}
-    assert verdicts == {"streamed_100": True, "streamed_wide_100": None, "streamed_eagle3_10": True,
-                        "streamed_wide_eagle3_10": False}  # fmt: skip
+    assert verdicts == {"streamed_100": True, "streamed_narrow_100": None, "streamed_eagle3_10": True,
+                        "streamed_narrow_eagle3_10": False}  # fmt: skip
     added = line(record, "parse_both_85 over parse_eagle3_85")
     assert (added.measured, added.holds, added.cells()[-1]) == ("2.00", None, "-")
 
