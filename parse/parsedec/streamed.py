@@ -20,23 +20,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from types import TracebackType
-from typing import Any, Protocol, Self
-
-import torch
+from functools import partial
+from typing import Any
 
 from parsedec.boundary import BoundaryRule, FirstFailure, Smoothed
 from parsedec.drafter import Writing
 from parsedec.errors import ConfigError
 from parsedec.judge import Judge, Scores, judged
+from parsedec.lanes import Beside, InTurn, Lane
 from parsedec.outer import DraftVerification, Work, Written, drafter_of
 from parsedec.segmenters import Segmenter
 from parsedec.session import Session
-from parsedec.static.graphs import own_stream
 from parsedec.text import Draft
 from parsedec.types import Author
 
@@ -45,120 +40,10 @@ ONE_MODEL = "judged in turn: target and draft model share one module, which two 
 RECODED = "a draft was ended early: its text behind the judged part changed how that part is encoded for the target"
 
 FEW_SEGMENTS = 2  # what chunk=auto judges at a time where passes cost what their rows cost, or nobody waits for them
-# Rows from which the time of a pass on a GPU goes with its rows. With fewer it is that of reading the target's weights:
-# in bfloat16 they are as many as the device makes floating-point operations while it reads a byte, 150 on an A100, 180
-# on an H200, 230 on an H100, 290 on a B200 by their rates for matrices and memory.
+# Rows from which about the time of a pass on a GPU goes with its rows. With fewer it is that of reading the target's
+# weights: in bfloat16 they are as many as the device makes floating-point operations while it reads a byte, by data
+# sheets 150 on an A100, 205 on an H200, 280 on a B200, 295 on an H100.
 ENOUGH_ROWS = 256
-
-
-class Lane(Protocol):
-    """Where judge passes run beside the draft model. Passes run one at a time, in the order they were handed in."""
-
-    def submit(self, judge_pass: Callable[[], None]) -> None: ...
-
-    def waits(self) -> bool:
-        """Whether the draft model has to wait for the judge now."""
-
-    def wait(self) -> None:
-        """Until all passes are done; raises what one of them raised."""
-
-    def drafting(self) -> AbstractContextManager[None]:
-        """What the draft model works in."""
-
-    @property
-    def in_turn(self) -> bool:
-        """Whether the draft model stops while a pass runs."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """No pass runs any more afterwards."""
-
-
-class InTurn:
-    """The draft model stops while the judge works: what a CPU does best."""
-
-    in_turn = True
-
-    def __init__(self) -> None:
-        self._passes: list[Callable[[], None]] = []
-
-    def submit(self, judge_pass: Callable[[], None]) -> None:
-        self._passes.append(judge_pass)
-
-    def waits(self) -> bool:
-        return bool(self._passes)
-
-    def wait(self) -> None:
-        while self._passes:
-            self._passes.pop(0)()
-
-    def drafting(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._passes.clear()
-
-
-class Beside:
-    """The judge works in a thread of its own, and on CUDA the draft model on a stream of its own.
-
-    It is the draft model that moves to another stream: its session is made there and never leaves it. The target's
-    cache was begun on the caller's stream, and memory that one stream has freed while another still reads it is handed
-    out again by the allocator. The two streams wait for each other at the beginning and at the end alone: in between
-    the caller's holds the passes.
-    """
-
-    in_turn = False
-
-    def __init__(self, target: torch.device, draft: torch.device) -> None:
-        self._streams = torch.cuda.current_stream(target) if target.type == "cuda" else None
-        self._callers = torch.cuda.current_stream(draft) if draft.type == "cuda" else None
-        self._own = _draft_stream(draft) if draft.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(1, "parsedec-judge")
-        self._passes: list[Future[None]] = []
-
-    def submit(self, judge_pass: Callable[[], None]) -> None:
-        self._passes.append(self._pool.submit(self._run, judge_pass))
-
-    def waits(self) -> bool:
-        return any(judge_pass.done() and judge_pass.exception() for judge_pass in self._passes)
-
-    def wait(self) -> None:
-        while self._passes:
-            self._passes.pop(0).result()
-
-    def drafting(self) -> AbstractContextManager[None]:
-        return torch.cuda.stream(self._own) if self._own is not None else nullcontext()
-
-    def __enter__(self) -> Self:
-        if self._own is not None and self._callers is not None:
-            self._own.wait_stream(self._callers)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._own is not None and self._callers is not None:
-            self._callers.wait_stream(self._own)
-
-    def _run(self, judge_pass: Callable[[], None]) -> None:
-        with torch.cuda.stream(self._streams) if self._streams is not None else nullcontext():
-            judge_pass()
-
-
-@cache
-def _draft_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all requests: what a draft model's session frees is then only ever handed out to draft models."""
-    return own_stream(device)
 
 
 def sure_cuts(segmenter: Segmenter, draft: Draft) -> list[int]:

@@ -25,12 +25,13 @@ from parsedec.boundary import FirstFailure, LongestValid, Smoothed
 from parsedec.errors import ConfigError, JudgeError
 from parsedec.gate import Adaptive, Never
 from parsedec.inner import Decoder
+from parsedec.lanes import Beside
 from parsedec.loop import Once, Rounds
 from parsedec.model import LanguageModel
 from parsedec.sampling import request_generator
 from parsedec.segmenters import EveryTokens, Lines
 from parsedec.session import Session
-from parsedec.streamed import ONE_MODEL, RECODED, Beside, StreamedVerification
+from parsedec.streamed import ONE_MODEL, RECODED, StreamedVerification
 from parsedec.types import Author, JudgePath, Sampling
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.ngram import Ngram

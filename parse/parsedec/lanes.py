@@ -1,0 +1,124 @@
+"""Where judge passes run while a draft is written (`streamed`): when the draft model stops, or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from parsedec.static.graphs import own_stream
+
+
+class Lane(Protocol):
+    """Where judge passes run beside the draft model. Passes run one at a time, in the order they were handed in."""
+
+    def submit(self, judge_pass: Callable[[], None]) -> None: ...
+
+    def waits(self) -> bool:
+        """Whether the draft model has to wait for the judge now."""
+
+    def wait(self) -> None:
+        """Until all passes are done; raises what one of them raised."""
+
+    def drafting(self) -> AbstractContextManager[None]:
+        """What the draft model works in."""
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether the draft model stops while a pass runs."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """No pass runs any more afterwards."""
+
+
+class InTurn:
+    """The draft model stops while the judge works: what a CPU does best."""
+
+    in_turn = True
+
+    def __init__(self) -> None:
+        self._passes: list[Callable[[], None]] = []
+
+    def submit(self, judge_pass: Callable[[], None]) -> None:
+        self._passes.append(judge_pass)
+
+    def waits(self) -> bool:
+        return bool(self._passes)
+
+    def wait(self) -> None:
+        while self._passes:
+            self._passes.pop(0)()
+
+    def drafting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._passes.clear()
+
+
+class Beside:
+    """The judge works in a thread of its own, and on CUDA the draft model on a stream of its own.
+
+    It is the draft model that moves to another stream: its session is made there and never leaves it. The target's
+    cache was begun on the caller's stream, and memory that one stream has freed while another still reads it is handed
+    out again by the allocator. The two streams wait for each other at the beginning and at the end alone: in between
+    the caller's holds the passes.
+    """
+
+    in_turn = False
+
+    def __init__(self, target: torch.device, draft: torch.device) -> None:
+        self._streams = torch.cuda.current_stream(target) if target.type == "cuda" else None
+        self._callers = torch.cuda.current_stream(draft) if draft.type == "cuda" else None
+        self._own = _draft_stream(draft) if draft.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(1, "parsedec-judge")
+        self._passes: list[Future[None]] = []
+
+    def submit(self, judge_pass: Callable[[], None]) -> None:
+        self._passes.append(self._pool.submit(self._run, judge_pass))
+
+    def waits(self) -> bool:
+        return any(judge_pass.done() and judge_pass.exception() for judge_pass in self._passes)
+
+    def wait(self) -> None:
+        while self._passes:
+            self._passes.pop(0).result()
+
+    def drafting(self) -> AbstractContextManager[None]:
+        return torch.cuda.stream(self._own) if self._own is not None else nullcontext()
+
+    def __enter__(self) -> Self:
+        if self._own is not None and self._callers is not None:
+            self._own.wait_stream(self._callers)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._own is not None and self._callers is not None:
+            self._callers.wait_stream(self._own)
+
+    def _run(self, judge_pass: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._streams) if self._streams is not None else nullcontext():
+            judge_pass()
+
+
+@cache
+def _draft_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all requests: what a draft model's session frees is then only ever handed out to draft models."""
+    return own_stream(device)
