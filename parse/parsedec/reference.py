@@ -10,17 +10,21 @@ from torch import Tensor
 from parsedec.model import LanguageModel
 from parsedec.turns import turns_of
 
-# Largest error of a right computation, in standard deviations of the logits. Rounding is far below that in float32. In
-# bfloat16 it grows with depth: 64 random layers of Qwen3 32B, two kernels of the same attention, reached 0.35. A mask
-# or cache that is not honoured is off by one and more.
-HALF = 0.6
-ROUNDING = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: HALF, torch.float16: HALF}
+# Error of a right computation, in standard deviations of the logits: the largest one where rounding is nearly nothing.
+EXACT = {torch.float64: 0.01, torch.float32: 0.01}
+# In half precision it grows with depth, and the largest of 150,000 is a matter of luck (0.2 to 0.5 behind 64 random
+# layers), so a row's root mean square is what is looked at: 0.05 to 0.11 there, and 1.2 and more where a cache has lost
+# one of nine tokens.
+HALF = 0.3
 
 
 def excess(model: LanguageModel, ours: Tensor, plain: Tensor) -> float | None:
-    """Largest difference of two computations of the same logits, if it is more than rounding explains."""
-    ours, plain = ours.float(), plain.float()
-    error, allowed = float((ours - plain).abs().max()), ROUNDING.get(model.dtype, HALF) * float(plain.std())
+    """Difference of two computations of the same logits [.., V], if it is more than rounding explains."""
+    difference, spread = ours.float() - plain.float(), float(plain.float().std())
+    if model.dtype in EXACT:
+        error, allowed = float(difference.abs().max()), EXACT[model.dtype] * spread
+    else:
+        error, allowed = float(difference.square().mean(-1).sqrt().max()), HALF * spread
     return None if error <= allowed else error
 
 
