@@ -15,7 +15,7 @@ from parsedec import Parse, Sampling, TargetOnly
 from parsedec.sampling import Sampler, request_generator
 from parsedec.session import Session
 from parsedec.types import Outcome, Seen
-from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.eagle3 import Eagle3, tree
 from parsedec_adapters.eagle3.graphed import drafting_of
 
 GREEDY = Sampler(Sampling())
@@ -238,3 +238,16 @@ def test_another_dtype_is_another_head():
     assert drafting_of(doubled.head).stock.take(1, head).outputs.dtype == torch.float64
     overridden = Eagle3(head=head, rope_theta=77.0).bind(target, None)
     assert drafting_of(overridden.head) is not drafting_of(inner.head)
+
+
+@pytest.mark.parametrize(
+    ("width", "top_k", "parts"), [(640, 10, 64), (640, 11, 64), (641, 3, 64), (96, 3, 4), (96, 3, 1)]
+)
+def test_the_likeliest_of_parts_are_the_likeliest(width, top_k, parts):
+    """Also where the parts hold as few as are wanted, fewer, or are not of one size."""
+    for rows in (1, 10):
+        scores = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(width)).log_softmax(-1)
+        best, ids = tree.likeliest(scores, top_k, parts)
+        expected = scores.topk(top_k)
+        assert torch.equal(best, expected.values)
+        assert torch.equal(ids, expected.indices)

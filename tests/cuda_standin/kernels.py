@@ -24,7 +24,7 @@ def install():
         _library.impl(name, call, "CUDA")
     sys.modules["parsedec.static.kernels"] = ours = ModuleType("parsedec.static.kernels")
     ours.FAILS = ()
-    for call in (normed, gated, placed, seen, together):
+    for call in (normed, gated, placed, seen, together, probed):
         setattr(ours, call.__name__, On(call))
 
 
@@ -188,3 +188,26 @@ def together(grid, out, weight, whole, pieces, heads, size, most):
     assert most >= pieces == len(out) == len(weight)
     share = weight.view(pieces, heads).softmax(0)[..., None]
     whole.view(heads, size).copy_((share * out.view(pieces, heads, size)).sum(0))
+
+
+def probed(
+    grid, q, k, v, text, text_weight, out, row_stride, head_stride, weight_row_stride, weight_head_stride,
+    scale, heads, group, size, suffix, tile, columns, exact,
+):  # fmt: skip
+    tiles, shared, probes = grid
+    assert tiles * tile >= suffix * group > (tiles - 1) * tile
+    assert columns >= suffix
+    assert len(q) == probes * suffix
+    assert shared * group == heads == q.shape[1]
+    assert k.stride() == v.stride() == (row_stride, head_stride, 1)
+    assert text_weight.stride() == (weight_row_stride, weight_head_stride)
+    assert all(x.is_contiguous() for x in (q, text, out))
+    queries = q.float().view(probes, suffix, shared, group, size).permute(0, 2, 3, 1, 4)  # [K, G, g, S, d]
+    keys, values = (x.float().view(probes, suffix, shared, 1, size).permute(0, 2, 3, 1, 4) for x in (k, v))
+    found = scores(queries, keys, scale, True)
+    seen_text, weighs = (
+        x.float().view(probes, suffix, group, shared, -1).permute(0, 3, 2, 1, 4) for x in (text, text_weight[..., None])
+    )
+    share = torch.cat([found, weighs], -1).softmax(-1)  # the text last
+    made = share[..., :-1] @ values + share[..., -1:] * seen_text
+    out.copy_(made.permute(0, 3, 1, 2, 4).reshape(out.shape))

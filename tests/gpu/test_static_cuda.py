@@ -73,14 +73,18 @@ def test_judge_pass_equals_the_cpu(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["sdpa", "cascade", "flex"])
-def test_judge_kernels_equal_an_exact_forward(name, dtype):
+def test_judge_kernels_equal_an_exact_forward(name, dtype, monkeypatch):
     """Long enough for several pages, squares and groups. In bfloat16 relative to what a plain forward costs."""
+    from parsedec.static import fused
+
     exact = dataclasses.replace(tiny.model("qwen3"), context_limit=1 << 20)
     ids = torch.randint(5, tiny.VOCAB, (700,), generator=torch.Generator().manual_seed(0)).tolist()
     suffix, cuts = [1, 2, 7, 3], list(range(20, 681, 20))
     hf = copy.deepcopy(exact.hf).to("cuda", dtype)
     session = open_session(dataclasses.replace(exact, hf=hf, backend="static", judge_kernel=name))
     session.feed(ids[:20])
+    joined, probed = [], fused.probed
+    monkeypatch.setattr(fused, "probed", lambda *arguments: joined.append(1) or probed(*arguments))
     ours = session.judge(ids[20:], cuts, suffix).probe_logits.cpu()
     with torch.inference_mode():
         texts = [torch.tensor([[*ids[: 20 + cut], *suffix]]) for cut in cuts]
@@ -88,6 +92,8 @@ def test_judge_kernels_equal_an_exact_forward(name, dtype):
         plain = torch.cat([hf(input_ids=text.cuda(), use_cache=False).logits[0, -1:].float().cpu() for text in texts])
     allowed = 1e-3 if dtype is torch.float32 else 2 * float((plain - expected).abs().max())
     assert float((ours - expected).abs().max()) <= allowed
+    flash = name == "cascade" and dtype is torch.bfloat16
+    assert len(joined) >= exact.num_layers if flash else not joined, "our kernel finishes what flash attention began"
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["right_guesses", "wrong_guesses"])

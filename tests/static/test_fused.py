@@ -121,6 +121,34 @@ def test_a_tree_of_rows_sees_what_its_mask_shows(heads, rows, columns, programs,
     torch.testing.assert_close(made.double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("suffix", [1, 5, 24, 33])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_rows_of_probes_see_the_text_and_themselves(heads, suffix, dtype):
+    """As one softmax over both: the text in a part of its own, with the logarithm of what it weighs."""
+    (queries, shared, size), probes, columns, scale = heads, 3, 40, heads[2] ** -0.5
+    group, rows = queries // shared, probes * suffix
+    q = numbers(rows, queries, size, dtype=dtype)
+    k, v = numbers(2, shared, rows, size, dtype=dtype, seed=1).transpose(1, 2)  # as `placed` leaves them
+    keys, values = numbers(2, columns, shared, size, dtype=dtype, seed=2)
+    packed = q.view(rows, shared, group, size).transpose(1, 2).reshape(rows * group, shared, size)
+    scores = torch.einsum("rgd,tgd->grt", packed.double(), keys.double()) * scale
+    text = torch.einsum("grt,tgd->rgd", scores.softmax(-1), values.double()).to(dtype).contiguous()
+    weight = scores.logsumexp(-1).float().t()  # as flash attention gives it
+
+    every = torch.full((suffix, suffix), -torch.inf, dtype=torch.float64, device=DEVICE).triu(1)
+    expected = []
+    for probe in range(probes):
+        own = slice(probe * suffix, (probe + 1) * suffix)
+        both = [torch.cat(parts).double().transpose(0, 1) for parts in ((keys, k[own]), (values, v[own]))]
+        mask = torch.cat([every.new_zeros(suffix, columns), every], 1)
+        expected.append(attention(q[own].double(), *(x[None] for x in both), mask, False, scale))
+    whole = numbers(2 + rows, queries, size, dtype=dtype)  # behind the rows of the draft
+    fused.probed(q, k, v, text, weight, whole[2:], suffix, scale)
+    torch.testing.assert_close(whole[2:].flatten(1).double(), torch.cat(expected), atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    assert torch.equal(whole[:2], numbers(2 + rows, queries, size, dtype=dtype)[:2])
+
+
 def test_as_many_pieces_as_keep_a_gpu_busy(monkeypatch):
     grids = []
 
@@ -154,7 +182,14 @@ def test_what_they_are_not_made_for_is_left_to_torch(dtype, size):
     assert not fused.right(DEVICE, dtype, 4, 2, size, 64, True)
 
 
-OUTPUTS = {"normed": [4], "gated": [1], "placed": [1], "seen": [3, 4], "together": [2]}  # which arguments they are
+OUTPUTS = {
+    "normed": [4],
+    "gated": [1],
+    "placed": [1],
+    "seen": [3, 4],
+    "together": [2],
+    "probed": [5],
+}  # which arguments they are
 
 
 @pytest.mark.parametrize("broken", OUTPUTS)

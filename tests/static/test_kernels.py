@@ -73,6 +73,12 @@ for capability in (80, 90):
         made["together"] = compiled(
             kernels.together, capability,
             dict(out="*fp32", weight="*fp32", whole="*" + kind, pieces="i32", heads="i32"), dict(SIZE=size, PIECES=16))
+        made["probed"] = compiled(
+            kernels.probed, capability,
+            dict(q="*" + kind, k="*" + kind, v="*" + kind, text="*" + kind, text_weight="*fp32", out="*" + kind,
+                 row_stride="i32", head_stride="i32", weight_row_stride="i32", weight_head_stride="i32"),
+            dict(SCALE=0.1, HEADS=heads, GROUP=heads // shared, SIZE=size, SUFFIX=24, TILE=tiles[-1], COLUMNS=32,
+                 EXACT=kind == "fp32"))
         found += [(capability, kind, name, one.metadata.shared, local(one)) for name, one in made.items()]
 print(json.dumps(found))
 """
@@ -89,7 +95,7 @@ def test_they_compile_for_gpus_and_fit(heads):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
-    assert len(found) == 2 * (7 + 5 + 5)
+    assert len(found) == 2 * (8 + 6 + 6)
     for capability, kind, name, shared, spilt in found:
         assert shared <= SHARED_BYTES[capability], (capability, kind, name, shared)
         assert spilt <= SPILT_BYTES, (capability, kind, name, spilt)

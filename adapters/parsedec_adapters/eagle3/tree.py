@@ -22,6 +22,9 @@ from parsedec_adapters.eagle3.head import Cache, EagleHead
 from parsedec_adapters.eagle3.rotation import CosSin
 from parsedec_adapters.eagle3.rows import Store, Window
 
+WIDE = 20_000  # numbers in a row of which torch's topk on CUDA is some twenty kernels, each soon over
+PARTS = 64  # of such a row, each a selection of one kernel; what public vocabularies can be divided by
+
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
@@ -105,8 +108,20 @@ def grow(head: EagleHead, ground: Ground, levels: int, top_k: int) -> Pool:
 
 def _best(head: EagleHead, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities and target ids of the likeliest tokens by logits [1, n, W]: [1, n, K] each."""
-    best, ids = logits.log_softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    scores = logits.log_softmax(-1, dtype=torch.float32)
+    parted = scores.device.type == "cuda" and scores.shape[-1] >= WIDE
+    best, ids = likeliest(scores, top_k, PARTS if parted else 1)
     return best, ids if head.d2t is None else head.target_ids(ids)
+
+
+def likeliest(scores: Tensor, top_k: int, parts: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(top_k)` of [1, n, W], by way of the likeliest of each part; equal ones may come in another order."""
+    n, width = scores.shape[-2:]
+    if parts == 1 or width % parts or width // parts < top_k:
+        return scores.topk(top_k)
+    best, places = scores.view(1, n, parts, -1).topk(top_k, sorted=False)  # [1, n, parts, K]
+    best, chosen = best.flatten(2).topk(top_k)
+    return best, places.flatten(2).gather(2, chosen).add_(chosen // top_k, alpha=width // parts)
 
 
 def select(root: int, pool: Pool, top_k: int, size: int, *, depth_first: bool = False) -> Drafted:

@@ -141,6 +141,17 @@ def merged(parts: Sequence[Part]) -> Tensor:
     return total.to(parts[0][0].dtype)
 
 
+def joined(q: Tensor, k: Tensor, v: Tensor, text: Part, suffix: int, scale: float) -> Tensor:
+    """Rows of probes q [R, A, d] against their own k and v [R, G, d], with what they have seen of the text: [R, A, d].
+
+    text  [R * g, G, d] and [R * g, G], as `_packed` rows
+    """
+    out, weight = _own(q, k, v, suffix, scale)
+    own = out.permute(2, 0, 1, 3).flatten(1, 2), weight.permute(2, 0, 1).flatten(1, 2)  # [R, A, d], [R, A]
+    group = q.shape[1] // k.shape[1]
+    return merged([(_unpacked(text[0], group), _unpacked(text[1], group)), own])
+
+
 @dataclass(frozen=True, slots=True)
 class Pages:
     """A block for flash attention with sequences of their own length (torch.nn.attention.varlen), on CUDA.
@@ -153,6 +164,7 @@ class Pages:
     used            [K] int32, columns each probe sees
     starts          [K + 1] int32, where the rows of each probe begin;  first  [K + 1] zeros
     draft_rows, draft_columns   [2] int32, of the one sequence the draft is
+    quick           the module `fused`, if its kernels are to do what flash attention leaves
     """
 
     states: Tensor
@@ -166,9 +178,12 @@ class Pages:
     text: int
     longest: int
     suffix: int
+    quick: Any = None
 
     @classmethod
-    def of(cls, states: Tensor, before: int, drafted: int, cuts: Sequence[int], suffix: int) -> Pages:
+    def of(
+        cls, states: Tensor, before: int, drafted: int, cuts: Sequence[int], suffix: int, quick: Any = None
+    ) -> Pages:
         device, longest = states.device, max(cuts, default=0)
         pages = torch.arange(-(-longest // PAGE), dtype=torch.int32)
 
@@ -187,6 +202,7 @@ class Pages:
             text=before + drafted,
             longest=longest,
             suffix=suffix,
+            quick=quick if quick is not None and suffix <= quick.LONGEST else None,
         )
 
     def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -204,10 +220,13 @@ class Pages:
             # probe alone would leave most of a tile of 128 rows empty, once for every head.
             heads, group = k.shape[1], q.shape[1] // k.shape[1]
             packed, starts, sizes = _packed(q[n:], heads), self.starts * group, (self.suffix * group, self.longest)
-            shared = _flash(packed, keys, values, starts, first, sizes, scale, used=self.used, table=table)
-            sizes = self.suffix, self.suffix
-            own = _flash(q[n:], k[n:], v[n:], self.starts, self.starts, sizes, scale, causal=True)
-            out[n:] = merged([(_unpacked(shared[0], group), _unpacked(shared[1], group)), own])
+            text = _flash(packed, keys, values, starts, first, sizes, scale, used=self.used, table=table)
+            if self.quick is not None:
+                self.quick.probed(q[n:], k[n:], v[n:], *text, out[n:], self.suffix, scale)
+            else:
+                sizes = self.suffix, self.suffix
+                own = _flash(q[n:], k[n:], v[n:], self.starts, self.starts, sizes, scale, causal=True)
+                out[n:] = merged([(_unpacked(text[0], group), _unpacked(text[1], group)), own])
         return out.flatten(1)
 
 

@@ -1,14 +1,16 @@
 """What stands between the matrix products of a layer on CUDA, by few kernels in Triton.
 
-Torch's own are three times as many, and of a decode step each is over before the device is busy. Here
+Torch's own are three times as many, and of a decode step each is over before the device is busy; of a judge pass they
+take what they give to memory and back. Here
 
     normed    adds what the product before gave, and norms the sum
     placed    norms and turns queries and keys, and puts keys and values where they belong
     seen      reads the columns of a decode step, in pieces side by side (Flash-Decoding, Dao et al. 2023)
+    probed    lets the rows of probes see their own probe, and joins what they have seen of the text
     gated     is the activation and the product inside the MLP
 
 Shapes in this file:  R rows, T columns, H hidden, I inside the MLP, A query heads, G key and value heads, g = A / G,
-d head size, P pieces.
+d head size, P pieces, K probes, S rows of each.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from parsedec.static import kernels
+from parsedec.static import cascade, kernels
 from parsedec.static.attention import Bucket, agrees, attention, hidden
 from parsedec.static.memory import bucket
 from parsedec.static.network import Angles, turned
@@ -32,6 +34,7 @@ COLUMNS = 64  # that a program reads at a time
 PROGRAMS = 264  # about as many keep a GPU busy
 MOST = 32  # pieces
 WIDTH = 1024  # of the MLP that a program computes
+LONGEST = 128  # rows of a probe, which a program reads at a time
 
 
 class FusedRows(Bucket):
@@ -111,6 +114,25 @@ def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float, programs: int = 
     return whole
 
 
+def probed(
+    q: Tensor, k: Tensor, v: Tensor, text: Tensor, weight: Tensor, out: Tensor, suffix: int, scale: float
+) -> None:
+    """What rows of probes q [K * S, A, d] see of their own keys and values [K * S, G, d] up to themselves, and have
+    seen of the text, to `out` [K * S, A, d].
+
+    text  [K * S * g, G, d], each head of a group a row of its own;  weight  [K * S * g, G] its scores' log-sum-exp
+    """
+    (rows, heads, size), shared = q.shape, k.shape[1]
+    assert k.stride() == v.stride()
+    assert all(x.is_contiguous() for x in (q, text, out))
+    group = heads // shared
+    tile = min(MOST_TILE[q.dtype], bucket(suffix * group, LEAST_TILE))
+    kernels.probed[(_parts(suffix * group, tile), shared, rows // suffix)](
+        q, k, v, text, weight, out, k.stride(0), k.stride(1), weight.stride(0), weight.stride(1),
+        scale, heads, group, size, suffix, tile, bucket(suffix, LEAST_TILE), q.dtype == torch.float32,
+    )  # fmt: skip
+
+
 def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
 
@@ -122,11 +144,12 @@ def right(
     """Whether the kernels give what torch's give for such a model on this device; tried once, on random numbers.
 
     Heads of a few rows, with slots and without; a decode step in two pieces of several blocks, the last one not whole;
-    a tree in as many pieces as blocks; and as many rows as a step has, in one piece.
+    a tree in as many pieces as blocks; as many rows as a step has, in one piece; and probes.
     """
     if dtype not in MOST_TILE or size not in SIZES:
         return False
-    rows, columns, scale, generator = 5, 5 * COLUMNS + 24, size**-0.5, torch.Generator().manual_seed(0)
+    rows, suffix, columns, scale = 5, 21, 5 * COLUMNS + 24, size**-0.5
+    generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -147,12 +170,17 @@ def right(
     angle = torch.arange(rows * size, device=device).view(rows, 1, size)
     angles, slots = (angle.cos().to(dtype), angle.sin().to(dtype)), torch.arange(7, 7 + rows, device=device)
     reads = [(numbers(n, heads, size), tree(n), programs) for n, programs in ((1, 2 * shared), (5, PROGRAMS), (64, 1))]
+    probes, own, group = numbers(3 * suffix, heads, size), numbers(2, shared, 3 * suffix, size), heads // shared
+    own_k, own_v = own.transpose(1, 2)
+    text = numbers(3 * suffix * group, shared, size), numbers(shared, 3 * suffix * group).float().t()
 
     def ours() -> Tensor:
         own, tight = states.clone(), states.new_empty(2, 1, shared, rows, size)
         made = [placed(product, norms, angles, own, slots), own, placed(product, norms, angles, tight, None), tight]
         made += [*normed(x, more, before), *normed(x, None, before), gated(both)]
         made += [seen(q, states, mask, scale, programs) for q, mask, programs in reads]
+        made.append(torch.empty_like(probes))
+        probed(probes, own_k, own_v, *text, made[-1], suffix, scale)
         return torch.cat([part.flatten() for part in made])
 
     def torchs() -> Tensor:
@@ -163,6 +191,7 @@ def right(
         own, (gate, up) = states.clone().index_copy_(3, slots, tight), both.chunk(2, -1)
         made = [q, own, q, tight, x + more, before(x + more), x, before(x), silu(gate) * up]
         made += [attention(q, states[0], states[1], mask, False, scale) for q, mask, _ in reads]
+        made.append(cascade.joined(probes, own_k, own_v, text, suffix, scale))
         return torch.cat([part.flatten() for part in made])
 
     return agrees("the static backend runs without kernels of its own", ours, torchs, kernels.FAILS)

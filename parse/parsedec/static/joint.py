@@ -65,7 +65,9 @@ class StaticPass:
         )
 
     def attention(self) -> Attend:
-        return attention_behind(self.lease, self.rows, self.allowed, self.block, self.session.model.judge_kernel)
+        session = self.session
+        wanted = session.model.judge_kernel
+        return attention_behind(session.network, self.lease, self.rows, self.allowed, self.block, wanted)
 
     def kept(self) -> Tensor:
         """The rows whose logits are wanted."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from parsedec.static import cascade, flex
 from parsedec.static.attention import Rows, additive, attention, rows_behind
 from parsedec.static.memory import Buffers, Lease
-from parsedec.static.network import Attend
+from parsedec.static.network import Attend, Network
 
 # kernel=auto: cascade for blocks with more text than this behind them, by device and by flash attention
 CASCADE_COLUMNS = {"cpu": 1024, "cuda": 2048}
@@ -78,7 +79,7 @@ class Block:
 class CascadeRows:
     """The rows of a block, written behind its columns: what they share is read once for all of them."""
 
-    def __init__(self, buffers: Buffers, block: Block, scale: float) -> None:
+    def __init__(self, buffers: Buffers, block: Block, scale: float, quick: Any = None) -> None:
         self._block, self._scale = block, scale
         self._slots = buffers.columns(block.before, block.rows)
         self._text = buffers.columns(0, block.text)
@@ -88,7 +89,8 @@ class CascadeRows:
         self._pages: cascade.Pages | None = None
         self._stairs: list[cascade.Stair] = []
         if self._fused:
-            self._pages = cascade.Pages.of(buffers.states, block.before, block.drafted, block.cuts, block.suffix)
+            rows = block.before, block.drafted, block.cuts, block.suffix
+            self._pages = cascade.Pages.of(buffers.states, *rows, quick)
             return
         if block.drafted:
             draft = Block(block.before, block.drafted, (), 1)
@@ -124,17 +126,24 @@ KERNELS: dict[str, Callable[[Buffers, Block, float], Attend]] = {
 }
 
 
-def kernel(wanted: str, buffers: Buffers, block: Block, scale: float) -> Attend:
-    """Attention of a block by the kernel `wanted`; "auto": by the length of what the probes share, and the device."""
+def kernel(wanted: str, buffers: Buffers, block: Block, scale: float, quick: Any = None) -> Attend:
+    """Attention of a block by the kernel `wanted`; "auto": by the length of what the probes share, and the device.
+
+    quick  the module `fused`, where its kernels serve the model
+    """
     if wanted == "auto":
         flash = cascade.fused_for(buffers, block.suffix)
         least = FLASH_COLUMNS if flash else CASCADE_COLUMNS[buffers.states.device.type]
         wanted = "cascade" if block.text > least else "sdpa"
+    if wanted == "cascade":
+        return CascadeRows(buffers, block, scale, quick)
     return KERNELS[wanted](buffers, block, scale)
 
 
-def attention_behind(lease: Lease, rows: int, allowed: Tensor | None, block: Block | None, wanted: str) -> Attend:
+def attention_behind(
+    network: Network, lease: Lease, rows: int, allowed: Tensor | None, block: Block | None, wanted: str
+) -> Attend:
     """The attention of so many rows behind those of a lease: those of a judge pass's `block`, or else `allowed`."""
     if block is None:
         return rows_behind(lease, rows, allowed)
-    return kernel(wanted, lease.writable(rows), block, lease.pool.weights.scale)
+    return kernel(wanted, lease.writable(rows), block, network.weights.scale, network.kernels)

@@ -142,3 +142,41 @@ def together(out, weight, whole, pieces, heads, SIZE: tl.constexpr, PIECES: tl.c
     share /= tl.sum(share, 0)
     part = tl.load(out + place[:, None] * SIZE + at[None, :], mask=there[:, None], other=0.0)
     tl.store(whole + head * SIZE + at, tl.sum(share[:, None] * part, 0).to(whole.dtype.element_ty))
+
+
+@triton.jit
+def probed(
+    q, k, v, text, text_weight, out, row_stride, head_stride, weight_row_stride, weight_head_stride,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SUFFIX: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of a probe's rows, each head of a group a row of its own: what they see of the probe up to themselves,
+    averaged with what they have seen of the text.
+
+    q, out  [R, A, d], and k, v [R, G, d], SUFFIX rows for each probe;  text  [R * g, G, d] averages of values;
+    text_weight  [R * g, G] the logarithms of what they weigh
+    """
+    tile, shared, probe = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    each = tile * TILE + tl.arange(0, TILE)
+    row, head = each // GROUP, shared * GROUP + each % GROUP
+    there = row < SUFFIX
+    at, column = tl.arange(0, SIZE), tl.arange(0, COLUMNS)
+    place = ((probe * SUFFIX + row) * HEADS + head)[:, None] * SIZE + at[None, :]
+    query = tl.load(q + place, mask=there[:, None], other=0.0)
+    cells = (probe * SUFFIX + column)[:, None] * row_stride + shared * head_stride + at[None, :]
+    inside = (column < SUFFIX)[:, None]
+    key = tl.load(k + cells, mask=inside, other=0.0)
+    score = tl.dot(query, tl.trans(key), input_precision="ieee" if EXACT else "tf32") * SCALE
+    score = tl.where(column[None, :] <= row[:, None], score, float("-inf"))
+    packed = probe * SUFFIX * GROUP + each
+    weighs = tl.load(
+        text_weight + packed * weight_row_stride + shared * weight_head_stride, mask=there, other=float("-inf")
+    )
+    most = tl.maximum(tl.max(score, 1), weighs)
+    share, beside = tl.exp(score - most[:, None]), tl.exp(weighs - most)
+    value = tl.load(v + cells, mask=inside, other=0.0)
+    average = tl.dot(share.to(value.dtype), value, input_precision="ieee" if EXACT else "tf32")
+    read = (packed * (HEADS // GROUP) + shared)[:, None] * SIZE + at[None, :]
+    average += beside[:, None] * tl.load(text + read, mask=there[:, None], other=0.0).to(tl.float32)
+    average /= (tl.sum(share, 1) + beside)[:, None]
+    tl.store(out + place, average.to(out.dtype.element_ty), mask=there[:, None])

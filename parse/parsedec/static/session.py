@@ -260,7 +260,7 @@ class StaticSession(Session):
             logits, taps = self._steps.run(lease, ids, at, None if allowed is None else allowed[:, start:], self.taps)
             return logits[rows - (rows if keep is None else keep) :], taps
         network.positions.reach(start + rows)
-        attend = attention_behind(lease, rows, allowed, block, self.model.judge_kernel)
+        attend = attention_behind(network, lease, rows, allowed, block, self.model.judge_kernel)
         if isinstance(keep, Tensor):
             keep = keep.to(weights.device)
         out = network.forward(
