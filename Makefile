@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test cpu-tests test-slow test-gpu test-standin test-kernels test-weights test-server test-vllm bench bench-gpu golden zoo checksums clean
+.PHONY: help setup demo check test cpu-tests test-slow test-gpu test-standin test-kernels test-oldest test-weights test-server test-vllm bench bench-gpu golden zoo checksums clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -53,6 +53,16 @@ test-standin: setup  ## the same on a stand-in for a GPU: placement, buckets, gr
 
 test-kernels: setup .venv-triton/.installed  ## our Triton kernels, interpreted, and compiled for GPUs; 300 MB of downloads
 	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -n 2 tests/static/test_fused.py tests/static/test_kernels.py
+
+OLDEST = $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+).*/\1==\2.0/p' pyproject.toml)
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(torch|transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --no-compile -c .venv-oldest/constraints.txt --editable '.[dev,gguf,eval,report,server]' $(OLDEST)
+	@touch $@
+
+test-oldest: .venv-oldest/.installed  ## the CPU tests with the oldest torch and transformers that will do; 4 GB of downloads
+	.venv-oldest/bin/python $(TESTS)
 
 test-weights: setup  ## the tests on a real pair: PARSEDEC_MODELS=DIR make test-weights
 	$(BIN)/python -m pytest -m weights
