@@ -80,7 +80,9 @@ class Fiber(Generic[T]):
         return self.spent + time.perf_counter() - self._since
 
     def ask(self, question: Any) -> Any:
-        """Pause until there is an answer; to be called by the body."""
+        """Pause until there is an answer; to be called by the body. Raises Closed where there will be none."""
+        if self._closed:  # a `finally` clause asks while it is being ended, and nobody would answer
+            raise Closed
         self.question = question
         self.asked += 1
         self._paused.release()
@@ -95,7 +97,7 @@ class Fiber(Generic[T]):
         return answer
 
     def close(self) -> None:
-        """End it where it is; its `finally` clauses run."""
+        """End it where it is; its `finally` clauses run, but get no answers."""
         self._closed = True
         if self._running:  # whoever resumed it was interrupted: it may still be on its way to the next question
             self._wait()

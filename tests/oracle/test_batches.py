@@ -429,6 +429,34 @@ def test_requests_arrive_as_they_finish_and_a_left_stream_leaves_no_thread(tiny_
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("backend", ["eager", "static"])
+def test_a_request_that_asks_for_a_pass_as_it_is_ended_is_ended(backend):
+    """Here the last `finally` clause of an outer level of one's own; nobody would make the pass it asks for."""
+    ended = []
+
+    class Tidies(TargetOnly):
+        def run(self, work):
+            try:
+                yield from work.target_writes()
+            finally:
+                try:
+                    work.target.session.feed([9])
+                finally:
+                    ended.append(True)
+
+    before = threading.active_count()
+    engine = Parse(dataclasses.replace(tiny.model("llama"), backend=backend), outer=Tidies())
+    stream = engine.stream_batch([[5], [6] * 500], size=2, max_new_tokens=40)  # the second has less room
+    assert next(stream)[0] == 1
+    assert ended == [True]
+    closing = threading.Thread(target=stream.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive(), "it waits for ever"
+    assert ended == [True, True]
+    assert threading.active_count() == before
+
+
 def test_a_defect_is_not_swallowed_and_leaves_no_thread(tiny_target):
     before = threading.active_count()
     engine = Parse(tiny_target)
