@@ -5,7 +5,8 @@ the passes of one model and kind are made as one forward: those that most reques
 made and well filled; the others gather company meanwhile, for about `PATIENCE` forwards at most. A forward that fails
 is made again, each request's rows by themselves: only those that fail then are ended. A request that has ended leaves,
 and the next one takes its seat. So every outer level, judge and speculator works in a batch as it is. What is no pass
-of such a model - a speculator's head, a recurrent model, `model.generate` - is computed for one request after another.
+of such a model - a speculator's head, a recurrent model, `model.generate` - is computed for one request after another,
+and ends its own request where it fails.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import copy
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -104,23 +107,43 @@ class Batch:
             )
 
     def answers(self, engine: Parse) -> Iterator[tuple[int, Result | ParsedecError]]:
-        """(place, answer) of every prompt, as they are finished."""
+        """(place, answer) of every prompt, as they are finished.
+
+        A request that has failed, and not by a ParsedecError of its own, waits here for one that has not: where there
+        is none, nothing is lost, and what the first of them failed by is raised as it is.
+        """
         own = for_batches(engine)
+        bodies = [partial(self._answer, own, i) for i in range(len(self.prompts))]
+        waiting: list[tuple[int, Result | ParsedecError]] = []
+        some_done = False
+        with closing(in_company(bodies, self.size)) as ended:
+            for i, answer in ended:
+                some_done = some_done or not isinstance(answer, PassFailed)
+                waiting.append((i, answer))
+                if some_done:
+                    yield from waiting
+                    waiting.clear()
+        for _, failed in waiting:
+            assert isinstance(failed, PassFailed)
+            raise failed.__cause__ or failed
 
-        def answer(i: int) -> Result | ParsedecError:
-            try:
-                result = own.generate(
-                    self.prompts[i],
-                    max_new_tokens=self.limits.max_new_tokens,
-                    stop=self.limits.stop,
-                    sampling=self.sampling,
-                    generator=self.generators[i] if self.generators else None,
-                )
-            except ParsedecError as error:
-                return _named(error, i)
-            return replace(result, notes=tuple(sorted({*result.notes, *self._notes(own)})))
-
-        return in_company([partial(answer, i) for i in range(len(self.prompts))], self.size)
+    def _answer(self, engine: Parse, i: int) -> Result | ParsedecError:
+        """The body of request `i`; whatever fails in it is its answer."""
+        try:
+            result = engine.generate(
+                self.prompts[i],
+                max_new_tokens=self.limits.max_new_tokens,
+                stop=self.limits.stop,
+                sampling=self.sampling,
+                generator=self.generators[i] if self.generators else None,
+            )
+            return replace(result, notes=tuple(sorted({*result.notes, *self._notes(engine)})))
+        except ParsedecError as error:
+            return _named(error, i)
+        except Exception as error:
+            if any(model is not None and model.shared for model in (engine.target, engine.draft)):
+                raise  # it may have failed in one process alone: the others would wait for its passes
+            return _named(_failed("work of its own", error), i)
 
     def _notes(self, engine: Parse) -> Iterator[str]:
         """What a reader of a result should know; asked for in the request's own fiber, at its end."""
@@ -150,17 +173,17 @@ class Company(Generic[T]):
         self._seats[key] = Fiber(body)
         self._seats[key].resume()
 
-    def advance(self, *, some_done: bool = False) -> list[tuple[Hashable, Fiber[T]]]:
+    def advance(self, *, apart: bool = False) -> list[tuple[Hashable, Fiber[T]]]:
         """Those that have ended, which then leave; if there are none, one forward is made and the list is empty.
 
-        some_done  others have ended well, so a forward that fails for all who are left is their own fault. Else it is
-                   raised: nothing says that any request could have been answered.
+        apart  a forward that fails for each one by itself, too, is raised in their bodies. Else it is raised here if
+               that leaves none: nothing says that any of them could have been answered.
         """
         ended = [(key, fiber) for key, fiber in self._seats.items() if fiber.ended]
         for key, _ in ended:
             del self._seats[key]
         if not ended and self._seats:
-            _make_passes(list(self._seats.values()), some_done)
+            _make_passes(list(self._seats.values()), apart)
         return ended
 
     def leave(self, key: Hashable) -> None:
@@ -172,22 +195,20 @@ class Company(Generic[T]):
             self.leave(key)
 
 
-def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Iterator[tuple[int, T]]:
+def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Generator[tuple[int, T]]:
     """(place, result) of every body as it ends; at most `size` run at a time, their passes made together.
 
-    What a body raises ends all of them, and so does a forward that fails for all while none has ended.
+    A pass that fails is raised in the body that asked for it. What a body raises ends all of them.
     """
     waiting = deque(enumerate(bodies))
     company: Company[tuple[int, T]] = Company()
-    some_done = False
     try:
         while waiting or company:
             while waiting and len(company) < size:
                 i, body = waiting.popleft()
                 company.join(i, partial(_with_place, i, body))
-            for _, fiber in company.advance(some_done=some_done):
+            for _, fiber in company.advance(apart=True):
                 yield fiber.result
-                some_done = True
     finally:
         company.close()
 
@@ -196,7 +217,7 @@ def _with_place(i: int, body: Callable[[], T]) -> tuple[int, T]:
     return i, body()
 
 
-def _make_passes(fibers: Sequence[Fiber[Any]], some_done: bool) -> None:
+def _make_passes(fibers: Sequence[Fiber[Any]], apart: bool) -> None:
     """One forward, as a rule of what most of the requests wait for; those that waited for it run on."""
     groups: dict[object, list[Fiber[Any]]] = {}
     for fiber in fibers:
@@ -209,13 +230,13 @@ def _make_passes(fibers: Sequence[Fiber[Any]], some_done: bool) -> None:
     outputs = settled(passes)
     per_row = (time.perf_counter() - start) / sum(one.rows for one in passes)
     failures = [out for out in outputs if isinstance(out, Exception)]
-    if len(failures) == len(fibers) and not some_done:
+    if len(failures) == len(fibers) and not apart:
         raise failures[0]
     for fiber, one in zip(chosen, passes, strict=True):
         fiber.charge(per_row * one.rows)
     for fiber, out in zip(chosen, outputs, strict=True):
         if isinstance(out, Exception):
-            fiber.fail(_failed(fiber.question, out))
+            fiber.fail(_failed(f"a pass of {fiber.question.rows} rows", out))
         else:
             fiber.resume(out)
 
@@ -228,14 +249,15 @@ def _next_group(groups: Sequence[list[Fiber[Any]]]) -> list[Fiber[Any]]:
     return max(groups, key=len)  # the first of several
 
 
-def _failed(one: Pass, error: Exception) -> ParsedecError:
-    """What the request of a failed pass raises."""
+def _failed(what: str, error: Exception) -> ParsedecError:
+    """What a request ends with of which a pass, or whatever else `what` names, has failed."""
     if isinstance(error, ParsedecError):
         return error
-    log.error("a request's own pass of %d rows failed", one.rows, exc_info=error)
+    whole = "".join(format_exception(error)).rstrip()  # exc_info would leave its frames to handlers that keep records
+    log.error("a request is ended: %s failed\n%s", what, whole)
     failed = PassFailed(
-        f"a pass of {one.rows} rows failed, where other requests go on: {type(error).__name__}: {error}. The log has "
-        "the whole of it. If memory is short, use shorter prompts or a smaller batch."
+        f"{what} failed, where other requests go on: {type(error).__name__}: {error}. The log has the whole of it. If "
+        "memory is short, use shorter prompts or a smaller batch."
     )
     failed.__cause__ = error
     return failed
@@ -254,5 +276,7 @@ def _named(error: ParsedecError, i: int) -> ParsedecError:
     """The error with the place of its request in front; it holds nothing of the request's work."""
     named = type(error).__new__(type(error))  # some hold more than their message
     named.__dict__.update(error.__dict__)
-    named.args, named.__cause__ = (f"request {i}: {error}",), without_frames(error)
+    named.args = (f"request {i}: {error}",)
+    cause = error.__cause__ if isinstance(error, PassFailed) else error
+    named.__cause__ = without_frames(cause or error)
     return named

@@ -199,8 +199,9 @@ class Parse:
 
         Every request gets the answer it would get by itself, rounding aside; a gate that learns from earlier requests
         may have seen others. What is wrong with one request is its answer, and costs the others nothing; what is wrong
-        with all of them is raised. Other threads of ours wait for their turn at a model; what runs its Hugging Face
-        module by itself, such as `model.generate`, must not do so meanwhile.
+        with all of them is raised: a setting, or a defect of which each of them fails. Other threads of ours wait for
+        their turn at a model; what runs its Hugging Face module by itself, such as `model.generate`, must not do so
+        meanwhile.
         """
         start = time.perf_counter()
         answers = dict(
@@ -221,7 +222,8 @@ class Parse:
         sampling: Sampling | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Iterator[tuple[int, Result | ParsedecError]]:
-        """As `generate_batch`, but (place, answer) of every request as soon as it is finished."""
+        """As `generate_batch`, but (place, answer) of every request as soon as it is finished (one that failed by
+        a defect is held back until another has not)."""
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
         batch = Batch(prompts=prompts, size=size, limits=limits, sampling=sampling or Sampling(), generators=generators)
         return batch.answers(self)

@@ -1,10 +1,12 @@
 """What can go wrong in a way the user can act on. Every message says what was wrong, the value, what was
-expected and what to do; anything else that escapes the engine is a defect of ours."""
+expected and what to do; anything else that escapes the engine is a defect, of ours or of what it was given, or a
+want of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from traceback import format_tb
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class ParsedecError(Exception):
-    """Base of every error the user can cause; `except ParsedecError` never hides a bug of ours."""
+    """Base of every error the user can act on. Only `PassFailed` may stand for a bug, one request's among others that
+    have none; its text and its cause name it."""
 
 
 class ModelLoadError(ParsedecError):
@@ -44,8 +47,8 @@ class OutputExistsError(ParsedecError):
 
 
 class PassFailed(ParsedecError):
-    """A forward for one of several requests failed, by itself, where the others go on. Its cause is what the model
-    raised."""
+    """One of several requests failed by what is its own, where the others go on: a forward, a judge, a speculator. Its
+    cause is what was raised there."""
 
 
 class ServerError(ParsedecError):
@@ -79,13 +82,18 @@ def first_line(error: BaseException) -> str:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The same error with its chain of causes, but without tracebacks: their frames hold the caches of its request."""
+    """The same error with its chain of causes, but without tracebacks: their frames hold the caches of its request.
+
+    Where a defect was raised is then a note of it, which Python prints below its message.
+    """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
         one = waiting.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
+            if one.__traceback__ is not None and not isinstance(one, ParsedecError):
+                one.add_note("It was raised at\n" + "".join(format_tb(one.__traceback__)).rstrip())
             one.__traceback__ = None
             waiting += [one.__cause__, one.__context__]
     return error

@@ -6,13 +6,11 @@ Oracle: `generate` for one request after another, itself checked against plain f
 import dataclasses
 import gc
 import threading
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import tiny
 from eagle3_heads import random_head
@@ -20,7 +18,7 @@ from parsedec import Parse, PrefixVerification, Result, Sampling, StopReason, Ta
 from parsedec.backends import runs_static
 from parsedec.batch import PATIENCE, in_company
 from parsedec.boundary import FirstFailure
-from parsedec.errors import ConfigError, JudgeError, PassFailed, PromptError
+from parsedec.errors import ConfigError, PromptError
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.fibers import current
 from parsedec.gate import Never
@@ -29,7 +27,6 @@ from parsedec.loop import Rounds
 from parsedec.model import LanguageModel
 from parsedec.peers import HfGenerate
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
 from parsedec.static.session import machine_of
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
@@ -216,120 +213,6 @@ def test_a_bad_prompt_costs_the_others_nothing(tiny_target):
     assert [r.tokens for r in kept] == [engine.generate(p, max_new_tokens=NEW).tokens for p in good]
 
 
-POISON = 63
-
-
-@contextmanager
-def poisoned(target, token=POISON):
-    """Forwards of rows that hold `token` break off half way through the layers, where some caches have grown."""
-    if runs_static(target):
-        network = machine_of(target).network
-        plain = network.embed
-
-        def embed(ids):
-            if token in ids:
-                raise RuntimeError("poison")
-            return plain(ids)
-
-        network.embed = embed
-        try:
-            yield
-        finally:
-            del network.embed
-        return
-    held = []
-    layers = target.hf.model.layers
-
-    def check(*_):
-        if held[-1]:
-            raise RuntimeError("poison")
-
-    hooks = [
-        target.hf.get_input_embeddings().register_forward_pre_hook(
-            lambda _, rows: held.append(bool((rows[0] == token).any()))
-        ),
-        layers[len(layers) // 2].register_forward_pre_hook(check),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def harmless(engine, n=5):
-    """Prompts without the token that is poison, nor in what is written behind them."""
-    given = [[token for token in prompt if token != POISON] for prompt in prompts(2 * n)]
-    fine = [p for p in given if p and POISON not in engine.generate(p, max_new_tokens=NEW).tokens]
-    return fine[:n]
-
-
-@pytest.mark.parametrize("backend", ["eager", "static"])
-def test_only_the_culprit_of_a_failed_pass_fails(backend, caplog):
-    """The others' caches are as before it: they get what they get alone."""
-    target = dataclasses.replace(tiny.model("qwen3"), backend=backend)
-    assert joint_obstacle(target) is None  # found out before the model is poisoned
-    engine = Parse(target)
-    fine = harmless(engine)
-    alone = [engine.generate(prompt, max_new_tokens=NEW).tokens for prompt in fine]
-    given = [*fine[:2], [5, 6, POISON, 7], *fine[2:]]
-    with poisoned(target):
-        batch = engine.generate_batch(given, size=len(given), max_new_tokens=NEW)
-    assert list(batch.errors) == [2]
-    with pytest.raises(PassFailed, match=r"request 2: .*RuntimeError: poison"):
-        raise batch.errors[2]
-    assert [batch.answers[i].tokens for i in range(len(given)) if i != 2] == alone
-    assert "poison" in caplog.text
-    assert [r.tokens for r in engine.generate_batch(fine, max_new_tokens=NEW).results] == alone
-
-
-def test_a_pass_that_fails_for_all_is_raised(tiny_target):
-    engine = Parse(tiny_target)
-    assert joint_obstacle(tiny_target) is None
-    before = threading.active_count()
-    with poisoned(tiny_target), pytest.raises(RuntimeError, match="poison"):
-        engine.generate_batch([[5, POISON], [6, POISON, 7]], max_new_tokens=NEW)
-    assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_culprit_that_is_left_alone_costs_no_finished_answer(tiny_target, size):
-    engine = Parse(tiny_target)
-    assert joint_obstacle(tiny_target) is None
-    fine = harmless(engine, 2)
-    alone = [engine.generate(prompt, max_new_tokens=NEW).tokens for prompt in fine]
-    with poisoned(tiny_target):
-        batch = engine.generate_batch([*fine, [5, POISON]], size=size, max_new_tokens=NEW)
-    assert [batch.answers[i].tokens for i in range(2)] == alone
-    with pytest.raises(PassFailed, match=r"request 2: .*RuntimeError: poison"):
-        raise batch.errors[2]
-
-
-def test_an_error_holds_nothing_of_its_request(tiny_target):
-    """Neither its own tracebacks nor those of its causes lead to caches."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Broken(tiny.ScriptedJudge):
-        def score(self, session, draft, cuts, probes):
-            super().score(session, draft, cuts, probes)
-            try:
-                raise ValueError("an inner reason")
-            except ValueError as error:
-                raise JudgeError("no score") from error
-
-    def held():
-        gc.collect()
-        return sum(type(one) in (DynamicCache, Session) for one in gc.get_objects())
-
-    engine = Parse(tiny_target, tiny.model(seed=5, layers=2), outer=PrefixVerification(judge=Broken(), **SHARED))
-    before = held()
-    batch = engine.generate_batch(prompts(3), max_new_tokens=NEW)
-    assert held() == before
-    assert len(batch.errors) == 3
-    assert str(batch.errors[1]) == "request 1: no score"
-    assert str(batch.errors[1].__cause__.__cause__) == "an inner reason"
-
-
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """A pass that computes nothing."""
@@ -426,50 +309,6 @@ def test_requests_arrive_as_they_finish_and_a_left_stream_leaves_no_thread(tiny_
     assert place in (0, 1)
     stream.close()
     gc.collect()
-    assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("backend", ["eager", "static"])
-def test_a_request_that_asks_for_a_pass_as_it_is_ended_is_ended(backend):
-    """Here the last `finally` clause of an outer level of one's own; nobody would make the pass it asks for."""
-    ended = []
-
-    class Tidies(TargetOnly):
-        def run(self, work):
-            try:
-                yield from work.target_writes()
-            finally:
-                try:
-                    work.target.session.feed([9])
-                finally:
-                    ended.append(True)
-
-    before = threading.active_count()
-    engine = Parse(dataclasses.replace(tiny.model("llama"), backend=backend), outer=Tidies())
-    stream = engine.stream_batch([[5], [6] * 500], size=2, max_new_tokens=40)  # the second has less room
-    assert next(stream)[0] == 1
-    assert ended == [True]
-    closing = threading.Thread(target=stream.close, daemon=True)
-    closing.start()
-    closing.join(20)
-    assert not closing.is_alive(), "it waits for ever"
-    assert ended == [True, True]
-    assert threading.active_count() == before
-
-
-def test_a_defect_is_not_swallowed_and_leaves_no_thread(tiny_target):
-    before = threading.active_count()
-    engine = Parse(tiny_target)
-
-    def broken():
-        engine.target.forward  # noqa: B018 - it gets as far as the model
-        raise RuntimeError("a defect")
-
-    def fine():
-        return engine.generate([5, 6, 7], max_new_tokens=8)
-
-    with pytest.raises(RuntimeError, match="a defect"):
-        list(in_company([fine, fine, broken], size=3))
     assert threading.active_count() == before
 
 
