@@ -1,7 +1,7 @@
 """Several continuations of one draft at once: a batch with a row for every cut, each going on from there by itself.
 
 Every row costs the same, finished or not; what it saves is time, since a small batch takes hardly longer than one row.
-Shapes in this file:  B branches, C columns of the cache, V vocabulary.
+Shapes in this file:  B branches, C columns of the cache, S tokens of a text, V vocabulary, L taps, H hidden.
 """
 
 from __future__ import annotations
@@ -56,10 +56,14 @@ class PaddedBranches(Branches):
         self._visible = (torch.arange(columns)[None] >= columns - self._positions[:, None]).long()  # [B, C]
 
     def _read(self, tokens: Sequence[int]) -> Tensor:
-        self._visible = torch.cat([self._visible, torch.ones(len(tokens), 1, dtype=torch.long)], dim=1)
+        return self.read([[token] for token in tokens])[0]
+
+    def read(self, texts: Sequence[list[int]], taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor | None]:
+        """Read texts of S tokens, one a branch; logits after them [B, V] and taps of their last rows [B, L, H]."""
+        s = len(texts[0])
+        self._visible = torch.cat([self._visible, torch.ones(len(texts), s, dtype=torch.long)], dim=1)
         mask = self._visible.to(self._model.device) if self._model.has_attention else None
-        logits, _ = self._model.forward(
-            [[token] for token in tokens], self._cache, keep=1, positions=self._positions[:, None], mask=mask
-        )
-        self._positions = self._positions + 1
-        return logits[:, -1]
+        positions = self._positions[:, None] + torch.arange(s)  # [B, S]
+        self._positions = self._positions + s
+        logits, seen = self._model.forward(list(texts), self._cache, keep=1, positions=positions, mask=mask, taps=taps)
+        return logits[:, -1], None if seen is None else seen[:, -1]

@@ -101,6 +101,9 @@ class Session(DecodingSession):
 
     def _branches(self, cuts: Sequence[int], logits: Tensor) -> Branches:
         """Behind cuts of the staged draft, with the logits [B, V] there."""
+        return self._copies(cuts, logits)
+
+    def _copies(self, cuts: Sequence[int], logits: Tensor) -> PaddedBranches:
         assert self._staged is not None
         n = len(self._staged.tokens)
         states = [self._staged.snapshots[cut] for cut in cuts] if self.model.recurrent else []
@@ -178,18 +181,10 @@ class Session(DecodingSession):
 
     def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         assert self._staged is not None
-        n, s, k = len(self._staged.tokens), len(suffix), len(probes)
-        branches = [self._staged.snapshots[cut] for cut in probes] if self.model.recurrent else []
-        wide = kv.widen(self._cache, branches, [n - cut for cut in probes])
-        columns = torch.arange(self.cached + n + s)
-        visible = (columns[None] >= n - torch.tensor(probes)[:, None]).long()  # [K, T + N + S], left-padded
+        copies = self._copies(probes, self._staged.logits_at(probes))
         self.calls += 1
-        self.rows += s * k
-        positions = torch.tensor(probes)[:, None] + self.cached + torch.arange(s)  # [K, S]
-        mask = visible.to(self.model.device) if self.model.has_attention else None
-        ids = [list(suffix)] * k
-        logits, taps = self.model.forward(ids, wide, keep=1, positions=positions, mask=mask, taps=self.taps)
-        return logits[:, -1], None if taps is None else taps[:, -1]
+        self.rows += len(suffix) * len(probes)
+        return copies.read([list(suffix)] * len(probes), self.taps)
 
     def _commit_read(self, rows: int, logits: Tensor, taps: Tensor | None) -> Tensor | None:
         """The first `rows` rows of a pass were pending tokens, which are read now. Returns the taps of the others."""
