@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, Self, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from parsedec import kv, masks, ranks
+from parsedec.findings import crossed_window, found_out
 from parsedec.meter import wait_for
 from parsedec.model import SELECTS_LAYERS, LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 Output = tuple[Tensor, Tensor | None]
 NAME = "parsedec_joint"
-LONGEST_WINDOW = 512  # as in the engine's other self-tests: longer ones would take too long to cross on a CPU
 
 
 class Pass(Protocol):
@@ -256,14 +255,9 @@ def _masks(one: HfPass) -> dict[str, Tensor]:
     return made if isinstance(made, dict) else dict.fromkeys(model.windows, made)
 
 
-_obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
-
-
 def joint_obstacle(model: LanguageModel) -> str | None:
     """Why passes of several requests cannot share a forward of this model, or None where they can. Found out once."""
-    if model.hf not in _obstacles:
-        _obstacles[model.hf] = _unfit(model) or _disagreement(model)
-    return _obstacles[model.hf]
+    return found_out(model.hf, "joint passes", lambda: _unfit(model) or _disagreement(model))
 
 
 def _unfit(model: LanguageModel) -> str | None:
@@ -278,15 +272,11 @@ def _unfit(model: LanguageModel) -> str | None:
 
 def _disagreement(model: LanguageModel) -> str | None:
     """What is wrong with a forward of two requests' rows, compared with plain forwards; windows are crossed."""
-    windows = [window for window in model.windows.values() if window and window <= LONGEST_WINDOW]
-    texts = [random_tokens(model, n + max(windows, default=0), seed) for seed, n in enumerate((9, 7))]
+    texts = [random_tokens(model, n + crossed_window(model), seed) for seed, n in enumerate((9, 7))]
     caches = [kv.new_cache(model.hf) for _ in texts]
-    try:
-        for parts in ([ids[:-3] for ids in texts], [ids[-3:] for ids in texts]):
-            passes = [HfPass(model, cache, ids, 1, None, None, ()) for cache, ids in zip(caches, parts, strict=True)]
-            out = _forward(passes)
-    except Exception as error:  # noqa: BLE001 - whatever a model raises here means that it cannot serve this way
-        return f"a forward that does not take rows of several requests ({type(error).__name__}: {error})"
+    for parts in ([ids[:-3] for ids in texts], [ids[-3:] for ids in texts]):
+        passes = [HfPass(model, cache, ids, 1, None, None, ()) for cache, ids in zip(caches, parts, strict=True)]
+        out = _forward(passes)
     ours, plain = torch.cat([logits for logits, _ in out]), torch.cat([plain_logits(model, ids) for ids in texts])
-    error_size = excess(model, ours, plain)
-    return None if error_size is None else f"a forward in which requests disturb each other (by {error_size:.2g})"
+    error = excess(model, ours, plain)
+    return None if error is None else f"a forward in which requests disturb each other (by {error:.2g})"

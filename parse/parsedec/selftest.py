@@ -2,28 +2,24 @@
 
 A model may take a cache, position ids or a mask, and quietly not honour them: results are then wrong without an error.
 Each test compares with plain forwards of the same tokens; what two equally plain ways of computing them may differ by
-is bounded by the dtype. Results are remembered, so the engines of one model make each test once.
+is bounded by the dtype. Results are remembered (`findings`), so the engines of one model make each test once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from parsedec.backends import open_session, runs_static
 from parsedec.errors import IncompatibleStack
+from parsedec.findings import crossed_window, found_out
 from parsedec.model import LanguageModel
 from parsedec.reference import excess, plain_logits, random_tokens
 from parsedec.remote.model import RemoteModel
 from parsedec.types import JudgePath
-
-LONGEST_WINDOW = 512  # sliding windows beyond this are not crossed by the test: it would take too long on a CPU
-
-_results: WeakKeyDictionary[LanguageModel, dict[tuple[object, ...], str | None]] = WeakKeyDictionary()
 
 
 def check_decoding(model: LanguageModel) -> None:
@@ -31,7 +27,7 @@ def check_decoding(model: LanguageModel) -> None:
     if isinstance(model, RemoteModel):
         return  # the server was asked when it was connected
     runs_static(model)  # raises where the backend asked for cannot run it
-    problem = _remembered(model, ("decoding",), lambda: _decoding_error(model))
+    problem = found_out(model, "decoding", lambda: _decoding_error(model))
     if problem:
         raise IncompatibleStack(
             f"{model.name} cannot be decoded behind a cache of its own: {problem}. The engine needs a causal LM that "
@@ -41,17 +37,7 @@ def check_decoding(model: LanguageModel) -> None:
 
 def probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
     """Why judge passes on `path` are not right on this model, or None if they are."""
-    return _remembered(model, (path, *suffix), lambda: _probe_error(model, suffix, path))
-
-
-def _remembered(model: LanguageModel, key: tuple[object, ...], test: Callable[[], str | None]) -> str | None:
-    known = _results.setdefault(model, {})
-    if key not in known:
-        try:
-            known[key] = test()
-        except Exception as error:  # noqa: BLE001 - whatever a model raises here means that it cannot serve this way
-            known[key] = f"it raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return known[key]
+    return found_out(model, (path, *suffix), lambda: _probe_error(model, suffix, path))
 
 
 def _decoding_error(model: LanguageModel) -> str | None:
@@ -66,8 +52,7 @@ def _decoding_error(model: LanguageModel) -> str | None:
 
 
 def _probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
-    windows = [window for window in model.windows.values() if window and window <= LONGEST_WINDOW]
-    prompt = random_tokens(model, 12 + max(windows, default=0), 0)
+    prompt = random_tokens(model, 12 + crossed_window(model), 0)
     draft, cuts = random_tokens(model, 24, 1), [7, 16, 24]
     session = open_session(_roomy(model))
     session.feed(prompt)
