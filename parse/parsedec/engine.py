@@ -22,6 +22,7 @@ from parsedec.errors import (
     TargetLost,
     TargetRefused,
     require_objects,
+    shown,
 )
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
@@ -30,7 +31,7 @@ from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
-from parsedec.prompt import Prompt, check_length, messages_of, shown, token_ids
+from parsedec.prompt import Prompt, check_length, messages_of, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
 from parsedec.sampling import Sampler

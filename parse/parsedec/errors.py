@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from parsedec.types import Result
 
+LONGEST_SHOWN = 80  # characters of a value in a message
+
 
 class ParsedecError(Exception):
     """Base of every error the user can act on. Only `PassFailed` may stand for a bug, one request's among others that
@@ -74,6 +76,12 @@ class TargetRefused(ServerRefused):
     answer as far as it had come."""
 
     partial: Result | None = None
+
+
+def shown(value: object) -> str:
+    """A value for a message, not the whole of a long one."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}... ({type(value).__name__})"
 
 
 def first_line(error: BaseException) -> str:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from parsedec.errors import PromptError
+from parsedec.errors import PromptError, shown
 from parsedec.model import LanguageModel
 from parsedec.types import Message
 
 Prompt = str | Sequence[Message] | Sequence[int] | Tensor
-LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 def token_ids(prompt: Prompt) -> list[int]:
@@ -23,12 +22,6 @@ def token_ids(prompt: Prompt) -> list[int]:
         return []
     ids = [int(i) for i in rows if isinstance(i, (int, np.integer)) and not isinstance(i, bool)]
     return ids if len(ids) == len(rows) else []
-
-
-def shown(value: object) -> str:
-    """A value for a message, not the whole of a long one."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}... ({type(value).__name__})"
 
 
 def messages_of(prompt: Prompt) -> list[Message]:

@@ -17,7 +17,15 @@ from parsedec.boundary import FirstFailure
 from parsedec.drafter import Drafter
 from parsedec.errors import IncompatibleStack, PromptError, ServerRefused, TargetLost
 from parsedec.inner import NoSpeculation
-from parsedec.judge import CombinedJudge, ConfidenceJudge, DigitJudge, LogprobJudge, ProbeJudge, judging_session
+from parsedec.judge import (
+    CombinedJudge,
+    ConfidenceJudge,
+    DigitJudge,
+    LogprobJudge,
+    PassJudge,
+    ProbeJudge,
+    judging_session,
+)
 from parsedec.peers.cascade import Cascade
 from parsedec.peers.equivalence import EqualText, LabelEquivalence
 from parsedec.peers.hf_generate import HfGenerate
@@ -109,6 +117,26 @@ def test_confidence_of_a_draft_model_that_is_here(serve, pair, asked):
         probing = [body for _, body in server.seen[before:] if not body.get("stream")]
         if sure in (0.0, 1.0):
             assert bool(probing) == (asked is not None and sure > 0), "a sure draft is asked about nowhere"
+
+
+def test_a_judge_that_reads_text_needs_no_logits_of_a_server(serve, pair):
+    class Reads(PassJudge):
+        def read(self, reading):
+            return [float(len(text) < 30) for text in reading.texts]
+
+    class ReadsText(Reads):
+        wanted = ()
+
+    target, draft = pair
+    remote, server = serve(target)
+    with pytest.raises(IncompatibleStack, match=r"Reads may look at all logits, and tiny at .* property `wanted`"):
+        Parse(remote, draft, judge=Reads())
+    before = len(server.seen)
+    outer = PrefixVerification(judge=ReadsText(), segmenter=GRID)
+    ours = Parse(remote, draft, outer=outer).generate("w1w2", max_new_tokens=NEW)
+    same(ours, Parse(target, draft, outer=outer).generate("w1w2", max_new_tokens=NEW))
+    assert 0 < ours.counters.kept_draft_tokens < ours.counters.draft_tokens
+    assert all(body.get("stream") for _, body in server.seen[before:]), "nothing is asked about a prefix"
 
 
 def test_combined_scores_are_the_local_ones_where_labels_are_exact(serve, pair):

@@ -6,8 +6,8 @@ import torch
 
 import tiny
 from parsedec import Parse
-from parsedec.errors import ConfigError, PromptError
-from parsedec.prompt import messages_of, shown, token_ids
+from parsedec.errors import ConfigError, PromptError, shown
+from parsedec.prompt import messages_of, token_ids
 
 
 @pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, lambda ids: list(np.array(ids))])

@@ -101,7 +101,7 @@ class CombinedJudge:
         for suffix, names in self._passes().items():
             path, wanted = self.judges[names[-1]].bound_path, self._wanted(names)
             readings.append(Reading.take(session, draft, cuts, probes, suffix=suffix, path=path, wanted=wanted))
-            found |= {name: log_odds(self.judges[name].read(readings[-1])) for name in names}
+            found |= {name: log_odds(self.judges[name].checked(readings[-1])) for name in names}
         return found, readings
 
     def _wanted(self, names: Sequence[str]) -> tuple[int, ...] | None:

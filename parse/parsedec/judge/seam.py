@@ -5,17 +5,20 @@ Shapes in this file:  N draft tokens, K probes, V vocabulary, L taps, H hidden.
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from parsedec.backends import open_session
 from parsedec.boundary import Thresholds
-from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
+from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, shown
 from parsedec.model import LanguageModel
 from parsedec.remote.capabilities import Labels
 from parsedec.remote.model import RemoteModel
@@ -26,6 +29,8 @@ from parsedec.text import Draft
 from parsedec.types import JudgePath
 
 log = logging.getLogger(__name__)
+SCORE = "a number from 0, surely wrong, to 1, surely right"
+ROUNDING = 1e-4  # a score may be so far outside [0, 1], and is then counted as 0 or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +49,27 @@ class Scores:
 
 
 def judged(judge: Judge, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
-    """The judge's scores, of which there is one a probe: an outer level could not tell which of them are missing."""
-    scores = judge.score(session, draft, cuts, probes)
+    """The judge's scores, of which there is one a probe: an outer level could not tell which of them are missing.
+
+    Raises JudgeError for anything else that a judge may return.
+    """
+    scores, name = judge.score(session, draft, cuts, probes), type(judge).__name__
+    if not isinstance(scores, Scores):
+        raise JudgeError(
+            f"{name}.score gave {shown(scores)}; expected parsedec.judge.Scores(values=…, draft_logprobs=…, rows=…, "
+            "path=…). A judge derived from PassJudge makes them itself, of what its `read` returns."
+        )
     if len(scores.values) != len(probes):
         raise JudgeError(
-            f"{type(judge).__name__} gave {len(scores.values)} scores for {len(probes)} cuts; expected one for each, "
-            "in their order."
+            f"{name} gave {len(scores.values)} scores for {len(probes)} cuts; expected one for each, in their order."
         )
+    if wrong := [value for value in scores.values if not _is_score(value)]:
+        raise JudgeError(f"{name} gave the score {shown(wrong[0])}; expected {SCORE}.")
     return scores
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,8 @@ def judging_session(target: LanguageModel, judge: Judge) -> Session:
 class Reading:
     """One judge pass as its readers see it.
 
+    cuts    all cuts of the draft, token positions; `probes` are those to be scored
+    rows    what the target showed: logits, log-probabilities, hidden states
     layers  what the L taps of `rows` are, indices as in `output_hidden_states`
     """
 
@@ -123,6 +143,11 @@ class Reading:
         rows = session.judge(draft.tokens, cuts, suffix, probes=probes, path=path, wanted=wanted)
         return cls(draft, cuts, probes, rows, session.taps)
 
+    @property
+    def texts(self) -> list[str]:
+        """The text of every probed prefix of the draft [K], for judges that read what was written."""
+        return [self.draft.piece(0, probe) for probe in self.probes]
+
     def probe_states(self, layer: int) -> Tensor:
         """Hidden states of `layer` at every probe's last row [K, H] float32; without a suffix that is the cut's row."""
         return self._states(self.rows.probe_taps, layer)
@@ -144,6 +169,12 @@ class Reading:
 class PassJudge(ABC):
     """Base of the judges whose scores can be read off one pass of the target, which others may read, too.
 
+    A judge of one's own is a class derived from it with a `read`, and with a `bind` where it has to know the target:
+
+        class Short(PassJudge):
+            def read(self, reading):
+                return [float(len(text) < 200) for text in reading.texts]
+
     suffix  rows appended behind every probed prefix; none: the draft is read as it stands, without a mask
     chosen  the path of the pass; None: not bound yet
     reason  why it is not the packed one, where a suffix is asked for
@@ -156,11 +187,24 @@ class PassJudge(ABC):
     reason: str | None = None
     card: Thresholds | None = None
 
-    @abstractmethod
-    def bind(self, target: LanguageModel) -> Self: ...
+    def bind(self, target: LanguageModel) -> Self:
+        """A copy for `target` whose pass is chosen: a causal one without a suffix, else packed where that works.
+
+        Raises IncompatibleStack for a target that cannot make it.
+        """
+        if isinstance(target, RemoteModel) and self.wanted is None:
+            raise IncompatibleStack(
+                f"{type(self).__name__} may look at all logits, and {target.name} shows only some. Give it a property "
+                "`wanted` with the ids whose logits it reads, () for none, or use engine=local."
+            )
+        path = choose_path(target, self.suffix, "auto") if self.suffix else (JudgePath.CAUSAL, None)
+        bound = copy.copy(self)  # not `replace`: a class of the user's may have a constructor of its own
+        for name, value in zip(("chosen", "reason"), path, strict=True):
+            object.__setattr__(bound, name, value)
+        return bound
 
     @abstractmethod
-    def read(self, reading: Reading) -> Tensor:
+    def read(self, reading: Reading) -> Tensor | Sequence[float]:
         """A score in [0, 1] per probe [K], off a pass with this judge's suffix."""
 
     @property
@@ -181,13 +225,36 @@ class PassJudge(ABC):
         reading = Reading.take(
             session, draft, cuts, probes, suffix=self.suffix, path=self.bound_path, wanted=self.wanted
         )
-        return scores_of(self.read(reading), [reading], self.reason)
+        return scores_of(self.checked(reading), [reading], self.reason)
+
+    def checked(self, reading: Reading) -> Tensor:
+        """What `read` returns as float64 on the host [K]. Raises JudgeError where that is not a score per probe."""
+        name, given, count = f"{type(self).__name__}.read", self.read(reading), len(reading.probes)
+        try:
+            values = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise JudgeError(
+                f"{name} gave {shown(given)}; expected a score for each of {count} prefixes: a tensor [{count}] or a "
+                f"list of {count} numbers."
+            ) from error
+        values = values.detach().cpu().double()
+        if values.numel() != count or values.squeeze().dim() > 1:
+            raise JudgeError(
+                f"{name} gave values of shape {list(values.shape)} for {count} prefixes; expected one for each, a "
+                f"tensor [{count}] or a list of {count} numbers."
+            )
+        if (outside := values[(values < -ROUNDING) | (values > 1 + ROUNDING)]).numel():
+            raise JudgeError(
+                f"{name} gave the score {outside.flatten()[0].item():g}; expected {SCORE}. torch.sigmoid makes one of "
+                "a logit, exp of a log-probability."
+            )
+        return values.reshape(count).clamp(0, 1)
 
     @property
     def bound_path(self) -> JudgePath:
-        if self.chosen is None:
+        if self.chosen is None and self.suffix:
             raise JudgeError("the judge was not bound to a target; call bind(target) first.")
-        return self.chosen
+        return self.chosen or JudgePath.CAUSAL
 
 
 def scores_of(values: Tensor, readings: Sequence[Reading], note: str | None) -> Scores:
@@ -195,8 +262,8 @@ def scores_of(values: Tensor, readings: Sequence[Reading], note: str | None) -> 
     last = readings[-1].rows
     if not bool(values.isfinite().all()):
         raise JudgeError(
-            f"the scores of a draft of {len(last.draft_logprobs)} tokens are not all numbers, so the target's logits "
-            "overflow in their dtype. Use dtype=bfloat16 or float32 for the target."
+            f"the scores of a draft of {len(last.draft_logprobs)} tokens are not all numbers (nan). If they come from "
+            "the target's logits, these overflow in their dtype: use dtype=bfloat16 or float32 for the target."
         )
     rows = sum(reading.rows.rows for reading in readings)
     return Scores(tuple(values.tolist()), tuple(last.draft_logprobs.tolist()), rows, readings[0].rows.path, note)

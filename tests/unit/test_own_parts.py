@@ -1,0 +1,178 @@
+"""Parts of one's own in the slots of a stack: little has to be written for them, and what is wrong with one is said."""
+
+import pytest
+import torch
+
+import tiny
+from parsedec import Parse, PrefixVerification
+from parsedec.boundary import FirstFailure, LongestValid
+from parsedec.errors import JudgeError
+from parsedec.judge import CombinedJudge, LogprobJudge, PassJudge, Scores
+from parsedec.segmenters import EveryTokens
+from parsedec.streamed import StreamedVerification
+from parsedec.types import JudgePath
+
+PROMPT = [5, 6, 7]
+GRID = EveryTokens(delta=4)
+
+
+def judged_by(judge, outer=PrefixVerification, new=24, **parts):
+    """A request under a judge; a tiny pair never agrees, so all scores come from it."""
+    stack = Parse(tiny.model(), tiny.model(seed=7, layers=1), outer=outer(judge=judge, segmenter=GRID, **parts))
+    return stack.generate(PROMPT, max_new_tokens=new)
+
+
+def says(answer):
+    """A judge that is one method."""
+
+    class Own(PassJudge):
+        def read(self, reading):
+            return answer(reading)
+
+    return Own()
+
+
+# Judges
+
+
+class Longest(PassJudge):
+    """Reads text, and has a constructor of its own."""
+
+    def __init__(self, most):
+        self.most = most
+        self.read_texts = []
+
+    def read(self, reading):
+        self.read_texts += reading.texts
+        return [float(len(text) <= self.most) for text in reading.texts]
+
+
+@pytest.mark.parametrize("outer", [PrefixVerification, StreamedVerification])
+def test_a_judge_of_ones_own_is_a_read_of_the_texts(outer):
+    judge = Longest(30)
+    result = judged_by(judge, outer, boundary=FirstFailure())
+    segments = result.rounds[0].segments
+    texts = ["".join(s.text for s in segments[: i + 1]) for i in range(len(segments))]
+    scores = [s.score for s in segments if s.score is not None]
+    assert judge.read_texts == texts[: len(scores)]  # the list is that of its bound copy, too
+    assert scores == [float(len(text) <= 30) for text in judge.read_texts]
+    assert 0.0 in scores
+    assert result.text.startswith(texts[scores.index(0.0) - 1])
+    assert result.judge_path is JudgePath.CAUSAL
+
+
+def test_a_suffix_of_ones_own_is_read_behind_every_prefix():
+    class Asks(PassJudge):
+        def read(self, reading):
+            return reading.rows.probe_logits[:, 9].sigmoid()
+
+    suffix = tuple(tiny.model().encode("<|end|><|user|>?<|end|><|assistant|>"))
+    result = judged_by(Asks(suffix=suffix))
+    drafted = result.rounds[0]
+    assert result.judge_path is JudgePath.PACKED
+    assert drafted.judge_rows == drafted.judged_tokens + len(suffix) * len(drafted.segments)
+    forked = Asks(suffix=suffix).bind(tiny.model("lfm2"))
+    assert (forked.chosen, bool(forked.reason)) == (JudgePath.FORKED, True)
+
+
+def test_bind_may_return_the_judge_itself():
+    class Same(PassJudge):
+        def bind(self, target):
+            return self
+
+        def read(self, reading):
+            return torch.ones(len(reading.probes))
+
+    assert judged_by(Same()).kept_share == 1.0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda k: torch.full((k,), 0.95),
+        lambda k: torch.full((k, 1), 0.95, dtype=torch.float16),
+        lambda k: [0.95] * k,
+        lambda k: (0.95,) * k,
+        lambda k: [torch.tensor(0.95)] * k,
+        lambda k: torch.full((k,), 0.95).numpy(),
+        lambda k: torch.ones(k, dtype=torch.bool),
+        lambda k: [True] * k,
+        lambda k: torch.full((k,), 1.00003),
+        lambda k: torch.full((k,), 0.95, requires_grad=True),
+    ],
+)
+def test_scores_of_any_usual_form_are_taken(given):
+    segments = judged_by(says(lambda reading: given(len(reading.probes)))).rounds[0].segments
+    assert {s.score for s in segments} <= {float(x) for x in (0.95, torch.tensor(0.95), torch.tensor(0.95).half(), 1)}
+    assert all(type(s.score) is float for s in segments)
+
+
+def test_a_list_of_scores_is_not_rounded():
+    boundary = FirstFailure(threshold=0.95)
+    assert judged_by(says(lambda reading: [0.95] * len(reading.probes)), boundary=boundary).kept_share == 1.0
+
+
+def test_the_score_of_a_single_prefix_may_be_a_scalar():
+    one = EveryTokens(delta=99)
+    pair = (tiny.model(), tiny.model(seed=7, layers=1))
+    engine = Parse(*pair, outer=PrefixVerification(judge=says(lambda _: torch.tensor(0.95)), segmenter=one))
+    assert len(engine.generate(PROMPT, max_new_tokens=8).rounds[0].segments) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda k: None, r"Own\.read gave None; expected a score for each of \d prefixes: a tensor \[\d\]"),
+        (lambda k: "good", "gave 'good'; expected a score for each"),
+        (lambda k: ["good"] * k, r"gave \['good',.*; expected a score for each"),
+        (lambda k: 0.95, r"gave values of shape \[\] for \d prefixes; expected one for each"),
+        (lambda k: torch.tensor(0.95), r"gave values of shape \[\] for"),
+        (lambda k: [0.95] * (k - 1), r"gave values of shape \[\d\] for"),
+        (lambda k: torch.ones(k, 2), r"gave values of shape \[\d, 2\] for"),
+        (lambda k: torch.full((k,), 7.0), "gave the score 7; expected a number from 0, surely wrong, to 1.*sigmoid"),
+        (lambda k: [-0.5] * k, r"gave the score -0\.5; expected a number from 0"),
+        (lambda k: [float("inf")] * k, "gave the score inf; expected a number from 0"),
+        (lambda k: [float("nan")] * k, r"are not all numbers \(nan\)"),
+    ],
+)
+@pytest.mark.parametrize("combined", [False, True])
+def test_what_is_no_score_is_refused(given, said, combined):
+    judge = says(lambda reading: given(len(reading.probes)))
+    if combined:
+        judge = CombinedJudge(judges={"own": judge, "logprob": LogprobJudge()}, weights={"own": 1, "logprob": 1})
+    with pytest.raises(JudgeError, match=said):
+        judged_by(judge)
+
+
+class Whole:
+    """A judge with all members of the protocol and no base class."""
+
+    suffix_rows, card = 0, None
+    needs = LogprobJudge().needs
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def bind(self, target):
+        return self
+
+    def score(self, session, draft, cuts, probes):
+        session.judge(draft.tokens, cuts, [])
+        return self.answer(len(probes))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda k: [0.95] * k, r"Whole\.score gave \[0\.95,.*; expected parsedec\.judge\.Scores\(values=…"),
+        (lambda k: None, r"Whole\.score gave None; expected parsedec\.judge\.Scores.*derived from PassJudge"),
+        (lambda k: Scores((7.0,) * k, (), 1, JudgePath.CAUSAL), r"Whole gave the score 7\.0; expected a number from 0"),
+        (lambda k: Scores((float("nan"),) * k, (), 1, JudgePath.CAUSAL), "gave the score nan"),
+        (lambda k: Scores((torch.tensor(0.5),) * k, (), 1, JudgePath.CAUSAL), r"gave the score tensor\(0\.5"),
+    ],
+)
+def test_a_judge_without_base_class_returns_scores(answer, said):
+    with pytest.raises(JudgeError, match=said):
+        judged_by(Whole(answer))
+    right = judged_by(Whole(lambda k: Scores((1,) * k, (), 1, JudgePath.CAUSAL)), boundary=LongestValid())
+    assert right.kept_share == 1.0
