@@ -21,7 +21,7 @@ from parsedec.errors import (
     PromptError,
     TargetLost,
     TargetRefused,
-    require_objects,
+    require_part,
     shown,
 )
 from parsedec.fibers import clock
@@ -30,7 +30,7 @@ from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, JudgeNeeds, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
-from parsedec.outer import AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.outer import SLOTS, AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
 from parsedec.prompt import Prompt, check_length, messages_of, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
@@ -38,6 +38,16 @@ from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
 from parsedec.text import Draft, StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Result, Sampling, StopReason
+
+SPECULATOR = (InnerSpeculator, "one of parsedec_adapters, e.g. parsedec_adapters.draft_model.DraftModel(length=4)")
+# What may stand in the slots of a stack, and an example
+PARTS: dict[str, tuple[type, str]] = {
+    "inner": SPECULATOR,
+    "draft_inner": SPECULATOR,
+    "acceptance": (Acceptance, "Siblings()"),
+    "outer": (Outer, "PrefixVerification()"),
+    "judge": SLOTS["judge"],
+}
 
 
 class Parse:
@@ -69,7 +79,7 @@ class Parse:
         judge: Judge | None = None,
     ) -> None:
         _check_models(target, draft)
-        require_objects(acceptance=acceptance, outer=outer, judge=judge)
+        _check_parts(inner=inner, draft_inner=draft_inner, acceptance=acceptance, outer=outer, judge=judge)
         if outer is not None and judge is not None:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
         if draft is None and (draft_inner is not None or (judge is not None and outer is None)):
@@ -353,13 +363,15 @@ def _check_models(target: object, draft: object) -> None:
             )
 
 
+def _check_parts(**parts: object) -> None:
+    for name, part in parts.items():
+        if part is not None:
+            require_part(name, part, *PARTS[name])
+
+
 def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageModel | None) -> InnerSpeculator:
-    if not hasattr(inner, "bind") or isinstance(inner, type):
-        raise ConfigError(
-            f"the inner speculator is {shown(inner)}; expected one of parsedec_adapters, e.g. "
-            "parsedec_adapters.draft_model.DraftModel(length=4)."
-        )
     bound = inner.bind(model, draft)
+    require_part(f"{type(inner).__name__}.bind(…)", bound, InnerSpeculator, "a copy of it for the target")
     beyond = [layer for layer in bound.needs.hidden_layers if not 0 <= layer <= model.num_layers]
     if beyond:
         raise IncompatibleStack(

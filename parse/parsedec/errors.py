@@ -5,9 +5,10 @@ want of memory."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import get_annotations
 from numbers import Integral, Real
 from traceback import format_tb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from parsedec.types import Result
@@ -107,13 +108,43 @@ def without_frames(error: BaseException) -> BaseException:
     return error
 
 
-def require_objects(**parts: object) -> None:
-    """Raise ConfigError for a part of a stack that is given by its name, or as a class that was not called."""
-    for name, part in parts.items():
-        if isinstance(part, str):
-            raise ConfigError(f"{name}={part!r}; expected an object. Names are for the command line: {name}={part}.")
-        if isinstance(part, type):
-            raise ConfigError(f"{name} is the class {part.__name__}; expected an object of it: {part.__name__}(…).")
+def require_part(name: str, part: object, kind: type, example: str) -> None:
+    """Raise ConfigError for a part of a stack that is not of the kind its slot is for, or only the name of one.
+
+    kind     a protocol, all of whose members the part must have, or a base class of which it must be
+    example  what would be right
+    """
+    if isinstance(part, str):
+        there = name.replace("_", ".")
+        raise ConfigError(f"{name}={part!r}; expected an object. Names are for the command line: {there}={part}.")
+    if isinstance(part, type):
+        raise ConfigError(f"{name} is the class {part.__name__}; expected an object of it: {part.__name__}(…).")
+    where = f"{kind.__module__}.{kind.__name__}"
+    if Protocol not in kind.__bases__:
+        if not isinstance(part, kind):
+            raise ConfigError(
+                f"{name}={shown(part)} is no {kind.__name__}; expected {example}, or an object of a class of your own "
+                f"derived from {where}."
+            )
+    elif missing := [member for member in _members(kind) if _lacks(part, member, kind)]:
+        raise ConfigError(
+            f"{name}={shown(part)} has no {', '.join(missing)}; expected {example}, or an object of your own with all "
+            f"that {where} lists."
+        )
+
+
+def _members(protocol: type) -> list[str]:
+    """What a protocol that derives from no other asks for, in its order."""
+    return [name for name in {**get_annotations(protocol), **vars(protocol)} if not name.startswith("_")]
+
+
+def _lacks(part: object, member: str, protocol: type) -> bool:
+    """Whether there is no such member, or only the protocol's own, which does nothing.
+
+    A property is looked for in the class: its value may be known only once the part is bound.
+    """
+    found = getattr(type(part), member, None)
+    return found is vars(protocol).get(member) if found is not None else not hasattr(part, member)
 
 
 def require_kind(name: str, value: object, kind: type, example: str) -> None:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from parsedec.errors import require_number
+
+
+class Loop(Protocol):
+    """How many rounds a request may have."""
+
+    @property
+    def rounds(self) -> int:
+        """Drafts at most, 1 or more."""
 
 
 @dataclass(frozen=True)

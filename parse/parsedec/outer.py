@@ -16,11 +16,11 @@ from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
 from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
-from parsedec.errors import ConfigError, IncompatibleStack, require_number, require_objects
+from parsedec.errors import ConfigError, IncompatibleStack, require_number, require_part
 from parsedec.gate import Always, Gate, GateHistory
 from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.judge import Judge, LabelJudge, Scores, judged
-from parsedec.loop import Once, Rounds
+from parsedec.loop import Loop, Once
 from parsedec.meter import Meter
 from parsedec.model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
@@ -28,6 +28,22 @@ from parsedec.text import Draft, GrowingDraft
 from parsedec.types import Author, Round, Segment
 
 Written = tuple[Author, list[int]]
+
+# What may stand in the slots of an outer level, and an example
+SLOTS: dict[str, tuple[type, str]] = {
+    "judge": (Judge, "LabelJudge(), or one derived from PassJudge, which needs no more than `read`"),
+    "segmenter": (Segmenter, "Lines()"),
+    "boundary": (BoundaryRule, "FirstFailure(threshold=0.9)"),
+    "gate": (Gate, "Always() or Adaptive()"),
+    "loop": (Loop, "Once() or Rounds(rounds=3)"),
+}
+
+
+def require_parts(outer: object) -> None:
+    """Raise ConfigError for what does not belong in the slot of an outer level that it stands in."""
+    for name, (kind, example) in SLOTS.items():
+        if hasattr(outer, name):
+            require_part(name, getattr(outer, name), kind, example)
 
 
 @dataclass(slots=True)
@@ -147,14 +163,12 @@ class DraftVerification(ABC):
     segmenter: Segmenter = field(default_factory=Lines)
     boundary: BoundaryRule = field(default_factory=FirstFailure)
     gate: Gate = field(default_factory=Always)
-    loop: Once | Rounds = field(default_factory=Once)
+    loop: Loop = field(default_factory=Once)
     max_draft_tokens: int | None = None
     end_token: int = -1  # closes an answer that is a whole draft; filled in by bind
 
     def __post_init__(self) -> None:
-        require_objects(
-            judge=self.judge, segmenter=self.segmenter, boundary=self.boundary, gate=self.gate, loop=self.loop
-        )
+        require_parts(self)
         limit = self.max_draft_tokens
         if limit is not None:
             require_number("outer.max_draft_tokens", limit, whole=True, low=1)

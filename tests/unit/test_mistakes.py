@@ -69,10 +69,7 @@ def zoo():
         ({"outer": "parse"}, r"outer='parse'; expected an object.*outer=parse"),
         ({"judge": "label"}, "judge='label'; expected an object"),
         ({"judge": LabelJudge}, r"judge is the class LabelJudge; expected an object of it: LabelJudge\(…\)"),
-        (
-            {"inner": DraftModel},
-            r"the inner speculator is <class .*DraftModel.*expected.*DraftModel\(length=4\)",
-        ),
+        ({"inner": DraftModel}, r"inner is the class DraftModel; expected an object of it: DraftModel\(…\)"),
         ({"acceptance": "siblings"}, "acceptance='siblings'"),
     ],
 )

@@ -6,8 +6,10 @@ import torch
 import tiny
 from parsedec import Parse, PrefixVerification
 from parsedec.boundary import FirstFailure, LongestValid
-from parsedec.errors import JudgeError
-from parsedec.judge import CombinedJudge, LogprobJudge, PassJudge, Scores
+from parsedec.errors import ConfigError, JudgeError
+from parsedec.inner import NoSpeculation
+from parsedec.judge import CombinedJudge, ConfidenceJudge, Judge, LabelJudge, LogprobJudge, PassJudge, Scores
+from parsedec.peers import Cascade, LookaheadReasoning, SpecReason
 from parsedec.segmenters import EveryTokens
 from parsedec.streamed import StreamedVerification
 from parsedec.types import JudgePath
@@ -176,3 +178,87 @@ def test_a_judge_without_base_class_returns_scores(answer, said):
         judged_by(Whole(answer))
     right = judged_by(Whole(lambda k: Scores((1,) * k, (), 1, JudgePath.CAUSAL)), boundary=LongestValid())
     assert right.kept_share == 1.0
+
+
+# What does not belong in a slot
+
+
+class Hollow(Judge):
+    """Has the protocol as a base class, and of its members those that do nothing."""
+
+    def score(self, session, draft, cuts, probes): ...
+
+
+class Bound(NoSpeculation):
+    def bind(self, target, draft):
+        return None
+
+
+def stack(**parts):
+    return lambda: Parse(tiny.model(), tiny.model(seed=7, layers=1), **parts)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (stack(inner=3), r"inner=3 has no lossless, needs, bind, start, propose, commit, rewind; .*of your own"),
+        (stack(inner="ngram"), "inner='ngram'; expected an object.*inner=ngram"),
+        (stack(draft_inner="ngram"), r"draft_inner='ngram'; expected an object.*draft\.inner=ngram"),
+        (stack(inner=Bound()), r"Bound\.bind\(…\)=None has no lossless.*expected a copy of it for the target"),
+        (stack(acceptance=3), r"acceptance=3 has no lossless, accept; expected Siblings\(\), .*Acceptance"),
+        (stack(outer=LabelJudge()), r"outer=LabelJudge\(.* has no prefill, needs_draft, run; expected PrefixVerif"),
+        (
+            stack(judge=PrefixVerification()),
+            r"judge=PrefixVerification.* has no score, needs, suffix_rows, card; ",
+        ),
+        (stack(judge=Hollow()), "has no bind, needs, suffix_rows, card; .*an object of your own with all that"),
+        (lambda: PrefixVerification(judge=None), r"judge=None has no bind.*expected LabelJudge\(\)"),
+        (
+            lambda: PrefixVerification(boundary=0.9),
+            r"boundary=0\.9 is no BoundaryRule; .*FirstFailure\(",
+        ),
+        (lambda: PrefixVerification(loop=3), r"loop=3 has no rounds; expected Once\(\) or Rounds\(rounds=3\)"),
+        (lambda: PrefixVerification(gate=3), r"gate=3 has no allows; expected Always\(\).*parsedec\.gate\.Gate"),
+        (
+            lambda: StreamedVerification(segmenter=lambda draft: [3]),
+            r"segmenter=<function.* is no Segmenter; expected Lines\(\), .*from parsedec\.segmenters\.Segm",
+        ),
+        (lambda: SpecReason(judge=3), "judge=3 has no bind"),
+        (lambda: LookaheadReasoning(equivalence=3), "equivalence=3 has no bind, compare, asks"),
+        (lambda: ConfidenceJudge(judge=3), r"judge\.judge=3 has no bind"),
+        (stack(outer=Cascade(gate=3)), "gate=3 has no allows"),
+    ],
+)
+def test_what_does_not_belong_in_a_slot_is_refused_when_it_is_put_there(build, said):
+    with pytest.raises(ConfigError, match=said):
+        build()
+
+
+@pytest.mark.parametrize("missing", ["bind", "score", "needs", "suffix_rows", "card"])
+def test_a_judge_is_told_which_member_it_lacks(missing):
+    members = {name: value for name, value in vars(Whole).items() if name not in (missing, "__dict__", "__weakref__")}
+    lacking = type("Lacking", (), members)(None)
+    with pytest.raises(ConfigError, match=rf"judge=<.*> has no {missing}; expected LabelJudge\(\), or one derived"):
+        stack(judge=lacking)()
+
+
+def test_a_part_may_hand_on_what_it_has_not():
+    class Watched:
+        """Members by __getattr__ and a property that is not known yet."""
+
+        def __init__(self, judge):
+            self.judge = judge
+
+        def bind(self, target):
+            return Watched(self.judge.bind(target))
+
+        @property
+        def needs(self):
+            if self.judge.chosen is None:
+                raise AttributeError("known once it is bound")
+            return self.judge.needs
+
+        def __getattr__(self, name):
+            return getattr(self.judge, name)
+
+    assert judged_by(Watched(says(lambda reading: [1.0] * len(reading.probes)))).kept_share == 1.0

@@ -59,5 +59,5 @@ def test_names_of_models_are_not_models(arguments, said):
 
 
 def test_names_of_speculators_are_not_speculators(tiny_target):
-    with pytest.raises(ConfigError, match="the inner speculator is 'pard'; expected one of parsedec_adapters"):
+    with pytest.raises(ConfigError, match=r"inner='pard'; expected an object.*command line: inner=pard"):
         Parse(tiny_target, inner="pard")

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from parsedec.errors import ConfigError, JudgeError
+from parsedec.errors import ConfigError, JudgeError, require_part
 from parsedec.judge.logprob import check_statistic, stretches
 from parsedec.judge.seam import Judge, JudgeNeeds, PassJudge, Reading, Scores, scores_of
 from parsedec.model import LanguageModel
@@ -44,6 +44,8 @@ class ConfidenceJudge(PassJudge):
 
     def __post_init__(self) -> None:
         check_statistic(self.statistic)
+        if self.judge is not None:
+            require_part("judge.judge", self.judge, Judge, "LabelJudge()")
         if not 0 <= self.sure <= 1:
             raise ConfigError(f"judge.sure={self.sure}; expected a probability from 0 to 1.")
 

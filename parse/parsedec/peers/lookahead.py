@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Self
 from parsedec.acceptance import Acceptance
 from parsedec.branches import Branches
 from parsedec.chat import closing_token
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_part
 from parsedec.inner import NoSpeculation
 from parsedec.model import LanguageModel
-from parsedec.outer import Work, Written, drafter_of
+from parsedec.outer import Work, Written, drafter_of, require_parts
 from parsedec.peers.equivalence import Equivalence, LabelEquivalence
 from parsedec.peers.steps import DraftSteps, OwnStep, OwnWriting, joined, write_own
 from parsedec.remote.model import RemoteModel
@@ -65,6 +65,8 @@ class LookaheadReasoning:
     end_token: int = -1  # closes an answer whose last step is the draft model's; filled in by bind
 
     def __post_init__(self) -> None:
+        require_parts(self)
+        require_part("equivalence", self.equivalence, Equivalence, "LabelEquivalence()")
         if self.steps < 1 or not 0 <= self.threshold <= 1 or self.together not in ("auto", "never"):
             raise ConfigError(
                 f"outer has steps={self.steps}, threshold={self.threshold}, together={self.together!r}; expected at "

@@ -14,7 +14,7 @@ from parsedec.chat import closing_token
 from parsedec.errors import ConfigError
 from parsedec.judge import Judge, LabelJudge, judged
 from parsedec.model import LanguageModel
-from parsedec.outer import Work, Written, drafter_of
+from parsedec.outer import Work, Written, drafter_of, require_parts
 from parsedec.peers.steps import DraftSteps
 from parsedec.segmenters import Paragraphs, Segmenter
 from parsedec.text import Draft
@@ -48,6 +48,7 @@ class SpecReason:
     end_token: int = -1  # closes an answer whose last step is the draft model's; filled in by bind
 
     def __post_init__(self) -> None:
+        require_parts(self)
         if self.first_steps_by_target < 0 or not 0 <= (self.threshold or 0) <= 1:
             raise ConfigError(
                 f"outer has first_steps_by_target={self.first_steps_by_target}, threshold={self.threshold}; expected 0 "
