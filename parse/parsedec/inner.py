@@ -13,6 +13,7 @@ from torch import Tensor
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.backends import open_session
+from parsedec.errors import shown
 from parsedec.inference import inference
 from parsedec.meter import Tally
 from parsedec.model import LanguageModel
@@ -45,7 +46,8 @@ class InnerSpeculator(Protocol):
         """State for T + 1 committed tokens, the last one being the root; `seen` holds T rows of taps."""
 
     def propose(self, state: Any, budget: int) -> Tree:
-        """A tree at most `budget` levels deep below the root; leaves the state as it was."""
+        """A tree at most `budget` levels deep below the root; leaves the state as it was. What is deeper is cut off:
+        no more tokens are wanted."""
 
     def commit(self, state: Any, outcome: Outcome) -> Any:
         """The state after more tokens were committed, by whomever; commit(commit(s, a), b) == commit(s, a + b)."""
@@ -221,15 +223,28 @@ class Decoder:
             at, refused = self._refused.pop(0)
             if at <= len(tokens) and isinstance(self.inner, NotesRefused):
                 self._state = self.inner.note_refused(self._state, at, refused)
-        tree = self.inner.propose(self._state, max(0, budget))
-        if tree.depth > max(0, budget) or tree.tokens[0] != tokens[-1]:
+        return self._checked(self.inner.propose(self._state, max(0, budget)), max(0, budget))
+
+    def _checked(self, tree: Tree, budget: int) -> Tree:
+        """A proposal, cut off where it is deeper than `budget`; ValueError for what cannot be verified."""
+        name, model, root = type(self.inner).__name__, self.session.model, self.session.tokens[-1]
+        if not isinstance(tree, Tree):
             raise ValueError(
-                f"{type(self.inner).__name__} proposed a tree {tree.depth} deep with root {tree.tokens[0]} for a "
-                f"budget of {budget} and root {tokens[-1]}"
+                f"{name} proposed {shown(tree)}; expected a Tree, e.g. Tree.chain([{root}, …]) with the root in front"
             )
-        if tree.size > 1 and not 0 <= min(tree.tokens) <= max(tree.tokens) < self.session.model.vocab_size:
+        if tree.tokens[0] != root:
             raise ValueError(
-                f"{type(self.inner).__name__} proposed tokens from {min(tree.tokens)} to {max(tree.tokens)}; expected "
-                f"ids of {self.session.model.name}, 0 to {self.session.model.vocab_size - 1}"
+                f"{name} proposed a tree with root {tree.tokens[0]}; expected the last committed token, {root}, in "
+                "front of the guesses"
             )
-        return tree
+        if tree.size > 1 and not 0 <= min(tree.tokens) <= max(tree.tokens) < model.vocab_size:
+            raise ValueError(
+                f"{name} proposed tokens from {min(tree.tokens)} to {max(tree.tokens)}; expected ids of {model.name}, "
+                f"0 to {model.vocab_size - 1}"
+            )
+        if tree.logq is not None and tree.logq.shape != (tree.size, model.vocab_size):
+            raise ValueError(
+                f"{name} proposed a tree with logq {list(tree.logq.shape)}; expected {[tree.size, model.vocab_size]}: "
+                f"for each node, the unused row of the root included, every token of {model.name}"
+            )
+        return tree if tree.depth <= budget else tree.first_levels(budget)

@@ -126,6 +126,13 @@ class Tree:
         tokens, parents = (self.tokens[node] for node in order), (place[self.parents[node]] for node in order[1:])
         return Tree(tuple(tokens), (-1, *parents), None if self.logq is None else self.logq[order]), place
 
+    def first_levels(self, depth: int) -> Tree:
+        """The tree without the nodes deeper than `depth`: what would have been proposed had drawing stopped there."""
+        kept = [node for node in range(self.size) if self._depths[node] <= depth]
+        place = {node: i for i, node in enumerate(kept)}
+        tokens, parents = (self.tokens[node] for node in kept), (place[self.parents[node]] for node in kept[1:])
+        return Tree(tuple(tokens), (-1, *parents), None if self.logq is None else self.logq[kept])
+
     def path_to(self, node: int) -> list[int]:
         """Node indices from the root to `node`, both included."""
         path = [node]
@@ -155,6 +162,9 @@ class Needs:
     (0 = embeddings, L = after the last layer's norm)."""
 
     hidden_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:  # a list is as good
+        object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
 
 
 @dataclass(frozen=True, slots=True)

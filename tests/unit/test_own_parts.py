@@ -5,14 +5,24 @@ import torch
 
 import tiny
 from parsedec import Parse, PrefixVerification
+from parsedec.acceptance import Siblings, Traversal
 from parsedec.boundary import FirstFailure, LongestValid
 from parsedec.errors import ConfigError, JudgeError
 from parsedec.inner import NoSpeculation
-from parsedec.judge import CombinedJudge, ConfidenceJudge, Judge, LabelJudge, LogprobJudge, PassJudge, Scores
+from parsedec.judge import (
+    CombinedJudge,
+    ConfidenceJudge,
+    Judge,
+    JudgeNeeds,
+    LabelJudge,
+    LogprobJudge,
+    PassJudge,
+    Scores,
+)
 from parsedec.peers import Cascade, LookaheadReasoning, SpecReason
 from parsedec.segmenters import EveryTokens
 from parsedec.streamed import StreamedVerification
-from parsedec.types import JudgePath
+from parsedec.types import JudgePath, Needs, Sampling, Tree
 
 PROMPT = [5, 6, 7]
 GRID = EveryTokens(delta=4)
@@ -262,3 +272,110 @@ def test_a_part_may_hand_on_what_it_has_not():
             return getattr(self.judge, name)
 
     assert judged_by(Watched(says(lambda reading: [1.0] * len(reading.probes)))).kept_share == 1.0
+
+
+# Inner speculators
+
+
+class Repeats:
+    """Guesses that the last token is repeated."""
+
+    lossless = True
+    needs = Needs(hidden_layers=[2])
+
+    def bind(self, target, draft):
+        return self
+
+    def start(self, tokens, seen, sampler):
+        assert seen.taps.shape[:2] == (len(tokens) - 1, 1)
+        return tuple(tokens)
+
+    def propose(self, state, budget):
+        return Tree.chain([state[-1]] * (1 + min(2, budget)))
+
+    def commit(self, state, outcome):
+        return state + outcome.tokens
+
+    def rewind(self, state, length):
+        return state[:length]
+
+
+MEMBERS = ("lossless", "needs", "bind", "start", "propose", "commit", "rewind")
+
+
+@pytest.mark.parametrize("missing", MEMBERS)
+@pytest.mark.parametrize("slot", ["inner", "draft_inner"])
+def test_a_speculator_is_told_which_member_it_lacks(slot, missing):
+    members = {name: vars(Repeats)[name] for name in MEMBERS if name != missing}
+    with pytest.raises(ConfigError, match=rf"{slot}=<.* has no {missing}; expected one of parsedec_adapters.*your own"):
+        stack(**{slot: type("Lacking", (), members)()})()
+
+
+def proposes(tree_of, **more):
+    return type("Own", (Repeats,), {"propose": lambda self, state, budget: tree_of(state), **more})()
+
+
+def decoded(inner, acceptance=None, **settings):
+    engine = Parse(tiny.model(), inner=inner, acceptance=acceptance)
+    return engine.generate(PROMPT, max_new_tokens=11, **settings)
+
+
+def sampled():
+    return {"sampling": Sampling(temperature=1.0), "generator": torch.Generator().manual_seed(0)}
+
+
+def test_hidden_layers_may_be_a_list():
+    assert JudgeNeeds([1, 2]).hidden_layers == (1, 2)
+    assert decoded(Repeats()).tokens == decoded(None).tokens
+
+
+def branching(state):
+    """Right at every depth on a side branch: five levels, whatever the budget."""
+    right = plain()[len(state) - len(PROMPT) :][:5]
+    return Tree((state[-1], 9, *right), (-1, 0, 0, *range(2, 1 + len(right))))
+
+
+def plain():
+    return tiny.greedy(tiny.model(), PROMPT, 24)[0]
+
+
+@pytest.mark.parametrize("acceptance", [Siblings(), Traversal()])
+def test_a_tree_deeper_than_its_budget_is_cut_off(acceptance):
+    """The end of an answer is where a budget is small; the answer is not lost there."""
+    result = decoded(proposes(branching), acceptance)
+    assert list(result.tokens) == plain()[:11]
+    assert result.counters.target_calls < 5
+    budgets = []
+
+    class Counts(Repeats):
+        def propose(self, state, budget):
+            budgets.append(budget)
+            return branching(state)
+
+    decoded(Counts(), acceptance)
+    assert min(budgets) < 5, "no tree was too deep"
+
+
+def test_a_cut_tree_keeps_its_rows():
+    tree = Tree((7, 1, 2, 3, 4), (-1, 0, 1, 0, 3), torch.arange(5.0)[:, None])
+    assert [tree.first_levels(depth).tokens for depth in range(3)] == [(7,), (7, 1, 3), (7, 1, 2, 3, 4)]
+    assert tree.first_levels(1).parents == (-1, 0, 0)
+    assert tree.first_levels(1).logq.flatten().tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        (lambda state: [5], r"Own proposed \[5\]; expected a Tree, e\.g\. Tree\.chain\(\[\d+, …\]\)"),
+        (lambda state: None, "Own proposed None; expected a Tree"),
+        (lambda state: Tree.chain([0, 6]), "a tree with root 0; expected the last committed token, .* in front"),
+        (
+            lambda state: Tree.chain([state[-1], 6], torch.zeros(2, 50)),
+            r"a tree with logq \[2, 50\]; expected \[2, 64\]: .*every token of tiny llama",
+        ),
+        (lambda state: Tree.chain([state[-1], 6], torch.zeros(2)), r"logq \[2\]; expected \[2, 64\]"),
+    ],
+)
+def test_a_proposal_that_cannot_be_verified_is_refused_by_name(tree, said):
+    with pytest.raises(ValueError, match=said):
+        decoded(proposes(tree), **sampled())

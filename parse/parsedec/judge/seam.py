@@ -83,6 +83,9 @@ class JudgeNeeds:
     hidden_layers: tuple[int, ...] = ()
     draft_logprobs: bool = False
 
+    def __post_init__(self) -> None:  # a list is as good
+        object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
+
 
 class Judge(Protocol):
     """How likely is the answer up to each cut free of errors? The draft is left staged in `session`."""
