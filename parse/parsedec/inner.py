@@ -6,6 +6,7 @@ One loop serves the target and the draft model, `inner=none` included: the basel
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
@@ -142,7 +143,7 @@ class Decoder:
 
     def _accept(self, tree: Tree, logits: Tensor) -> list[int]:
         """Commit what stands of a tree that was read, and the token after it.  logits  [N, V]"""
-        path, bonus = self.acceptance.accept(tree, logits, self.sampler)
+        path, bonus = self._accepted(tree, logits)
         tokens = [*(tree.tokens[node] for node in path[1:]), bonus]
         self._record(logits, tokens, path)
         self.session.keep(path)
@@ -156,7 +157,7 @@ class Decoder:
         if self._reads_on and budget > 1 and session.prefetches:
             token = checked_token(session.prefetch(self.sampler.chosen(logits)), len(logits))
         else:
-            _, token = self.acceptance.accept(Tree.chain(session.tokens[-1:]), logits[None], self.sampler)
+            _, token = self._accepted(Tree.chain(session.tokens[-1:]), logits[None])
         session.append(token)
         self._record(logits[None], [token])
         return token
@@ -248,3 +249,21 @@ class Decoder:
                 f"for each node, the unused row of the root included, every token of {model.name}"
             )
         return tree if tree.depth <= budget else tree.first_levels(budget)
+
+    def _accepted(self, tree: Tree, logits: Tensor) -> tuple[list[int], int]:
+        """What the rule accepts of a tree and the token after it; ValueError for what is no path of the tree."""
+        name, accepted = type(self.acceptance).__name__, self.acceptance.accept(tree, logits, self.sampler)
+        try:
+            path, bonus = [int(node) for node in accepted[0]], int(accepted[1])
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{name} gave {shown(accepted)}; expected (path, token): nodes and a token id") from error
+        if path[:1] != [0] or any(
+            not 0 < node < tree.size or tree.parents[node] != above for above, node in pairwise(path)
+        ):
+            raise ValueError(
+                f"{name} accepted the nodes {path} of a tree with parents {list(tree.parents)}; expected a path from "
+                "the root, 0, down: the parent of each node right before it"
+            )
+        if not 0 <= bonus < logits.shape[-1]:
+            raise ValueError(f"{name} gave the token {bonus}; expected an id from 0 to {logits.shape[-1] - 1}")
+        return path, bonus

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from parsedec import Parse, PrefixVerification
-from parsedec.acceptance import Siblings, Traversal
+from parsedec.acceptance import Siblings, Traversal, accept_greedy
 from parsedec.boundary import FirstFailure, LongestValid
 from parsedec.errors import ConfigError, JudgeError
 from parsedec.inner import NoSpeculation
@@ -379,3 +379,61 @@ def test_a_cut_tree_keeps_its_rows():
 def test_a_proposal_that_cannot_be_verified_is_refused_by_name(tree, said):
     with pytest.raises(ValueError, match=said):
         decoded(proposes(tree), **sampled())
+
+
+# Acceptance rules
+
+
+class Rule:
+    lossless = False
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def accept(self, tree, logits, sampler):
+        return self.answer(tree, logits) if tree.size > 1 else accept_greedy(tree, logits)
+
+
+def test_a_rule_may_answer_in_tensors():
+    def answer(tree, logits):
+        path, bonus = accept_greedy(tree, logits)
+        return torch.tensor(path), torch.tensor(bonus)
+
+    result = decoded(proposes(branching), Rule(answer))
+    assert list(result.tokens) == plain()[:11]
+    assert all(type(token) is int for token in result.tokens)
+    without = type("Always", (Rule,), {"accept": lambda self, tree, logits, sampler: answer(tree, logits)})
+    assert all(type(token) is int for token in decoded(None, without(None), **sampled()).tokens)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            lambda tree, _: ([0, tree.size - 1], 5),
+            r"Rule accepted the nodes \[0, \d\] of a tree with parents .*path",
+        ),
+        (lambda tree, _: ([0, 1, 2], 5), r"accepted the nodes \[0, 1, 2\]"),
+        (lambda tree, _: ([], 5), r"accepted the nodes \[\]"),
+        (lambda tree, _: ([1], 5), r"accepted the nodes \[1\]"),
+        (lambda tree, _: ([0, tree.size], 5), r"accepted the nodes \[0, \d\]"),
+        (lambda tree, _: ([0, -1], 5), r"accepted the nodes \[0, -1\]"),
+        (lambda tree, _: ([0], 64), "Rule gave the token 64; expected an id from 0 to 63"),
+        (lambda tree, _: ([0], -1), "Rule gave the token -1"),
+        (lambda tree, _: [0], r"Rule gave \[0\]; expected \(path, token\)"),
+        (lambda tree, _: None, r"Rule gave None; expected \(path, token\)"),
+        (lambda tree, logits: ([0], logits), r"Rule gave \(\[0\], tensor.*; expected \(path, token\)"),
+    ],
+)
+def test_what_is_no_path_of_the_tree_is_refused(answer, said):
+    with pytest.raises(ValueError, match=said):
+        decoded(proposes(branching), Rule(answer))
+
+
+def test_a_rule_says_whether_it_is_lossless():
+    class Silent:
+        def accept(self, tree, logits, sampler):
+            return accept_greedy(tree, logits)
+
+    with pytest.raises(ConfigError, match=r"acceptance=<.*Silent.* has no lossless; expected Siblings\(\)"):
+        stack(acceptance=Silent())()
