@@ -6,6 +6,7 @@
     ConfidenceJudge   how likely the draft model found them; unsure segments are asked of another judge (ConfSpec)
     ProbeJudge        a trained linear probe on a hidden state of the target, behind a question or at the cut itself
     CombinedJudge     logistic regression over several of them, off the same pass
+    PassJudge         base of these but the last, and of one's own: a `read` of the pass, or of the prefixes' texts
 
 To score by hand:  bound = judge.bind(target);  session = judging_session(target, bound);  session.feed(prompt);
 bound.score(session, draft, cuts, probes).
