@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from parsedec.errors import ConfigError, require_number
 from parsedec.text import Draft
@@ -18,7 +19,7 @@ from parsedec.text import Draft
 
 @dataclass(frozen=True, kw_only=True)
 class Segmenter(ABC):
-    """Base of all segmenters."""
+    """Base of all segmenters; one of one's own is a class derived from it with an `ends`."""
 
     min_tokens: int = 1
     max_tokens: int | None = None
@@ -39,21 +40,22 @@ class Segmenter(ABC):
     def ends(self, draft: Draft) -> Iterable[int]:
         """Ascending token positions at which a segment is complete; the end of the draft may be left out."""
 
-    def cuts(self, draft: Draft) -> list[int]:
-        """Strictly ascending positions in 1..N, the last one N; empty for an empty draft."""
-        total = len(draft.tokens)
-        if not total:
-            return []
-        cuts = [0]
-        for end in self.ends(draft):
-            if end - cuts[-1] >= self.min_tokens and total - end >= self.min_tokens:
-                cuts.append(end)
-        cuts.append(total)
-        cuts = self._split_long(cuts)[1:]
-        if len(cuts) > self.max_cuts:
+    def cuts(self, draft: Draft, *, thinned: bool = True) -> list[int]:
+        """Strictly ascending positions in 1..N, the last one N; empty for an empty draft. Not thinned: `max_cuts` is
+        left aside."""
+        cuts = self._split_long(self._ends(draft))
+        if thinned and len(cuts) > self.max_cuts:
             # the j-th of max_cuts sits at the j-th part of the list, rounded up, so the last is the whole draft
             cuts = [cuts[-(-len(cuts) * (j + 1) // self.max_cuts) - 1] for j in range(self.max_cuts)]
         return cuts
+
+    def sure_cuts(self, draft: Draft) -> list[int]:
+        """Those cuts of a draft still being written that it will have however it goes on; its end is never one of them.
+
+        An end of a segment is sure once `min_tokens` stand behind it, and so are the cuts that split a segment with a
+        sure end. They are not thinned: how many will come is not known.
+        """
+        return self._split_long(self._ends(draft)[:-1])
 
     def first_end(self, draft: Draft) -> int | None:
         """Position at which the first segment of a text still being written is complete, or None."""
@@ -62,13 +64,24 @@ class Segmenter(ABC):
             return self.max_tokens
         return end
 
-    def _split_long(self, cuts: list[int]) -> list[int]:
+    def _ends(self, draft: Draft) -> list[int]:
+        """Ends of segments of at least `min_tokens`, the last one that of the draft."""
+        total, ends = len(draft.tokens), [0]
+        if not total:
+            return []
+        for end in self.ends(draft):
+            if end - ends[-1] >= self.min_tokens and total - end >= self.min_tokens:
+                ends.append(end)
+        return [*ends[1:], total]
+
+    def _split_long(self, ends: list[int]) -> list[int]:
+        """These ends, and those of the parts of segments longer than `max_tokens`."""
         if self.max_tokens is None:
-            return cuts
-        split = [cuts[0]]
-        for cut in cuts[1:]:
-            start, parts = split[-1], -(-(cut - split[-1]) // self.max_tokens)
-            split += [start + (cut - start) * part // parts for part in range(1, parts + 1)]
+            return ends
+        split: list[int] = []
+        for start, end in pairwise([0, *ends]):
+            parts = -(-(end - start) // self.max_tokens)
+            split += [start + (end - start) * part // parts for part in range(1, parts + 1)]
         return split
 
 

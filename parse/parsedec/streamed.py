@@ -18,9 +18,8 @@ Sampled text does not depend on when either: every draft has a generator of its 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,17 +43,6 @@ FEW_SEGMENTS = 2  # what chunk=auto judges at a time where passes cost what thei
 # weights: in bfloat16 they are as many as the device makes floating-point operations while it reads a byte, by data
 # sheets 150 on an A100, 205 on an H200, 280 on a B200, 295 on an H100.
 ENOUGH_ROWS = 256
-
-
-def sure_cuts(segmenter: Segmenter, draft: Draft) -> list[int]:
-    """The cuts of a draft still being written that it will have however it goes on; the end is never one of them.
-
-    An end of a segment is sure once `min_tokens` stand behind it, and so are the cuts that split a segment with a sure
-    end. `max_cuts` is left aside.
-    """
-    whole = replace(segmenter, max_cuts=sys.maxsize)
-    ends = replace(whole, max_tokens=None).cuts(draft)
-    return [cut for cut in whole.cuts(draft) if cut <= ends[-2]] if len(ends) > 1 else []
 
 
 @dataclass(slots=True)
@@ -94,7 +82,7 @@ class Judging:
 
     def ready(self, draft: Draft) -> list[Callable[[], None]]:
         """Full passes over a draft still being written."""
-        new = sure_cuts(self.segmenter, draft)[len(self.cuts) :]
+        new = self.segmenter.sure_cuts(draft)[len(self.cuts) :]
         passes = []
         while full := self._full(new):
             passes.append(self._pass(draft, new[:full]))
@@ -103,7 +91,7 @@ class Judging:
 
     def rest(self, draft: Draft) -> list[Callable[[], None]]:
         """Passes for what is left of a finished draft, the one that decides about the whole of it among them."""
-        cuts = replace(self.segmenter, max_cuts=sys.maxsize).cuts(draft)
+        cuts = self.segmenter.cuts(draft, thinned=False)
         new = [cut for cut in cuts if cut > len(self.asked.tokens)]
         passes = []
         while new:

@@ -3,7 +3,6 @@
 Oracles: one judge pass over the whole draft, plain forwards, and the segmenter's cuts of the finished text.
 """
 
-import dataclasses
 import itertools
 import random
 import string
@@ -14,7 +13,6 @@ import torch
 import tiny
 from parsedec.segmenters import CodeStatements, EveryTokens, Lines, Paragraphs, Sentences
 from parsedec.session import Session
-from parsedec.streamed import sure_cuts
 from parsedec.text import Draft
 from parsedec.types import JudgePath
 
@@ -144,13 +142,12 @@ WORDS = [
 def test_sure_cuts_are_cuts_of_the_finished_draft(segmenter):
     """Whatever comes after: every cut of a beginning is a cut of the whole, none is missed but the last ones."""
     rng, found = random.Random(str(segmenter)), 0
-    unthinned = dataclasses.replace(segmenter, max_cuts=1 << 30)
     for _ in range(60):
         pieces = [rng.choice([*WORDS, *string.ascii_letters[:4]]) for _ in range(rng.randint(1, 30))]
-        cuts = unthinned.cuts(spelt(pieces))
+        cuts = segmenter.cuts(spelt(pieces), thinned=False)
         seen = []
         for n in range(1, len(pieces) + 1):
-            sure = sure_cuts(segmenter, spelt(pieces[:n]))
+            sure = segmenter.sure_cuts(spelt(pieces[:n]))
             assert sure[: len(seen)] == seen, "a sure cut was taken back"
             assert all(cut < n for cut in sure)
             seen = sure

@@ -20,7 +20,7 @@ from parsedec.judge import (
     Scores,
 )
 from parsedec.peers import Cascade, LookaheadReasoning, SpecReason
-from parsedec.segmenters import EveryTokens
+from parsedec.segmenters import EveryTokens, Segmenter
 from parsedec.streamed import StreamedVerification
 from parsedec.types import JudgePath, Needs, Sampling, Tree
 
@@ -437,3 +437,28 @@ def test_a_rule_says_whether_it_is_lossless():
 
     with pytest.raises(ConfigError, match=r"acceptance=<.*Silent.* has no lossless; expected Siblings\(\)"):
         stack(acceptance=Silent())()
+
+
+# Segmenters
+
+
+class EveryFew(Segmenter):
+    """Has a constructor of its own, which does not call the other."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def ends(self, draft):
+        return range(self.n, len(draft.tokens) + 1, self.n)
+
+
+@pytest.mark.parametrize("outer", [PrefixVerification, StreamedVerification])
+def test_a_segmenter_of_ones_own_is_its_ends(outer):
+    judge = says(lambda reading: [1.0] * len(reading.probes))
+    results = []
+    for segmenter in (EveryFew(3), EveryTokens(delta=3)):
+        engine = Parse(tiny.model(), tiny.model(seed=7, layers=1), outer=outer(judge=judge, segmenter=segmenter))
+        results.append(engine.generate(PROMPT, max_new_tokens=20))
+    own, same = ([s.tokens for s in result.rounds[0].segments] for result in results)
+    assert own == same
+    assert own[:6] == [3] * 6
