@@ -24,7 +24,7 @@ from torch import Tensor
 
 from parsedec.backends import open_session
 from parsedec.checkpoints import Version, version_of
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import ConfigError, IncompatibleStack, require_number
 from parsedec.model import LanguageModel, load
 from parsedec.sampling import Sampler
 from parsedec.session import Session
@@ -69,12 +69,11 @@ class DraftModel:
     vocab: int = 0  # the target's, filled in by bind
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ConfigError(f"inner.length={self.length}; expected at least 1 guess. Use inner=none for none.")
-        if self.confidence is not None and not 0 < self.confidence <= 1:
-            raise ConfigError(
-                f"inner.confidence={self.confidence}; expected more than 0 and at most 1, or null for a fixed length."
-            )
+        require_number("inner.length", self.length, whole=True, low=1)
+        if self.confidence is not None:
+            require_number("inner.confidence", self.confidence, low=0, high=1)
+            if self.confidence == 0:
+                raise ConfigError("inner.confidence=0 ends no chain; expected more than 0, or null for a fixed length.")
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> DraftModel:
         model = drafting_model("draft_model", self.model, target, draft)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import IncompatibleStack, require_number
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.selftest import check_decoding
@@ -43,8 +43,8 @@ class SelfEarlyExit:
 
     def __post_init__(self) -> None:
         DraftModel(length=self.length, confidence=self.confidence)  # refuses what it would refuse
-        if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
-            raise ConfigError(f"inner.layers={self.layers!r}; expected a whole number from 1, or null for a quarter.")
+        if self.layers is not None:
+            require_number("inner.layers", self.layers, whole=True, low=1)
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> SelfEarlyExit:
         layers = max(1, target.num_layers // 4) if self.layers is None else self.layers

@@ -26,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from parsedec import kv
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import IncompatibleStack, require_number
 from parsedec.model import LanguageModel
 from parsedec.peers import clean_settings, seeded, settings
 from parsedec.sampling import Sampler
@@ -69,11 +69,9 @@ class HfAssisted:
     target: LanguageModel | None = None  # filled in by bind
 
     def __post_init__(self) -> None:
-        if self.length < 1 or not 0 <= (self.confidence or 0) <= 1:
-            raise ConfigError(
-                f"inner has length={self.length}, confidence={self.confidence}; expected length >= 1 and a confidence "
-                "from 0 to 1 or null."
-            )
+        require_number("inner.length", self.length, whole=True, low=1)
+        if self.confidence is not None:
+            require_number("inner.confidence", self.confidence, low=0, high=1)
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> HfAssisted:
         model = drafting_model("hf_assisted", self.model, target, draft)

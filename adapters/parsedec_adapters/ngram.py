@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_kind, require_number
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
@@ -49,10 +49,12 @@ class Ngram:
     refused: bool = True
 
     def __post_init__(self) -> None:
-        if self.length < 1 or not 1 <= self.shortest <= self.longest:
+        for name in ("length", "longest", "shortest"):
+            require_number(f"inner.{name}", getattr(self, name), whole=True, low=1)
+        require_kind("inner.refused", self.refused, bool, "True or False")
+        if self.shortest > self.longest:
             raise ConfigError(
-                f"inner has length={self.length}, longest={self.longest}, shortest={self.shortest}; expected "
-                "length >= 1 and 1 <= shortest <= longest."
+                f"inner has longest={self.longest}, shortest={self.shortest}; expected shortest <= longest."
             )
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Ngram:

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import IncompatibleStack, require_number
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
@@ -89,11 +89,9 @@ class ParallelSpec:
     target: LanguageModel | None = None  # filled in by bind
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.top_k < 1 or (self.depth is not None and self.depth < 1):
-            raise ConfigError(
-                f"inner has tokens={self.tokens}, top_k={self.top_k}, depth={self.depth}; expected at least 1 of each "
-                "(depth may be null)."
-            )
+        for name in ("tokens", "top_k", "depth"):
+            if name != "depth" or self.depth is not None:
+                require_number(f"inner.{name}", getattr(self, name), whole=True, low=1)
 
     @property
     def needs(self) -> Needs:

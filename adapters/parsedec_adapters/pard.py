@@ -28,7 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from parsedec.backends import open_session
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import IncompatibleStack, require_number
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.session import Session
@@ -70,8 +70,9 @@ class Pard:
     vocab: int = 0  # the target's, filled in by bind
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ConfigError(f"inner.length={self.length}; expected at least 1 guess. Use inner=none for none.")
+        require_number("inner.length", self.length, whole=True, low=1)
+        if self.mask_token is not None:
+            require_number("inner.mask_token", self.mask_token, whole=True, low=0)
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Pard:
         model = drafting_model("pard", self.model, target, draft)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import IncompatibleStack, require_number
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Sampling, Seen, Tree
@@ -39,10 +39,9 @@ class Scripted:
     oracle: DraftModel | None = None  # the target as its own draft model, filled in by bind
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1 or self.depth < 1:
-            raise ConfigError(
-                f"inner has rate={self.rate}, depth={self.depth}; expected 0 <= rate <= 1 and depth >= 1."
-            )
+        require_number("inner.rate", self.rate, low=0, high=1)
+        require_number("inner.depth", self.depth, whole=True, low=1)
+        require_number("inner.seed", self.seed, whole=True)
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Scripted:
         oracle = DraftModel(length=self.depth, model=target).bind(target, None) if self.answer is None else None

@@ -21,6 +21,7 @@ from parsedec.errors import (
     PromptError,
     TargetLost,
     TargetRefused,
+    require_number,
     require_part,
     shown,
 )
@@ -158,8 +159,12 @@ class Parse:
         What is wrong with the request is raised here; the work begins with the first piece that is asked for. Raises
         IncompatibleStack where log-probabilities are asked for and not defined (`no_logprobs`).
         """
-        if top is not None and self.no_logprobs is not None:
-            raise IncompatibleStack(f"no log-probabilities: {self.no_logprobs}. Leave `top` out, or use outer=none.")
+        if top is not None:
+            require_number("top", top, whole=True, low=0)
+            if self.no_logprobs is not None:
+                raise IncompatibleStack(
+                    f"no log-probabilities: {self.no_logprobs}. Leave `top` out, or use outer=none."
+                )
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
         return self._begin(prompt, limits, sampling, generator, True, top)
 

@@ -1,5 +1,7 @@
 """Parts of one's own in the slots of a stack: little has to be written for them, and what is wrong with one is said."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -23,6 +25,15 @@ from parsedec.peers import Cascade, LookaheadReasoning, SpecReason
 from parsedec.segmenters import EveryTokens, Segmenter
 from parsedec.streamed import StreamedVerification
 from parsedec.types import JudgePath, Needs, Sampling, Tree
+from parsedec_adapters.draft_model import DraftModel
+from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.early_exit import SelfEarlyExit
+from parsedec_adapters.hf_assisted import HfAssisted
+from parsedec_adapters.medusa import Medusa
+from parsedec_adapters.ngram import Ngram
+from parsedec_adapters.parallelspec import ParallelSpec
+from parsedec_adapters.pard import Pard
+from parsedec_adapters.scripted import Scripted
 
 PROMPT = [5, 6, 7]
 GRID = EveryTokens(delta=4)
@@ -462,3 +473,36 @@ def test_a_segmenter_of_ones_own_is_its_ends(outer):
     own, same = ([s.tokens for s in result.rounds[0].segments] for result in results)
     assert own == same
     assert own[:6] == [3] * 6
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (DraftModel, {"length": (2.5, "4", True, 0), "confidence": ("x", 0, 1.5, True)}),
+        (Ngram, {"length": (2.5, "4", 0), "longest": (4.0,), "shortest": (0,), "refused": (1,)}),
+        (SelfEarlyExit, {"length": (2.5, "4"), "layers": (2.5, True, 0), "confidence": (2,)}),
+        (HfAssisted, {"length": (2.5, "4", 0), "confidence": ("x", -1)}),
+        (Pard, {"length": (2.5, "4", 0), "mask_token": ("5", -1)}),
+        (partial(Scripted, rate=0.5), {"depth": (2.5, 0), "rate": ("x", 2), "seed": ("x",)}),
+        (partial(ParallelSpec, head="zoo:parallelspec"), {"tokens": (2.5, 0), "top_k": ("x",), "depth": (2.5, 0)}),
+        (partial(Eagle3, head="zoo:eagle3"), {"tokens": (2.5, 1), "top_k": ("x", 0), "depth": (2.5, -1)}),
+        (partial(Medusa, heads="zoo:medusa", tree="chain"), {"nodes": (2.5, "4", 0)}),
+    ],
+)
+def test_the_settings_of_a_speculator_are_numbers(make, settings):
+    make()
+    for name, wrong in settings.items():
+        for value in wrong:
+            with pytest.raises(ConfigError, match=rf"inner\.{name}={value!r}.*; expected "):
+                make(**{name: value})
+
+
+@pytest.mark.parametrize("top", [-1, 1.5, "x", True])
+def test_how_many_tokens_are_shown_is_a_number_when_it_is_asked_for(top):
+    engine = Parse(tiny.model())
+    with pytest.raises(ConfigError, match=rf"top={top!r}; expected a whole number, at least 0"):
+        engine.stream(PROMPT, top=top)
+    assert [s.top for d in engine.stream(PROMPT, max_new_tokens=2, top=0) for s in d.shown] == [(), ()]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from parsedec.backends import runs_static
 from parsedec.checkpoints import Version, version_of
-from parsedec.errors import ConfigError, IncompatibleStack, require_numbers
+from parsedec.errors import IncompatibleStack, require_number, require_numbers
 from parsedec.inference import inference, whole_numbers
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
@@ -82,11 +82,8 @@ class Eagle3:
     _drafting: Drafting | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.tokens < 2 or self.depth < 0 or self.top_k < 1:
-            raise ConfigError(
-                f"inner has tokens={self.tokens}, depth={self.depth}, top_k={self.top_k}; expected tokens >= 2, "
-                "depth >= 0 and top_k >= 1."
-            )
+        for name, least in (("tokens", 2), ("depth", 0), ("top_k", 1)):
+            require_number(f"inner.{name}", getattr(self, name), whole=True, low=least)
         if self.taps is not None:
             require_numbers("inner.taps", self.taps)
             object.__setattr__(self, "taps", tuple(self.taps))

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import IncompatibleStack, require_number
 from parsedec.model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
@@ -74,8 +74,8 @@ class Medusa:
     stack: Stack | None = None  # filled in by bind
 
     def __post_init__(self) -> None:
-        if self.nodes is not None and self.nodes < 1:
-            raise ConfigError(f"inner.nodes={self.nodes}; expected at least 1, or null for the whole tree.")
+        if self.nodes is not None:
+            require_number("inner.nodes", self.nodes, whole=True, low=1)
         TreeShape.of(read_tree(self.tree))  # a wrong tree is an error of the settings, whatever the target
 
     @property
