@@ -82,7 +82,7 @@ class DraftModel:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> DraftState:
         if not isinstance(self.model, LanguageModel):
             raise IncompatibleStack("inner=draft_model was not bound to a target; call bind(target, draft) first.")
-        return DraftState(extended(open_session(self.model), tokens), sampler)
+        return DraftState(extended(open_session(self.model, ids=self.vocab), tokens), sampler)
 
     def propose(self, state: DraftState, budget: int) -> Tree:
         root = state.session.tokens[-1]

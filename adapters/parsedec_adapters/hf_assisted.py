@@ -85,6 +85,8 @@ class HfAssisted:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> AssistedState:
         model, target = self._bound()
         chosen = settings(target, sampler.settings, self.length)
+        if model.vocab_size > target.vocab_size:
+            chosen.suppress_tokens = list(range(target.vocab_size, model.vocab_size))
         return AssistedState(tuple(tokens), kv.new_cache(model.hf), chosen, sampler)
 
     def propose(self, state: AssistedState, budget: int) -> Tree:
@@ -93,7 +95,8 @@ class HfAssisted:
         if length < 1:
             return Tree.chain([root])
         cache = kv.snapshot(state.cache)
-        text = torch.tensor([state.tokens], device=model.device)
+        fewer = model.vocab_size < target.vocab_size
+        text = torch.tensor([model.readable(state.tokens) if fewer else state.tokens], device=model.device)
         with turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler), torch.inference_mode():
             generator = self._generator(text, model, state.settings, length)
             generator.assistant_kwargs["past_key_values"] = cache

@@ -94,7 +94,7 @@ class Pard:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> PardState:
         if not isinstance(self.model, LanguageModel):
             raise IncompatibleStack("inner=pard was not bound to a target; call bind(target, draft) first.")
-        return PardState(extended(open_session(self.model), tokens), (), sampler)
+        return PardState(extended(open_session(self.model, ids=self.vocab), tokens), (), sampler)
 
     def propose(self, state: PardState, budget: int) -> Tree:
         root = state.new[-1] if state.new else state.session.tokens[-1]

@@ -23,9 +23,9 @@ Structure = tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
 _obstacles: WeakKeyDictionary[PreTrainedModel, tuple[Structure, str | None]] = WeakKeyDictionary()
 
 
-def open_session(model: LanguageModel, taps: tuple[int, ...] = ()) -> Session:
-    """A new session of `model` on the backend it is to run on."""
-    return StaticSession(model, taps) if runs_static(model) else Session(model, taps)
+def open_session(model: LanguageModel, taps: tuple[int, ...] = (), *, ids: int = 0) -> Session:
+    """A new session of `model` on the backend it is to run on; arguments as in `DecodingSession`."""
+    return (StaticSession if runs_static(model) else Session)(model, taps, ids=ids)
 
 
 def runs_static(model: LanguageModel) -> bool:

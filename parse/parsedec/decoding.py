@@ -37,8 +37,11 @@ CPU = torch.device("cpu")
 class DecodingSession:
     """Reads, commits, guesses and goes back; any Hugging Face causal LM, batch 1."""
 
-    def __init__(self, model: LanguageModel, taps: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: LanguageModel, taps: tuple[int, ...] = (), *, ids: int = 0) -> None:
+        """`ids`: how many the tokens may be of, where they are another model's; beyond this model's rows it reads
+        them as it can (`LanguageModel.readable`)."""
         self.model = model
+        self._maps_ids = ids > model.vocab_size
         self.taps = taps
         self.tokens: list[int] = []
         self.cached = self.calls = self.rows = 0
@@ -183,6 +186,8 @@ class DecodingSession:
         """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
         self.calls += 1
         self.rows += len(ids)
+        if self._maps_ids:
+            ids = self.model.readable(ids)
         request = fibers.current()
         if request is None or joint_obstacle(self.model):
             return alone(self.model, self._cache, ids, keep, positions, mask, self.taps)

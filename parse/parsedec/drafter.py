@@ -48,8 +48,10 @@ class Drafter:
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        # in one vocabulary both models' end tokens end a draft, but only the target's own close its answer
-        ends = (*model.end_ids, *target.end_ids) if self.same_vocabulary else model.end_ids
+        # in one vocabulary both models' end tokens end a draft, but only the target's own close its answer; a padded
+        # id that the target has no row for ends it, too
+        padded = range(target.vocab_size, model.vocab_size)
+        ends = (*model.end_ids, *target.end_ids, *padded) if self.same_vocabulary else model.end_ids
         self.writer = model.ending_with(tuple(dict.fromkeys(ends)))
         self._requests = sampler
         self.sampler = sampler.apart()
@@ -81,6 +83,8 @@ class Drafter:
         """
         tokens = answer.tokens if self.same_vocabulary else self.model.encode(answer.text, plain=True)
         wanted = [*self.prompt, *tokens]
+        if self.same_vocabulary and self.target.vocab_size > self.model.vocab_size:
+            wanted = self.model.readable(wanted)
         if len(wanted) >= self.model.context_limit:
             full = f"prompt and answer fill its context of {self.model.context_limit} tokens"
             self.decoder.notes.add(f"{self.model.name} drafted no more: {full}")

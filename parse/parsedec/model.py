@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -271,13 +271,24 @@ class LanguageModel:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def same_vocabulary(self, other: LanguageModel) -> bool:
-        """Whether ids mean the same tokens in both models. Compared once per pair: vocabularies are large."""
+        """Whether ids mean the same tokens in both models, padding aside (`readable`). Compared once per pair:
+        vocabularies are large."""
         if self is other:
             return True
         known = _same_vocabulary.setdefault(self, WeakKeyDictionary())
         if other not in known:
             known[other] = self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
         return known[other]
+
+    def readable(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a model of the same vocabulary, each one that this model has a row for.
+
+        Models of one vocabulary may have different numbers of rows (Qwen2.5: 7B has 152,064, 0.5B 151,936). Those
+        beyond the tokenizer are padding and spell nothing, yet a model may write them, and prompts may hold them: this
+        model's last row stands for those it has not.
+        """
+        last = self.vocab_size - 1
+        return [min(i, last) for i in ids]
 
 
 _same_vocabulary: WeakKeyDictionary[LanguageModel, WeakKeyDictionary[LanguageModel, bool]] = WeakKeyDictionary()

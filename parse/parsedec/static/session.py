@@ -98,8 +98,8 @@ class Prefetched:
 class StaticSession(Session):
     """A session of a model that `static_obstacle` has nothing against."""
 
-    def __init__(self, model: LanguageModel, taps: tuple[int, ...] = ()) -> None:
-        super().__init__(model, taps)
+    def __init__(self, model: LanguageModel, taps: tuple[int, ...] = (), *, ids: int = 0) -> None:
+        super().__init__(model, taps, ids=ids)
         self._machine = machine_of(model)
         self._steps = self._machine.steps[model.compiled]
         self._lease = Lease(self._machine.pool)  # rows: cached ones, and staged ones or a prefetched one behind them
@@ -248,6 +248,8 @@ class StaticSession(Session):
         block      rows of a judge pass, in place of positions and allowed
         """
         self._forget_prefetched()
+        if self._maps_ids:
+            ids = self.model.readable(ids)
         if block is not None:
             positions = block.positions()
         if (request := fibers.current()) is not None:
