@@ -35,7 +35,7 @@ from parsedec.outer import SLOTS, AsksJudge, ChecksStack, DraftVerification, Out
 from parsedec.prompt import Prompt, check_length, messages_of, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
-from parsedec.sampling import Sampler
+from parsedec.sampling import Sampler, check_numbers
 from parsedec.selftest import check_decoding
 from parsedec.text import Draft, StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Result, Sampling, StopReason
@@ -134,7 +134,10 @@ class Parse:
         prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are
         generator   source of randomness for sampled decoding, on the CPU; greedy decoding needs none
 
-        Raises PromptError for a prompt that cannot be run; the engine stays usable.
+        Raises PromptError for a prompt that cannot be run, and LogitsError where the target's logits behind the prompt
+        are not numbers, or those a token is to be drawn from; the engine stays usable. Greedy tokens behind the first
+        are not looked at, since each look would have the host wait: a model that overflows later in an answer writes
+        nonsense. Nor is what a server or outer=hf_generate computes.
         """
         result = None
         for delta in self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, False):
@@ -259,7 +262,7 @@ class Parse:
         target.top = top
         if self.outer.prefill:
             with meter.span("prefill"):
-                target.session.feed(ids)
+                check_numbers(target.session.feed(ids), self.target.name)  # the span's end waits for it in any case
         else:
             target.session.tokens.extend(ids)
         work = Work(len(ids), target, drafter, answer, meter, self.history)

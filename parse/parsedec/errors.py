@@ -45,6 +45,10 @@ class ConfigError(ParsedecError):
     """A configuration value is outside what it may be."""
 
 
+class LogitsError(ParsedecError):
+    """The logits a model gave are no numbers, mostly because they overflow in its dtype."""
+
+
 class OutputExistsError(ParsedecError):
     """The output folder already holds a record that would be overwritten."""
 

@@ -5,12 +5,15 @@ Filters follow Hugging Face's order: temperature, top-k, top-p.   Shapes: N rows
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from parsedec.errors import ConfigError, require_kind
+from parsedec.errors import ConfigError, LogitsError, require_kind
 from parsedec.types import Sampling
 
+OVERFLOW = "They overflow in the model's dtype, or its weights are damaged. Load it with dtype=bfloat16 or float32."
 SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more than a run has requests
 
 
@@ -20,10 +23,16 @@ def request_generator(seed: int, index: int) -> torch.Generator:
 
 
 def checked_token(token: int, vocabulary: int) -> int:
-    """The token, if it is one: what is drawn from logits that are no numbers is not."""
+    """The token, if it is one: what is drawn from logits that are no numbers is not. Raises LogitsError."""
     if token >= vocabulary:
-        raise ValueError("a token was to be drawn from logits that are not numbers (nan), as the model gave them.")
+        raise LogitsError(f"a token was to be drawn from logits that are not numbers. {OVERFLOW}")
     return token
+
+
+def check_numbers(logits: Tensor, model: str) -> None:
+    """Raise LogitsError where logits [V] have no best token that is a number. The host waits for the answer."""
+    if logits.numel() and not math.isfinite(best := float(logits.max())):  # nan, if any of them is
+        raise LogitsError(f"the logits of {model} behind the prompt are not numbers: the largest is {best}. {OVERFLOW}")
 
 
 def token_at(probabilities: Tensor, share: float) -> Tensor:
@@ -89,12 +98,17 @@ class Sampler:
         return checked_token(int(self._drawn(probabilities)), len(probabilities))
 
     def _drawn(self, probabilities: Tensor) -> Tensor:
-        """A token [] from a distribution [V], on its device; all draws of tokens are made here. Where the generator is
-        there, too, it draws as `generate` of Hugging Face does; elsewhere it draws one number, and nothing of the size
-        of a vocabulary changes devices."""
+        """A token [] from a distribution [V], on its device, V if that is no numbers; all draws of tokens are made
+        here. Where the generator is there, too, it draws as `generate` of Hugging Face does; elsewhere it draws one
+        number, and nothing of the size of a vocabulary changes devices."""
         assert self.generator is not None
         if self._is_beside(probabilities):
-            return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(0)
+            try:
+                return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(0)
+            except RuntimeError:  # on a GPU this cannot be caught: with a generator there it ends the process
+                if bool(probabilities.isfinite().all()):
+                    raise
+                return torch.tensor(len(probabilities))
         device = self.generator.device
         share = torch.rand((), dtype=torch.float64, generator=self.generator, device=device)
         return token_at(probabilities, float(share))

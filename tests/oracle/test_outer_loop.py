@@ -4,6 +4,7 @@ refused tokens or earlier rounds.
 Oracle: one plain forward over the finished answer; every token the target wrote must be its argmax there.
 """
 
+import copy
 import dataclasses
 import time
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from parsedec import LabelJudge, Parse, ParsedecError, PrefixVerification, StopReason, TargetOnly, load
 from parsedec.boundary import FirstFailure, LongestValid
-from parsedec.errors import JudgeError, PromptError
+from parsedec.errors import JudgeError, LogitsError, PromptError
 from parsedec.gate import Adaptive, Never
 from parsedec.loop import Once, Rounds
 from parsedec.model import LanguageModel
@@ -337,6 +338,24 @@ def test_scores_that_are_no_numbers_fail_the_request(tiny_target, tiny_draft, mo
     monkeypatch.setattr(Session, "judge", overflowing)
     with pytest.raises(JudgeError, match="overflow"):
         engine.generate([9, 30, 12], max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("outer_level", [TargetOnly(), outer()], ids=["none", "parse"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_the_request_before_a_draft_is_written(outer_level, temperature):
+    """And only it: in a batch it has the error in its place."""
+    hf = copy.deepcopy(tiny.model("llama").hf)
+    with torch.no_grad():
+        hf.get_input_embeddings().weight[40] = torch.nan
+    broken = dataclasses.replace(tiny.model("llama"), hf=hf, name="broken")
+    engine = Parse(broken, tiny.model("qwen2", layers=2), outer=outer_level)
+    options = dict(max_new_tokens=4, sampling=Sampling(temperature=temperature, top_k=1))
+    with pytest.raises(LogitsError, match=r"broken behind the prompt are not numbers.*dtype=bfloat16 or float32"):
+        engine.generate([5, 40], generator=torch.Generator(), **options)
+    generators = [torch.Generator() for _ in range(2)]
+    batch = engine.generate_batch([[5, 40], [5, 6]], generators=generators, **options)
+    assert isinstance(batch.errors[0], LogitsError)
+    assert len(batch.answers[1].tokens) == 4
 
 
 def test_a_wrong_request_is_refused_before_the_first_piece(tiny_target):

@@ -14,6 +14,7 @@ import tiny
 from every_draw import relative
 from parsedec import Parse, Sampling, TargetOnly
 from parsedec.acceptance import Nucleus, Typical
+from parsedec.errors import LogitsError
 from parsedec.experiment.scripted import ScriptedAcceptance
 from parsedec.sampling import request_generator
 from parsedec.static.session import StaticSession
@@ -168,7 +169,7 @@ def test_logits_that_are_no_numbers_end_the_request(monkeypatch, tiny_target):
         "parsedec.sampling.Sampler.log_distribution", lambda self, logits: torch.full_like(logits, torch.nan)
     )
     engine = Parse(on(tiny_target, "static"), outer=TargetOnly())
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(LogitsError, match="not numbers"):
         engine.generate(
             walks.tokens(5), max_new_tokens=8, sampling=Sampling(temperature=1.0), generator=request_generator(0, 0)
         )

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from parsedec.errors import ConfigError
-from parsedec.sampling import Sampler, checked_token, request_generator, token_at
+from parsedec.errors import ConfigError, LogitsError
+from parsedec.sampling import Sampler, check_numbers, checked_token, request_generator, token_at
 from parsedec.types import Sampling
 
 SETTINGS = [
@@ -126,8 +126,32 @@ def test_a_share_of_the_mass_is_a_token():
     rare = torch.tensor([1.0, 2**-30, 2**-30])  # two tokens within less than a step of single precision
     shares = torch.linspace(1 - 2**-29, 1 - 2**-53, 40, dtype=torch.float64).tolist()
     assert {int(token_at(rare, share)) for share in shares} == {1, 2}
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(LogitsError, match="not numbers"):
         checked_token(len(p), len(p))
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["generator_there", "generator_elsewhere"])
+def test_what_is_no_number_cannot_be_drawn_from(beside, monkeypatch):
+    monkeypatch.setattr(Sampler, "_is_beside", lambda *_: beside)
+    sampler = seeded(dict(temperature=1.0))
+    for wrong in (torch.nan, torch.inf):
+        row = torch.tensor([0.5, wrong, 1.0])
+        assert int(sampler.chosen(row)) == len(row)
+        with pytest.raises(LogitsError, match="dtype=bfloat16 or float32"):
+            sampler.pick(row)
+
+
+def test_other_errors_of_a_draw_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="prob_dist"):
+        seeded(dict(temperature=1.0)).draw(torch.tensor([]))
+
+
+def test_logits_behind_the_prompt_have_to_be_numbers():
+    check_numbers(torch.tensor([0.5, -torch.inf]), "m")  # what cannot be chosen is no mistake
+    check_numbers(torch.empty(0), "a model on a server")
+    for wrong in ([0.5, torch.nan], [0.5, torch.inf], [-torch.inf] * 2):
+        with pytest.raises(LogitsError, match="logits of m behind the prompt are not numbers"):
+            check_numbers(torch.tensor(wrong), "m")
 
 
 def test_a_token_that_stays_on_the_device_is_the_one_that_is_picked(monkeypatch):
