@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from threading import Lock
 from typing import Protocol
 
 from parsedec.errors import ConfigError
@@ -23,25 +24,33 @@ class DraftRecord:
 
 
 class GateHistory:
-    """What an engine has seen so far, over all its requests; the last few thousand events are enough.
-
-    events  finished drafts, and the tokens of finished answers, in order
-    """
+    """What an engine has seen so far, over all its requests, in whatever threads they run; the last few thousand events
+    are enough."""
 
     def __init__(self) -> None:
-        self.events: deque[DraftRecord | int] = deque(maxlen=4096)
+        self._events: deque[DraftRecord | int] = deque(maxlen=4096)
         self.decoded_tokens = 0  # by calls of the target, which took `decode_s`
         self.decode_s = 0.0
+        self._changing = Lock()
+
+    @property
+    def events(self) -> list[DraftRecord | int]:
+        """Finished drafts, and the tokens of finished answers, in order, as they are now."""
+        with self._changing:
+            return list(self._events)
 
     def add_draft(self, seconds: float, drafted: int, kept: int) -> None:
-        self.events.append(DraftRecord(seconds, drafted, kept))
+        with self._changing:
+            self._events.append(DraftRecord(seconds, drafted, kept))
 
     def add_answer(self, tokens: int) -> None:
-        self.events.append(tokens)
+        with self._changing:
+            self._events.append(tokens)
 
     def add_decoding(self, tokens: int, seconds: float) -> None:
-        self.decoded_tokens += tokens
-        self.decode_s += seconds
+        with self._changing:
+            self.decoded_tokens += tokens
+            self.decode_s += seconds
 
     @property
     def drafts(self) -> list[DraftRecord]:
@@ -50,7 +59,8 @@ class GateHistory:
     @property
     def token_s(self) -> float | None:
         """Seconds the target needs for a token, or None before it has decoded any."""
-        return self.decode_s / self.decoded_tokens if self.decoded_tokens else None
+        with self._changing:
+            return self.decode_s / self.decoded_tokens if self.decoded_tokens else None
 
 
 class Gate(Protocol):

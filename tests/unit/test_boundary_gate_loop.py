@@ -2,6 +2,8 @@
 
 import math
 import random
+import sys
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -261,6 +263,34 @@ def test_history_is_bounded():
     history = history_of(*([(20, 0), 40] * 5000))
     assert len(history.events) == 4096
     assert len(history.drafts) == 2048
+
+
+def test_threads_share_a_history():
+    """Threads take turns as often as Python lets them, while each adds to what the others read."""
+    history, gate, failed = history_of(*[(2, 2), 4] * 2000), Adaptive(cost_per_token=0.5), []
+
+    def work():
+        try:
+            for _ in range(100):
+                assert gate.allows(history)
+                history.add_draft(0.0, 2, 2)
+                history.add_answer(4)
+                history.add_decoding(3, 0.25)
+        except RuntimeError as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+    assert (history.decoded_tokens, history.decode_s, len(history.events)) == (1200, 100.0, 4096)
 
 
 def test_never_and_always():

@@ -3,7 +3,7 @@
 The engine is never called by two threads at a time, unless its models compute elsewhere:
 
     batch    one thread, in which answers share the models' passes (`batch.Company`); they join and leave between passes
-    threads  one thread an answer, each with a gate history of its own: for models on servers, which batch by themselves
+    threads  one thread an answer: for models on servers, which batch by themselves
 
 An answer that nobody waits for any more is dropped between two passes or pieces, and its caches with it.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import math
 import secrets
@@ -29,7 +28,6 @@ import torch
 from parsedec.batch import Company, for_batches
 from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
-from parsedec.gate import GateHistory
 from parsedec.model import LanguageModel
 from parsedec.prompt import Prompt
 from parsedec.sampling import request_generator
@@ -186,9 +184,9 @@ class Desk:
         self._threads = [
             threading.Thread(target=self._guarded, args=(body,), name=f"parsedec-desk-{i}", daemon=True)
             for i, body in enumerate(
-                [partial(self._together, _twin(engine, True))]
+                [partial(self._together, for_batches(engine) if isinstance(engine, Parse) else engine)]
                 if batched
-                else [partial(self._one_by_one, _twin(engine, False)) for _ in range(1 if shared else at_once)]
+                else [partial(self._one_by_one, engine) for _ in range(1 if shared else at_once)]
             )
         ]
         for thread in self._threads:
@@ -378,12 +376,3 @@ def _stream(engine: Engine, task: Task) -> Generator[Delta]:
         generator=None if task.sampling.greedy else task.generator(),
         top=task.top,
     )
-
-
-def _twin(engine: Engine, batched: bool) -> Engine:
-    """The engine with a gate history that only one thread writes; in a batch, without threads of its own."""
-    if not isinstance(engine, Parse):
-        return engine
-    twin = copy.copy(for_batches(engine) if batched else engine)
-    twin.history = GateHistory()
-    return twin
