@@ -281,7 +281,8 @@ class Parse:
             answer.stop = StopReason.SERVER_LOST if lost else StopReason.SERVER_REFUSED
             failed.partial = self._result(ids, work)
             raise
-        self.history.add_answer(len(answer.tokens))
+        finally:  # what there is of an answer that its reader leaves was worth drafts as well
+            self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))
 
     def _result(self, ids: list[int], work: Work) -> Result:

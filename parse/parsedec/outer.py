@@ -79,18 +79,20 @@ class Work:
         free = self.target.session.next_logits is not None  # the first token then costs no call
         own = GrowingDraft(self.answer.model)
         writing = self.target.write(self.answer, Author.TARGET, whole=until is None)
-        for tokens in self.meter.timed(writing, "decode"):
-            complete = until is not None and any(until.first_end(own.push(token)) is not None for token in tokens)
-            beyond = start + len(own.tokens) if complete else len(self.answer.tokens)
-            taken = len(tokens) - (len(self.answer.tokens) - beyond)
-            if taken < len(tokens):
-                self.answer.cut(beyond)
-                self.target.rewind(self.prompt_tokens + beyond)
-            yield Author.TARGET, tokens[:taken]
-            if complete:
-                break
-        decoded = len(self.answer.tokens) - start - free
-        self.history.add_decoding(max(0, decoded), self.meter.seconds("decode") - before)
+        try:
+            for tokens in self.meter.timed(writing, "decode"):
+                complete = until is not None and any(until.first_end(own.push(token)) is not None for token in tokens)
+                beyond = start + len(own.tokens) if complete else len(self.answer.tokens)
+                taken = len(tokens) - (len(self.answer.tokens) - beyond)
+                if taken < len(tokens):
+                    self.answer.cut(beyond)
+                    self.target.rewind(self.prompt_tokens + beyond)
+                yield Author.TARGET, tokens[:taken]
+                if complete:
+                    break
+        finally:  # also of a stream that its reader leaves: a gate that measures waits for a first figure
+            decoded = len(self.answer.tokens) - start - free
+            self.history.add_decoding(max(0, decoded), self.meter.seconds("decode") - before)
 
 
 class Outer(Protocol):

@@ -201,6 +201,25 @@ def test_adaptive_gate_stops_drafting_when_all_is_refused(tiny_target, tiny_draf
     assert 4 <= sum(drafted) <= 7
 
 
+def test_answers_that_their_readers_leave_count_for_the_gate(tiny_target, tiny_draft):
+    """Else one refused draft would close it for good, or drafts would be made for ever as nothing was ever timed."""
+    refuse = PrefixVerification(
+        judge=tiny.ScriptedJudge(value=0.0), segmenter=GRID, gate=Adaptive(bound=0.1, reserve=0, cost_per_token=0.5)
+    )
+    engine = Parse(tiny_target, tiny_draft, outer=refuse)
+    for _ in range(120):
+        stream = engine.stream([9, 30, 12], max_new_tokens=NEW)
+        for _ in range(5):
+            next(stream)
+        stream.close()
+    events = engine.history.events
+    assert [event for event in events if isinstance(event, int)] == [5] * 120
+    assert engine.history.decoded_tokens == 120 * 4  # the judge pass gave the first
+    assert engine.history.token_s
+    drafted = [i for i, event in enumerate(events) if not isinstance(event, int)]
+    assert drafted == [0, 81]  # a refused draft costs 20, the next has to be covered, and 0.1 of five tokens is earned
+
+
 def test_longest_valid_keeps_past_a_failure(tiny_target, tiny_draft):
     prompt, _ = tiny.plain_answer(tiny_target)
     further = 0
