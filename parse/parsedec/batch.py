@@ -29,6 +29,7 @@ from parsedec.errors import ConfigError, ParsedecError, PassFailed, require_kind
 from parsedec.fibers import Fiber, current
 from parsedec.inner import NoSpeculation
 from parsedec.joint import Pass, joint_obstacle, settled
+from parsedec.sampling import chosen_generator
 from parsedec.streamed import StreamedVerification
 from parsedec.types import Limits, Result, Sampling
 
@@ -82,7 +83,8 @@ class Batch:
     size: int
     limits: Limits
     sampling: Sampling
-    generators: Sequence[torch.Generator] | None
+    seed: int | None = None
+    generators: Sequence[torch.Generator] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not isinstance(self.prompts, Sequence):
@@ -90,11 +92,16 @@ class Batch:
         require_number("size", self.size, whole=True, low=1)
         require_kind("sampling", self.sampling, Sampling, "Sampling(temperature=…)")
         if self.generators is None:
-            if not self.sampling.greedy:
+            if self.seed is not None:
+                require_number("seed", self.seed, whole=True)
+            elif not self.sampling.greedy:
                 raise ConfigError(
-                    f"temperature={self.sampling.temperature} needs a torch.Generator for every request: generators=[…]"
+                    f"temperature={self.sampling.temperature} needs seed=…, or a torch.Generator for every request: "
+                    "generators=[…]."
                 )
             return
+        if self.seed is not None:
+            raise ConfigError(f"both seed={self.seed!r} and generators are given; expected one of the two.")
         if not isinstance(self.generators, Sequence):
             raise ConfigError(f"generators={self.generators!r}; expected a list of them, one torch.Generator a prompt.")
         for generator in self.generators:
@@ -135,7 +142,7 @@ class Batch:
                 max_new_tokens=self.limits.max_new_tokens,
                 stop=self.limits.stop,
                 sampling=self.sampling,
-                generator=self.generators[i] if self.generators else None,
+                generator=chosen_generator(self.seed, self.generators[i] if self.generators else None, i),
             )
             return replace(result, notes=tuple(sorted({*result.notes, *self._notes(engine)})))
         except ParsedecError as error:

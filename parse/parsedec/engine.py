@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from parsedec.outer import SLOTS, AsksJudge, ChecksStack, DraftVerification, Out
 from parsedec.prompt import Prompt, check_length, messages_of, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, check_judge, open_decoder
-from parsedec.sampling import Sampler, check_numbers
+from parsedec.sampling import Sampler, check_numbers, chosen_generator
 from parsedec.selftest import check_decoding
 from parsedec.text import Draft, StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Result, Sampling, StopReason
@@ -127,12 +128,14 @@ class Parse:
         max_new_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Result:
         """Answer one request.
 
         prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are
-        generator   source of randomness for sampled decoding, on the CPU; greedy decoding needs none
+        seed        of sampled decoding: the text is the one that run.py writes with it for the first problem of a task
+        generator   in place of a seed a source of randomness, on the CPU; greedy decoding needs neither
 
         Raises PromptError for a prompt that cannot be run, and LogitsError where the target's logits behind the prompt
         are not numbers, or those a token is to be drawn from; the engine stays usable. Greedy tokens behind the first
@@ -140,7 +143,8 @@ class Parse:
         nonsense. Nor is what a server or outer=hf_generate computes.
         """
         result = None
-        for delta in self._begin(prompt, Limits(max_new_tokens=max_new_tokens, stop=stop), sampling, generator, False):
+        limits, source = Limits(max_new_tokens=max_new_tokens, stop=stop), chosen_generator(seed, generator)
+        for delta in self._begin(prompt, limits, sampling, source, False):
             result = delta.result or result
         assert result is not None
         return result
@@ -152,6 +156,7 @@ class Parse:
         max_new_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        seed: int | None = None,
         generator: torch.Generator | None = None,
         top: int | None = None,
     ) -> Iterator[Delta]:
@@ -169,7 +174,7 @@ class Parse:
                     f"no log-probabilities: {self.no_logprobs}. Leave `top` out, or use outer=none."
                 )
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
-        return self._begin(prompt, limits, sampling, generator, True, top)
+        return self._begin(prompt, limits, sampling, chosen_generator(seed, generator), True, top)
 
     @property
     def no_logprobs(self) -> str | None:
@@ -209,12 +214,14 @@ class Parse:
         max_new_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        seed: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> BatchResult:
         """Answer many requests, `size` at a time: their passes of the models are made together (`batch`).
 
         prompts     each as in `generate`
-        generators  for sampled decoding, one a request
+        seed        for sampled decoding; each request draws by itself, as the problems of a task do in run.py
+        generators  in place of a seed, one a request
 
         Every request gets the answer it would get by itself, rounding aside; a gate that learns from earlier requests
         may have seen others. What is wrong with one request is its answer, and costs the others nothing; what is wrong
@@ -223,11 +230,8 @@ class Parse:
         meanwhile.
         """
         start = time.perf_counter()
-        answers = dict(
-            self.stream_batch(
-                prompts, size=size, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, generators=generators
-            )
-        )
+        options: dict[str, Any] = dict(size=size, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+        answers = dict(self.stream_batch(prompts, seed=seed, generators=generators, **options))
         wall = time.perf_counter() - start
         return BatchResult(answers=tuple(answers[i] for i in range(len(prompts))), wall_s=wall)
 
@@ -239,12 +243,14 @@ class Parse:
         max_new_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        seed: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Iterator[tuple[int, Result | ParsedecError]]:
         """As `generate_batch`, but (place, answer) of every request as soon as it is finished (one that failed by
         a defect is held back until another has not)."""
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
-        batch = Batch(prompts=prompts, size=size, limits=limits, sampling=sampling or Sampling(), generators=generators)
+        own = sampling or Sampling()
+        batch = Batch(prompts=prompts, size=size, limits=limits, sampling=own, seed=seed, generators=generators)
         return batch.answers(self)
 
     def _answer(

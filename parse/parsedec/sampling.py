@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from parsedec.errors import ConfigError, LogitsError, require_kind
+from parsedec.errors import ConfigError, LogitsError, require_kind, require_number
 from parsedec.types import Sampling
 
 OVERFLOW = "They overflow in the model's dtype, or its weights are damaged. Load it with dtype=bfloat16 or float32."
@@ -20,6 +20,17 @@ SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more th
 def request_generator(seed: int, index: int) -> torch.Generator:
     """The source of randomness, on the CPU, of request `index` of a run with this seed."""
     return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
+
+
+def chosen_generator(seed: int | None, generator: torch.Generator | None, index: int = 0) -> torch.Generator | None:
+    """What a request draws from: what `request_generator` makes of a seed, or the generator it is given. Raises
+    ConfigError for both."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ConfigError(f"both seed={seed!r} and a generator are given; a seed makes one. Leave one of the two out.")
+    require_number("seed", seed, whole=True)
+    return request_generator(int(seed), index)
 
 
 def checked_token(token: int, vocabulary: int) -> int:
@@ -50,7 +61,9 @@ class Sampler:
         if generator is not None:
             require_kind("generator", generator, torch.Generator, "torch.Generator().manual_seed(…)")
         elif not settings.greedy:
-            raise ConfigError(f"temperature={settings.temperature} needs a generator=torch.Generator().manual_seed(…).")
+            raise ConfigError(
+                f"temperature={settings.temperature} needs seed=…, or a generator=torch.Generator().manual_seed(…)."
+            )
         self.settings = settings
         self.generator = generator
 

@@ -26,6 +26,7 @@ from parsedec.joint import joint_obstacle
 from parsedec.loop import Rounds
 from parsedec.model import LanguageModel
 from parsedec.peers import HfGenerate
+from parsedec.sampling import request_generator
 from parsedec.segmenters import EveryTokens
 from parsedec.static.session import machine_of
 from parsedec.streamed import StreamedVerification
@@ -298,6 +299,38 @@ def test_wrong_arguments_of_a_batch(tiny_target):
     with pytest.raises(PromptError, match="generate_batch"):
         engine.generate(["w1", "w2"])
     assert engine.generate_batch([]).answers == ()
+
+
+def test_a_seed_is_what_a_run_makes_of_it(tiny_target, tiny_draft):
+    """The i-th prompt of a batch draws as the i-th problem of a run with that seed; a request alone as the first."""
+    engine = Parse(tiny_target, tiny_draft, judge=tiny.ScriptedJudge(value=0.4), inner=DraftModel(length=2))
+    given, warm = [[5, 6], [9, 8, 7], [5, 6]], Sampling(temperature=1.5)
+    options = dict(sampling=warm, max_new_tokens=12)
+    by_hand = [engine.generate(p, generator=request_generator(3, i), **options).tokens for i, p in enumerate(given)]
+    assert [answer.tokens for answer in engine.generate_batch(given, seed=3, **options).results] == by_hand
+    assert engine.generate(given[0], seed=3, **options).tokens == by_hand[0]
+    *_, last = engine.stream(given[0], seed=3, **options)
+    assert last.result.tokens == by_hand[0]
+    assert by_hand[0] != by_hand[2]
+    assert engine.generate(given[0], seed=4, **options).tokens != by_hand[0]
+    greedy = engine.generate(given[0], max_new_tokens=12).tokens
+    assert engine.generate(given[0], max_new_tokens=12, seed=3).tokens == greedy
+
+
+def test_a_seed_is_one_whole_number_in_place_of_a_generator(tiny_target):
+    engine, one = Parse(tiny_target), torch.Generator()
+    for wrong in (1.5, "3", True):
+        for call in (engine.generate, engine.stream, lambda p, **o: engine.generate_batch([p], **o)):
+            with pytest.raises(ConfigError, match=r"seed=.*expected a whole number"):
+                call("w1", seed=wrong)
+    with pytest.raises(ConfigError, match="both seed=3 and a generator"):
+        engine.stream("w1", seed=3, generator=one)
+    with pytest.raises(ConfigError, match="both seed=3 and a generator"):
+        engine.generate("w1", seed=3, generator=one)
+    with pytest.raises(ConfigError, match="both seed=3 and generators"):
+        engine.generate_batch(["w1"], seed=3, generators=[one])
+    with pytest.raises(ConfigError, match="seed="):
+        engine.generate("w1", sampling=Sampling(temperature=1.0))
 
 
 def test_requests_arrive_as_they_finish_and_a_left_stream_leaves_no_thread(tiny_target):

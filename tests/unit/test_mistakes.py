@@ -328,7 +328,7 @@ def test_a_segmenter_is_refused_before_it_meets_a_draft(make, said):
     [
         ({"sampling": 0.7}, r"sampling=0\.7; expected a Sampling: Sampling\(temperature=…\)"),
         ({"sampling": {"temperature": 1}}, r"sampling=\{'temperature': 1\}; expected a Sampling"),
-        ({"sampling": Sampling(temperature=1.0)}, r"temperature=1\.0 needs a .*torch\.Generator"),
+        ({"sampling": Sampling(temperature=1.0)}, r"temperature=1\.0 needs .*torch\.Generator"),
         ({"sampling": Sampling(temperature=1.0), "generator": 3}, r"generator=3; expected a Generator: torch\.Gen"),
     ],
 )
