@@ -133,7 +133,8 @@ class Parse:
     ) -> Result:
         """Answer one request.
 
-        prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are
+        prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are: a
+                    list, a tensor, or what the tokenizer returns
         seed        of sampled decoding: the text is the one that run.py writes with it for the first problem of a task
         generator   in place of a seed a source of randomness, on the CPU; greedy decoding needs neither
 

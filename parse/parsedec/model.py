@@ -297,7 +297,7 @@ _same_vocabulary: WeakKeyDictionary[LanguageModel, WeakKeyDictionary[LanguageMod
 def load(
     source: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     attention: str = "auto",
     context_limit: int | None = None,
@@ -313,8 +313,8 @@ def load(
     """Load a model and its tokenizer.
 
     source         directory, `.gguf` file, hub id (also ID@REVISION and ID/FILE.gguf), or `zoo:NAME` for one of ours
-    dtype          "float32", "bfloat16", "float16" or "auto": the checkpoint's; float32 for the zoo's small models and
-                   where the processor does not multiply in the checkpoint's
+    dtype          "float32", "bfloat16", "float16", or torch's own, or "auto": the checkpoint's; float32 for the zoo's
+                   small models and where the processor does not multiply in the checkpoint's
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
     attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own

@@ -30,16 +30,18 @@ def device_of(device: str) -> torch.device:
     return where
 
 
-def dtype_of(dtype: str, source: str) -> torch.dtype | str:
-    """The precision of a setting, for `from_pretrained`. The zoo's models are meant for more than they are stored in.
+def dtype_of(dtype: str | torch.dtype, source: str) -> torch.dtype | str:
+    """The precision of a setting, by its name or as torch's object, for `from_pretrained`. The zoo's models are meant
+    for more than they are stored in.
 
     Raises ConfigError for what is none.
     """
     names = ("float32", "bfloat16", "float16")
     known: dict[str, torch.dtype | str] = {"auto": "auto", **{name: getattr(torch, name) for name in names}}
-    if dtype not in known:
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
         raise ConfigError(f"dtype='{dtype}' is unknown; expected one of {sorted(known)}.")
-    return torch.float32 if dtype == "auto" and source.startswith("zoo:") else known[dtype]
+    return torch.float32 if name == "auto" and source.startswith("zoo:") else known[name]
 
 
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,16 +12,32 @@ from parsedec.errors import PromptError, shown
 from parsedec.model import LanguageModel
 from parsedec.types import Message
 
-Prompt = str | Sequence[Message] | Sequence[int] | Tensor
+Prompt = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any]  # the last as a tokenizer returns it
 
 
 def token_ids(prompt: Prompt) -> list[int]:
-    """The prompt's token ids, if that is what it is, as a list or a tensor or array of one dimension; else nothing."""
-    rows: Any = prompt.tolist() if isinstance(prompt, (Tensor, np.ndarray)) else prompt
+    """The prompt's token ids, if that is what it is; else nothing.
+
+    They are a list, a tensor or array of one dimension or of one row, or what a tokenizer returns: `input_ids` of one
+    prompt, without those that its `attention_mask` hides.
+    """
+    whole = prompt if isinstance(prompt, Mapping) else {"input_ids": prompt}
+    rows = _one_row(whole.get("input_ids"), nested=whole is prompt)
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Sequence):
         return []
     ids = [int(i) for i in rows if isinstance(i, (int, np.integer)) and not isinstance(i, bool)]
-    return ids if len(ids) == len(rows) else []
+    if len(ids) < len(rows):
+        return []
+    mask = _one_row(whole.get("attention_mask"), nested=True)
+    return ids if mask is None else [i for i, seen in zip(ids, mask, strict=True) if seen]
+
+
+def _one_row(ids: Any, *, nested: bool) -> Any:
+    """Ids as a list; the only row of a tensor or array, or, `nested`, of a list of lists."""
+    array = isinstance(ids, (Tensor, np.ndarray))
+    rows = ids.tolist() if array else ids
+    one = (array or nested) and isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], list)
+    return rows[0] if one else rows
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
@@ -30,7 +46,7 @@ def messages_of(prompt: Prompt) -> list[Message]:
     if not isinstance(messages, Sequence) or isinstance(messages, bytes):
         raise PromptError(
             f"the prompt is {shown(prompt)}; expected a user message, a list of messages, or the token ids of one "
-            "prompt."
+            "prompt. Several prompts are for generate_batch."
         )
     malformed = [m for m in messages if not isinstance(m, Mapping) or not {"role", "content"} <= set(m)]
     if malformed:

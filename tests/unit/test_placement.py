@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 from parsedec import load
 from parsedec.backends import runs_static
 from parsedec.checkpoints import in_zoo
+from parsedec.errors import ConfigError
 from parsedec.placement import multiplies
 
 
@@ -29,6 +30,15 @@ def test_that_of_the_checkpoint_where_the_processor_has_it(monkeypatch, checkpoi
         assert ("is computed in float32 and takes 0.0 GB" in caplog.text) is not has
         assert ("dtype=bfloat16 computes in it" in caplog.text) is not has
         assert load(checkpoint, device="cpu", dtype="bfloat16").dtype is torch.bfloat16, "what is asked for is done"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_precision_is_a_name_or_torchs_object(checkpoint, dtype):
+    for given in (dtype, str(dtype), str(dtype).removeprefix("torch.")):
+        assert load(checkpoint, device="cpu", dtype=given).dtype is dtype
+    for wrong in (torch.int8, "double", None):
+        with pytest.raises(ConfigError, match=f"dtype='{wrong}' is unknown"):
+            load(checkpoint, device="cpu", dtype=wrong)
 
 
 def test_what_is_quantised_or_spread_stays_as_it_is(monkeypatch, checkpoint):

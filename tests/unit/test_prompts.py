@@ -3,14 +3,29 @@
 import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 import tiny
 from parsedec import Parse
 from parsedec.errors import ConfigError, PromptError, shown
 from parsedec.prompt import messages_of, token_ids
 
+MADE = {
+    "list": list,
+    "tuple": tuple,
+    "array": np.array,
+    "tensor": torch.tensor,
+    "list of numpy's": lambda ids: list(np.array(ids)),
+    "tensor of one row": lambda ids: torch.tensor([ids]),
+    "array of one row": lambda ids: np.array([ids]),
+    "encoding": lambda ids: BatchEncoding({"input_ids": list(ids)}),
+    "encoding of one row": lambda ids: BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}),
+    "encoding as a tensor": lambda ids: BatchEncoding({"input_ids": [ids]}, tensor_type="pt"),
+    "padded": lambda ids: {"input_ids": torch.tensor([[0, 0, *ids]]), "attention_mask": [[0, 0, *[1] * len(ids)]]},
+}
 
-@pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, lambda ids: list(np.array(ids))])
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_ids_are_taken_as_they_are(made, tiny_target):
     prompt, tokens = tiny.plain_answer(tiny_target)
     assert token_ids(made(prompt)) == prompt
@@ -24,7 +39,12 @@ def test_ids_are_taken_as_they_are(made, tiny_target):
         (b"abc", "the prompt is b'abc'"),
         (b"abc" * 99, r"\.\.\. \(bytes\)"),
         (7, "the prompt is 7"),
-        (torch.ones(2, 3, dtype=torch.long), "the token ids of one prompt"),
+        (torch.ones(2, 3, dtype=torch.long), "the token ids of one prompt.*generate_batch"),
+        (torch.ones(1, 2, 3, dtype=torch.long), "the token ids of one prompt"),
+        (torch.tensor(7), "the token ids of one prompt"),
+        (BatchEncoding({"input_ids": [[5, 6], [7, 8]]}), "the token ids of one prompt.*generate_batch"),
+        (BatchEncoding({"text": "w1"}), "the token ids of one prompt"),
+        ([[5, 6]], "is not of the form .*generate_batch"),
         ([True, False], "message True is not of the form"),
         ([1, 2.5], "message 1 is not of the form"),
         ([{"role": "user"}], "is not of the form"),
@@ -38,6 +58,16 @@ def test_anything_else_is_named(prompt, said, tiny_target):
         messages_of(prompt)
     with pytest.raises(PromptError, match=said):
         Parse(tiny_target).generate(prompt)
+
+
+def test_what_a_tokenizer_returns_is_a_prompt(tiny_target, tiny_draft):
+    engine = Parse(tiny_target, tiny_draft, judge=tiny.ScriptedJudge())
+    plain = engine.generate([10, 11, 12], max_new_tokens=8).tokens
+    encoded = tiny_target.tokenizer("w0w1w2", return_tensors="pt")
+    assert encoded.input_ids.tolist() == [[10, 11, 12]]
+    for prompt in (encoded, encoded.input_ids, tiny_target.tokenizer("w0w1w2")):
+        assert engine.generate(prompt, max_new_tokens=8).tokens == plain
+    assert engine.generate_batch([encoded], max_new_tokens=8).results[0].tokens == plain
 
 
 def test_long_values_are_cut():
