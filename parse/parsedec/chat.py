@@ -11,14 +11,20 @@ from typing import Any
 
 from parsedec.errors import ChatTemplateError, JudgeError
 from parsedec.model import LanguageModel
+from parsedec.prompt import NewTurn
 from parsedec.types import Message
 
 PLACEHOLDER = "PARSEDEC-DRAFT-STANDS-HERE"
 
 
 def prompt_ids(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
-    """The dialogue with the assistant opening, in the model's tokens. Thinking templates are switched off."""
-    return model.encode(_render(model, messages))
+    """The dialogue with the assistant opening, in the model's tokens. Thinking templates are switched off.
+
+    A last message of the assistant's own is left open, as transformers' text-generation pipeline does, and not followed
+    by a second one - but for `NewTurn`.
+    """
+    continued = bool(messages) and messages[-1]["role"] == "assistant" and not isinstance(messages, NewTurn)
+    return model.encode(_render(model, messages, continued=continued))
 
 
 def prompt_text(model: LanguageModel, messages: Sequence[Message], *, continued: bool = False) -> str:

@@ -134,7 +134,8 @@ class Parse:
         """Answer one request.
 
         prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are: a
-                    list, a tensor, or what the tokenizer returns
+                    list, a tensor, or what the tokenizer returns. A last message of the assistant's is gone on with,
+                    and the result has what follows it; `parsedec.prompt.NewTurn(messages)` opens a turn behind it
         seed        of sampled decoding: the text is the one that run.py writes with it for the first problem of a task
         generator   in place of a seed a source of randomness, on the CPU; greedy decoding needs neither
 

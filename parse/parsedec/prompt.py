@@ -15,6 +15,11 @@ from parsedec.types import Message
 Prompt = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any]  # the last as a tokenizer returns it
 
 
+class NewTurn(list[Message]):
+    """Messages that are answered in a turn of its own, even where the last of them is an assistant's: what OpenAI's API
+    does. Other lists that end like that are gone on with."""
+
+
 def token_ids(prompt: Prompt) -> list[int]:
     """The prompt's token ids, if that is what it is; else nothing.
 
@@ -57,7 +62,7 @@ def messages_of(prompt: Prompt) -> list[Message]:
     texts: list[Message] = [{**message, "content": _text(message["content"])} for message in messages]
     if not texts or not texts[-1]["content"].strip():
         raise PromptError("the prompt is empty; expected a user message, a list of messages, or token ids.")
-    return texts
+    return NewTurn(texts) if isinstance(messages, NewTurn) else texts
 
 
 def _text(content: Any) -> str:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, joint, load
 from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost, TargetRefused
+from parsedec.prompt import NewTurn
 from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
 from parsedec.serve.desk import Desk, FairQueue, Job, Task
 from parsedec.serve.refusals import Refusal, refusal
@@ -73,6 +74,14 @@ def test_chat_is_the_engines_answer(client, engine):
         assert told(answer.usage) == counts(result)
         spans = choice.model_extra["parsedec"]["spans"]
         assert [(s["author"], s["text"]) for s in spans] == [(s.author, s.text) for s in result.spans]
+
+
+def test_a_last_turn_of_the_assistants_is_followed_by_another_as_openai_does(client, engine):
+    messages = [*asked(PROBLEMS[0]), {"role": "assistant", "content": "I do not know."}]
+    result = engine.generate(NewTurn(messages), max_new_tokens=96)
+    answer = client.chat.completions.create(model=MODEL, messages=messages)
+    assert (answer.choices[0].message.content, told(answer.usage)) == (result.text, counts(result))
+    assert result.prompt_tokens > engine.generate(messages, max_new_tokens=1).prompt_tokens
 
 
 def test_streamed_chat_is_the_same_and_names_authors(client, engine):

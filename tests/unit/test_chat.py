@@ -7,10 +7,12 @@ import pytest
 
 import parsedec
 import tiny
+from parsedec import Parse, load
 from parsedec.chat import label_tokens, prompt_ids, suffix_text
 from parsedec.errors import ChatTemplateError, ConfigError, JudgeError
 from parsedec.judge import LabelJudge
 from parsedec.model import JudgeCard
+from parsedec.prompt import NewTurn, messages_of
 
 ZOO = parsedec.load("zoo:target", device="cpu")
 QUESTION = "Is all of it right?\nAnswer Correct or Incorrect."
@@ -81,6 +83,39 @@ def test_prompt_ends_with_the_assistant_opening(template, text):
 def test_earlier_turns_are_part_of_the_prompt():
     text = rendered(with_template(ZOO, MISTRAL), "One?", "Yes.", "Two?")
     assert text == "<s>[INST] One? [/INST] Yes.</s>[INST] Two? [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\nThere are"),
+        (MISTRAL, "<s>[INST] How many? [/INST] There are"),
+        (None, "<|user|>How many?<|assistant|>There are"),
+    ],
+    ids=["llama3", "mistral", "zoo"],
+)
+def test_a_last_turn_of_the_assistants_is_gone_on_with(template, text):
+    """As transformers' pipeline does, with the model's own template; a new turn has to be asked for."""
+    model = with_template(ZOO, template) if template else ZOO
+    assert rendered(model, "How many?", "There are").endswith(text)
+    messages = NewTurn([{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "There are"}])
+    opened = model.tokenizer.decode(prompt_ids(model, messages_of(messages)))
+    assert len(opened) > len(rendered(model, "How many?", "There are"))
+    assert opened == str(
+        model.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, chat_template=model.chat_template
+        )
+    )
+
+
+def test_both_models_go_on_with_the_same_turn():
+    engine = Parse(ZOO, load("zoo:draft", device="cpu"))
+    question = {"role": "user", "content": "Tom has 3 coins. Ana gives Tom 4 coins. How many coins does Tom have now?"}
+    whole = engine.generate([question])
+    first = whole.text.splitlines(keepends=True)[0]
+    rest = engine.generate([question, {"role": "assistant", "content": first.rstrip()}])
+    assert first.rstrip() + rest.text == whole.text
+    assert rest.counters.kept_draft_tokens > 0
 
 
 def test_thinking_can_be_switched_back_on():

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from parsedec.errors import ConfigError
-from parsedec.prompt import is_unicode
+from parsedec.prompt import NewTurn, is_unicode
 from parsedec.serve.desk import Task
 from parsedec.serve.refusals import Refusal
 from parsedec.types import COLDEST, Limits, Sampling
@@ -159,7 +159,7 @@ class ChatAsked(Asked):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def prompts(self) -> list[tuple[Any, bool]]:
-        return [([turn.message() for turn in self.messages], False)]
+        return [(NewTurn(turn.message() for turn in self.messages), False)]  # as OpenAI does
 
 
 class TextAsked(Asked):
