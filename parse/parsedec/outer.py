@@ -23,8 +23,8 @@ from parsedec.judge import Judge, LabelJudge, Scores, judged
 from parsedec.loop import Loop, Once
 from parsedec.meter import Meter
 from parsedec.model import LanguageModel
-from parsedec.segmenters import Lines, Segmenter
-from parsedec.text import Draft, GrowingDraft
+from parsedec.segmenters import FirstSegment, Lines, Segmenter
+from parsedec.text import Draft
 from parsedec.types import Author, Round, Segment
 
 Written = tuple[Author, list[int]]
@@ -77,12 +77,12 @@ class Work:
         """
         before, start = self.meter.seconds("decode"), len(self.answer.tokens)
         free = self.target.session.next_logits is not None  # the first token then costs no call
-        own = GrowingDraft(self.answer.model)
+        segment = None if until is None else FirstSegment(until, self.answer.model)
         writing = self.target.write(self.answer, Author.TARGET, whole=until is None)
         try:
             for tokens in self.meter.timed(writing, "decode"):
-                complete = until is not None and any(until.first_end(own.push(token)) is not None for token in tokens)
-                beyond = start + len(own.tokens) if complete else len(self.answer.tokens)
+                complete = segment is not None and any(segment.push(token) for token in tokens)
+                beyond = start + len(segment.growing.tokens) if segment and complete else len(self.answer.tokens)
                 taken = len(tokens) - (len(self.answer.tokens) - beyond)
                 if taken < len(tokens):
                     self.answer.cut(beyond)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 from parsedec.errors import ConfigError, require_number
-from parsedec.text import Draft
+from parsedec.model import LanguageModel
+from parsedec.text import Draft, GrowingDraft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,21 @@ class Segmenter(ABC):
 
     def first_end(self, draft: Draft) -> int | None:
         """Position at which the first segment of a text still being written is complete, or None."""
-        end = next((end for end in self.ends(draft) if self.min_tokens <= end), None)
-        if end is None and self.max_tokens is not None and len(draft.tokens) >= self.max_tokens:
+        return self._first(self.ends(draft), len(draft.tokens))
+
+    def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
+        """Those of `ends` that were not there before the last token, and maybe some that were; None: only all of them
+        can be found. `word`: the offset at which the last word began then."""
+        return None
+
+    def first_new_end(self, growing: GrowingDraft, word: int) -> int | None:
+        """`first_end` of a text in which there was none before its last token; arguments as in `new_ends`."""
+        ends = self.new_ends(growing, word) if type(self).first_end is Segmenter.first_end else None
+        return self.first_end(growing.draft()) if ends is None else self._first(ends, len(growing.tokens))
+
+    def _first(self, ends: Iterable[int], total: int) -> int | None:
+        end = next((end for end in ends if self.min_tokens <= end), None)
+        if end is None and self.max_tokens is not None and total >= self.max_tokens:
             return self.max_tokens
         return end
 
@@ -96,7 +110,13 @@ class EveryTokens(Segmenter):
         require_number("segmenter.delta", self.delta, whole=True, low=1)
 
     def ends(self, draft: Draft) -> Iterable[int]:
-        return range(self.delta, len(draft.tokens) + 1, self.delta)
+        return self._grid(len(draft.tokens))
+
+    def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
+        return self._grid(len(growing.tokens)) if type(self).ends is EveryTokens.ends else None
+
+    def _grid(self, total: int) -> Iterable[int]:
+        return range(self.delta, total + 1, self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +133,14 @@ class PatternSegmenter(Segmenter):
             raise ConfigError(f"segmenter.pattern={self.pattern!r} is no regular expression: {error}.") from error
 
     def ends(self, draft: Draft) -> Iterable[int]:
-        for match in re.finditer(self.pattern, draft.text):
+        return self._matches(draft, 0)
+
+    def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
+        known = self.pattern in BY_WORDS and type(self).ends is PatternSegmenter.ends
+        return self._matches(growing, word) if known else None
+
+    def _matches(self, draft: Draft | GrowingDraft, start: int) -> Iterator[int]:
+        for match in re.compile(self.pattern).finditer(draft.text, start):  # it looks behind `start` all the same
             offset = match.end(1) if match.re.groups else match.start()
             if draft.text[:offset].strip():
                 yield draft.position(offset)
@@ -150,6 +177,37 @@ class CodeStatements(Segmenter):
     def ends(self, draft: Draft) -> Iterable[int]:
         for offset in statement_ends(draft.text):
             yield draft.position(offset)
+
+    def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
+        """Without a line end there is none; with one the statement is read from its beginning."""
+        return None if "\n" in growing.text[word:] or type(self).ends is not CodeStatements.ends else ()
+
+
+# Patterns a match of which begins, if more text may complete it, in the last word or behind it
+BY_WORDS = {Lines.pattern, Paragraphs.pattern, Sentences.pattern}
+
+
+class FirstSegment:
+    """The first segment of a text that grows: `push` says of every token whether it completes it, as `first_end` would.
+
+    The segmenters of this file are asked about the last word and what is new alone: texts without an end may be long.
+    """
+
+    def __init__(self, segmenter: Segmenter, model: LanguageModel) -> None:
+        self.growing = GrowingDraft(model)
+        self.complete = False
+        self._segmenter = segmenter
+        self._word = 0  # the offset at which the last word begins
+
+    def push(self, token: int) -> bool:
+        """Read one more token, unless the segment is complete; returns whether it is."""
+        if not self.complete:
+            self.growing.add(token)
+            self.complete = self._segmenter.first_new_end(self.growing, self._word) is not None
+            tail = self.growing.text[self._word :]
+            if words := tail.split():
+                self._word += tail.rindex(words[-1])
+        return self.complete
 
 
 def statement_ends(text: str) -> list[int]:

@@ -40,7 +40,7 @@ class Draft:
 
     def position(self, offset: int) -> int:
         """The first token position at which the text up to `offset` is complete."""
-        return min(bisect_left(self.ends, offset) + 1, len(self.tokens))
+        return token_at_offset(self.ends, offset)
 
     def piece(self, start: int, stop: int) -> str:
         """Text of tokens[start:stop]."""
@@ -79,26 +79,30 @@ class TextStream:
 
 
 class GrowingDraft:
-    """A text still being written, as the `Draft` a segmenter reads."""
+    """A text still being written: what it is made of as in `Draft`, which `draft` makes a copy of."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.tokens: list[int] = []
+        self.text = ""
+        self.ends: list[int] = []
         self._stream = TextStream(model)
-        self._text = ""
-        self._ends: list[int] = []
-
-    def push(self, token: int) -> Draft:
-        """The draft so far, with one more token. That copies it; `add` where it is not looked at."""
-        self.add(token)
-        return self.draft()
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        self._text += self._stream.push(token)
-        self._ends.append(len(self._text))
+        self.text += self._stream.push(token)
+        self.ends.append(len(self.text))
+
+    def position(self, offset: int) -> int:
+        """As of a draft."""
+        return token_at_offset(self.ends, offset)
 
     def draft(self) -> Draft:
-        return Draft(tuple(self.tokens), self._text, tuple(self._ends), ended=False)
+        return Draft(tuple(self.tokens), self.text, tuple(self.ends), ended=False)
+
+
+def token_at_offset(ends: Sequence[int], offset: int) -> int:
+    """The first token position at which the text up to `offset` is complete, after tokens that end at `ends`."""
+    return min(bisect_left(ends, offset) + 1, len(ends))
 
 
 def token_ends(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, list[int]]:

@@ -6,6 +6,7 @@ import io
 import itertools
 import textwrap
 import tokenize
+from time import process_time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parsedec.errors import ConfigError
-from parsedec.segmenters import CodeStatements, EveryTokens, Lines, Paragraphs, Sentences, statement_ends
+from parsedec.segmenters import (
+    CodeStatements,
+    EveryTokens,
+    FirstSegment,
+    Lines,
+    Paragraphs,
+    PatternSegmenter,
+    Sentences,
+    statement_ends,
+)
 from parsedec.text import Draft
 
 CHARACTERS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
@@ -183,6 +193,82 @@ def test_first_end_of_a_text_still_being_written():
     assert Lines().first_end(characters("So far no line end")) is None
     assert Lines().first_end(characters("One.\nTwo.\nThr")) == 4
     assert Lines(min_tokens=6).first_end(characters("One.\nTwo.\nThr")) == 9
+
+
+class Own(Lines):
+    """A segmenter somebody made of ours."""
+
+    def ends(self, draft):
+        return [i + 1 for i, end in enumerate(draft.ends) if draft.text[:end].endswith(";")]
+
+
+GROWING = [
+    *(kind(min_tokens=least) for kind in EVERY for least in (1, 5)),
+    *(kind(max_tokens=9) for kind in EVERY),
+    EveryTokens(delta=4, min_tokens=6),
+    PatternSegmenter(pattern=r"[ab].*;", min_tokens=3),  # begins far before the character that completes it
+    Lines(pattern=";"),
+    Own(min_tokens=2),
+]
+PIECES = [
+    " ",
+    "\n",
+    " \n",
+    "\n\n",
+    "\t",
+    "a",
+    "b.",
+    ". ",
+    " a",
+    "3.5",
+    "!",
+    '"',
+    '")',
+    ";",
+    "。",
+    "(",
+    ")",
+    "'",
+    "#",
+    ":",
+    "\\",
+]
+
+
+@pytest.mark.parametrize("segmenter", GROWING, ids=repr)
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.sampled_from(range(len(PIECES))), max_size=30))
+def test_a_growing_texts_first_segment_is_that_of_the_whole_text(segmenter, tokens):
+    model = SimpleNamespace(decode=lambda ids: "".join(PIECES[i] for i in ids))
+    segment, complete = FirstSegment(segmenter, model), False
+    for n, token in enumerate(tokens, 1):
+        complete = complete or segmenter.first_end(Draft.of(model, tokens[:n], ended=False)) is not None
+        assert segment.push(token) is segment.complete is complete
+        if complete:
+            assert len(segment.growing.tokens) <= n
+            return
+    assert segment.growing.tokens == tokens
+
+
+def test_half_characters_complete_nothing():
+    for text in ("Ende 🎉。 Mehr", "é\nè"):
+        segmenter, tokens = Sentences(), text.encode()
+        segment = FirstSegment(segmenter, BYTES)
+        said = [segment.push(token) for token in tokens]
+        first = [segmenter.first_end(Draft.of(BYTES, tokens[:n], False)) for n in range(1, len(tokens) + 1)]
+        assert said.index(True) == next(i for i, end in enumerate(first) if end is not None)
+
+
+@pytest.mark.parametrize("segmenter", [Lines(), Paragraphs(), Sentences(), CodeStatements(), EveryTokens(delta=10**9)])
+def test_a_long_text_without_an_end_is_read_once(segmenter):
+    """Four times as long a text takes four times as long; read anew at every token it would be sixteen."""
+
+    def seconds(count):
+        segment, start = FirstSegment(segmenter, SimpleNamespace(decode=lambda ids: " word" * len(ids))), process_time()
+        assert not any(segment.push(i) for i in range(count))
+        return process_time() - start
+
+    assert min(seconds(12_000) for _ in range(3)) < 8 * min(seconds(3_000) for _ in range(3))
 
 
 @pytest.mark.parametrize("segmenter", EVERY)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from parsedec.answer import Answer
 from parsedec.drafter import NOTHING, Drafter, Writing
 from parsedec.inner import Decoder
-from parsedec.segmenters import Segmenter
-from parsedec.text import Draft, GrowingDraft
+from parsedec.segmenters import FirstSegment, Segmenter
+from parsedec.text import Draft
 from parsedec.types import Author, Limits, StopReason
 
 
@@ -72,20 +72,22 @@ class OwnWriting:
 
     def __init__(self, answer: Answer, segmenter: Segmenter, limit: int) -> None:
         self.text = Answer(answer.model, Limits(max_new_tokens=limit, stop=answer.limits.stop))
-        self.complete = False
-        self._segmenter = segmenter
-        self._growing = GrowingDraft(answer.model)
+        self._segment = FirstSegment(segmenter, answer.model)
+
+    @property
+    def complete(self) -> bool:
+        return self._segment.complete
 
     @property
     def done(self) -> bool:
         return self.complete or self.text.stop is not None
 
     def push(self, token: int) -> None:
-        """Read a token that was just written into `text`."""
-        self.complete = self.complete or self._segmenter.first_end(self._growing.push(token)) is not None
+        """Read a token that was just written into `text`; one behind the step is not read."""
+        self._segment.push(token)
 
     def step(self) -> OwnStep:
-        tokens = tuple(self._growing.tokens)
+        tokens = tuple(self._segment.growing.tokens)
         ended = self.text.stop is StopReason.END_TOKEN and len(tokens) == len(self.text.tokens)
         return OwnStep(tokens, self.text.model.decode(tokens[:-1] if ended else tokens), ended)
 
@@ -100,8 +102,7 @@ def write_own(target: Decoder, answer: Answer, segmenter: Segmenter, limit: int)
     own = OwnWriting(answer, segmenter, limit)
     for tokens in target.write(own.text, Author.TARGET, whole=False):
         for token in tokens:
-            if not own.complete:
-                own.push(token)
+            own.push(token)
         if own.complete:
             break
     step = own.step()
