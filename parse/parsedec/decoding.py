@@ -1,7 +1,8 @@
 """Committed tokens and the cache behind them: what decoding needs of a request in one model.
 
-Here and in `session`, which adds the verbs that judge a draft, is the only code that touches a cache. A session's
-tokens are in three parts:
+What a request's cache holds is decided here and in `session`, which adds the verbs that judge a draft. Forwards write
+into it: the model's own, `joint.Rows`, and those of branches, whose caches are copies (`branches`). A session's tokens
+are in three parts:
 
     cached    committed and in the cache                        tokens[:cached]
     pending   committed, not yet read by the model              tokens[cached:]

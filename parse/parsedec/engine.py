@@ -66,7 +66,8 @@ class Parse:
     outer        the outer level; None: PrefixVerification with `judge`, or TargetOnly without a draft model
     judge        shorthand for outer=PrefixVerification(judge=…)
 
-    Everything that cannot work together is found here, not during a request.
+    What is known not to work together is refused here, before a request. What shows only in one is an error then:
+    sampling settings a part of the stack does not take, a prompt one of the models cannot read, a server's refusals.
     """
 
     def __init__(

@@ -3,7 +3,8 @@
 Attention layers keep keys and values as `[B, heads, T, d]` and grow by concatenation, so a shallow copy of a layer
 is a snapshot: nothing ever writes into the rows it holds. Recurrent and convolutional layers (Mamba-2,
 Qwen3-Next, LFM2 …) overwrite their states in place; their snapshots are clones, and a cut tail can only be undone
-by going back to one. Only `Session` uses this module, and adapters that hand a cache to code of transformers.
+by going back to one. Sessions use this module, forwards of several requests (`joint`), the checks of a model's kind,
+and adapters that hand a cache to code of transformers.
 """
 
 from __future__ import annotations
