@@ -15,7 +15,6 @@ from parsedec.batch import Batch, BatchResult
 from parsedec.chat import prompt_ids
 from parsedec.drafter import Drafter
 from parsedec.errors import (
-    ChatTemplateError,
     ConfigError,
     IncompatibleStack,
     ParsedecError,
@@ -23,33 +22,22 @@ from parsedec.errors import (
     TargetLost,
     TargetRefused,
     require_number,
-    require_part,
-    shown,
 )
 from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import InnerSpeculator, NoSpeculation
-from parsedec.judge import Judge, JudgeNeeds, LabelJudge
+from parsedec.judge import Judge, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
-from parsedec.outer import SLOTS, AsksJudge, ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
+from parsedec.outer import ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
 from parsedec.prompt import Prompt, check_length, messages_of, token_ids
 from parsedec.remote.model import RemoteModel
-from parsedec.remote.stack import check_inner, check_judge, open_decoder
+from parsedec.remote.stack import check_inner, open_decoder
 from parsedec.sampling import Sampler, check_numbers, chosen_generator
 from parsedec.selftest import check_decoding
+from parsedec.stack import bind_inner, check_draft, check_models, check_parts, judge_needs
 from parsedec.text import Draft, StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Result, Sampling, StopReason
-
-SPECULATOR = (InnerSpeculator, "one of parsedec_adapters, e.g. parsedec_adapters.draft_model.DraftModel(length=4)")
-# What may stand in the slots of a stack, and an example
-PARTS: dict[str, tuple[type, str]] = {
-    "inner": SPECULATOR,
-    "draft_inner": SPECULATOR,
-    "acceptance": (Acceptance, "Siblings()"),
-    "outer": (Outer, "PrefixVerification()"),
-    "judge": SLOTS["judge"],
-}
 
 
 class Parse:
@@ -81,24 +69,15 @@ class Parse:
         outer: Outer | None = None,
         judge: Judge | None = None,
     ) -> None:
-        _check_models(target, draft)
-        _check_parts(inner=inner, draft_inner=draft_inner, acceptance=acceptance, outer=outer, judge=judge)
+        check_models(target, draft)
+        check_parts(inner=inner, draft_inner=draft_inner, acceptance=acceptance, outer=outer, judge=judge)
         if outer is not None and judge is not None:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
         if draft is None and (draft_inner is not None or (judge is not None and outer is None)):
             given = "draft_inner" if draft_inner is not None else "judge"
             raise IncompatibleStack(f"{given} is given, and no draft model that it could be for; set draft.")
         chosen = outer or (TargetOnly() if draft is None else PrefixVerification(judge=judge or LabelJudge()))
-        if chosen.needs_draft and draft is None:
-            raise IncompatibleStack(
-                f"{type(chosen).__name__} needs a draft model and none is given; set draft, or use outer=none."
-            )
-        if chosen.needs_draft and draft is not None and not draft.has_template and not target.same_vocabulary(draft):
-            raise ChatTemplateError(
-                f"the draft model {draft.name} has no chat template, and its vocabulary is not the target's, so it "
-                "could read neither a prompt of its own nor the target's. Set draft.model.chat_template to Jinja text "
-                "or a file."
-            )
+        check_draft(chosen, target, draft)
         for model in (target, draft) if chosen.needs_draft and draft is not None else (target,):
             check_decoding(model)
         if target.shared:
@@ -112,9 +91,9 @@ class Parse:
         if isinstance(chosen, ChecksStack):
             chosen.check_stack(target, draft, inner or NoSpeculation())
         self.outer: Outer = chosen.bind(target)
-        self.judge_needs = _judge_needs(self.outer, target, draft)
-        self.inner = _bind_inner(inner or NoSpeculation(), target, draft)
-        self.draft_inner = None if draft is None else _bind_inner(draft_inner or NoSpeculation(), draft, None)
+        self.judge_needs = judge_needs(self.outer, target, draft)
+        self.inner = bind_inner(inner or NoSpeculation(), target, draft)
+        self.draft_inner = None if draft is None else bind_inner(draft_inner or NoSpeculation(), draft, None)
         self.history = GateHistory()
 
     @property
@@ -370,43 +349,3 @@ class Parse:
             )
         check_length(self.target, ids)
         return ids
-
-
-def _check_models(target: object, draft: object) -> None:
-    for name, model in (("target", target), ("draft", draft)):
-        if not isinstance(model, LanguageModel) and (model is not None or name == "target"):
-            raise ConfigError(
-                f"{name} is {shown(model)}; expected a loaded model. Use load(…) for a hub id, a directory, a GGUF "
-                "file or zoo:NAME, and LanguageModel.wrap(model, tokenizer) for a transformers model."
-            )
-
-
-def _check_parts(**parts: object) -> None:
-    for name, part in parts.items():
-        if part is not None:
-            require_part(name, part, *PARTS[name])
-
-
-def _bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageModel | None) -> InnerSpeculator:
-    bound = inner.bind(model, draft)
-    require_part(f"{type(inner).__name__}.bind(…)", bound, InnerSpeculator, "a copy of it for the target")
-    beyond = [layer for layer in bound.needs.hidden_layers if not 0 <= layer <= model.num_layers]
-    if beyond:
-        raise IncompatibleStack(
-            f"{type(inner).__name__} reads hidden states {beyond}, but {model.name} has 0 to "
-            f"{model.num_layers}. Was the head trained for another model?"
-        )
-    return bound
-
-
-def _judge_needs(outer: Outer, target: LanguageModel, draft: LanguageModel | None) -> JudgeNeeds:
-    """What the judge of a bound outer level reads, if there is one and this pair can give it."""
-    needs = outer.judge.needs if isinstance(outer, AsksJudge) else JudgeNeeds()
-    check_judge(needs, target, draft)
-    if needs.draft_logprobs and draft is not None and not target.same_vocabulary(draft):
-        raise IncompatibleStack(
-            f"the judge reads the draft model's probabilities token by token, but {draft.name} and {target.name} have "
-            "different vocabularies, so there is none for each of the target's tokens. Use another judge, e.g. "
-            "judge=label or judge=logprob."
-        )
-    return needs
