@@ -266,9 +266,11 @@ class LanguageModel:
         with ENCODING:
             return list(self.tokenizer.encode(text, add_special_tokens=whole, split_special_tokens=plain))
 
-    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Text of answer tokens; special tokens are left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens; special ones are left out unless asked for."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        )
 
     def same_vocabulary(self, other: LanguageModel) -> bool:
         """Whether ids mean the same tokens in both models, padding aside (`readable`). Compared once per pair:

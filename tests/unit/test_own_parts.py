@@ -21,6 +21,7 @@ from parsedec.judge import (
     PassJudge,
     Scores,
 )
+from parsedec.loop import Rounds
 from parsedec.peers import Cascade, LookaheadReasoning, SpecReason
 from parsedec.segmenters import EveryTokens, Segmenter
 from parsedec.streamed import StreamedVerification
@@ -82,6 +83,25 @@ def test_a_judge_of_ones_own_is_a_read_of_the_texts(outer):
     assert 0.0 in scores
     assert result.text.startswith(texts[scores.index(0.0) - 1])
     assert result.judge_path is JudgePath.CAUSAL
+
+
+@pytest.mark.parametrize("outer", [PrefixVerification, StreamedVerification])
+def test_a_judge_of_ones_own_knows_the_question_and_the_answer_of_earlier_rounds(outer):
+    """Whatever of the draft has been staged by then."""
+    seen = []
+
+    class Asked(PassJudge):
+        def read(self, reading):
+            seen.append((reading.context, reading.probes[0]))
+            return [float(probe == reading.cuts[0]) for probe in reading.probes]
+
+    result = judged_by(Asked(), outer, boundary=FirstFailure(full_threshold=1.0), loop=Rounds(rounds=3))
+    starts = [context for context, first in seen if first == GRID.delta]
+    assert len(starts) == sum(done.judge_passes > 0 for done in result.rounds) >= 2
+    assert starts[0] == tiny.model().decode(PROMPT, special=True)
+    so_far = [context.removeprefix(starts[0]) for context in starts]
+    assert all(result.text.startswith(text) for text in so_far)
+    assert sorted(set(so_far), key=len) == so_far, "each round has more of the answer before it"
 
 
 def test_a_suffix_of_ones_own_is_read_behind_every_prefix():

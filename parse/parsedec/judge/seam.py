@@ -122,6 +122,7 @@ class Reading:
     cuts    all cuts of the draft, token positions; `probes` are those to be scored
     rows    what the target showed: logits, log-probabilities, hidden states
     layers  what the L taps of `rows` are, indices as in `output_hidden_states`
+    before  tokens of the target that stand before the draft: the prompt, and the answer of earlier rounds
     """
 
     draft: Draft
@@ -129,6 +130,8 @@ class Reading:
     probes: Sequence[int]
     rows: JudgeRows
     layers: tuple[int, ...]
+    before: Sequence[int]
+    model: LanguageModel
 
     @classmethod
     def take(
@@ -144,12 +147,18 @@ class Reading:
     ) -> Reading:
         """Make the pass; the draft is left staged. `wanted`: ids whose logits its readers look at, as in `judge`."""
         rows = session.judge(draft.tokens, cuts, suffix, probes=probes, path=path, wanted=wanted)
-        return cls(draft, cuts, probes, rows, session.taps)
+        return cls(draft, cuts, probes, rows, session.taps, session.tokens, session.model)
 
     @property
     def texts(self) -> list[str]:
         """The text of every probed prefix of the draft [K], for judges that read what was written."""
         return [self.draft.piece(0, probe) for probe in self.probes]
+
+    @property
+    def context(self) -> str:
+        """The text of what stands before the draft, chat turns as the target reads them: for judges that need the
+        question. In later rounds the answer so far is its end."""
+        return self.model.decode(self.before, special=True)
 
     def probe_states(self, layer: int) -> Tensor:
         """Hidden states of `layer` at every probe's last row [K, H] float32; without a suffix that is the cut's row."""
