@@ -8,9 +8,9 @@ prompt -> Drafter -> draft d[0:N] -> cuts c_1 < ... < c_K = N -> judge: ONE targ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
@@ -191,25 +191,18 @@ class DraftVerification(ABC):
             if limit < 1:
                 work.note_no_room(self.judge)
             drafting = limit > 0 and self.gate.allows(work.history)
-            facts: dict[str, Any] = {"drafted": drafting}
-            if drafting:
-                yield from self._draft_and_judge(work, limit, facts)
+            done = (yield from self._draft_and_judge(work, limit)) if drafting else Round(drafted=False)
             before, start = work.meter.seconds("decode"), len(work.answer.tokens)
             last = i == self.loop.rounds - 1 or not drafting
             yield from work.target_writes(until=None if last else self.segmenter)
-            work.rounds.append(
-                Round(
-                    **facts,
-                    target_tokens=len(work.answer.tokens) - start,
-                    decode_s=work.meter.seconds("decode") - before,
-                )
-            )
+            wrote, decoded_s = len(work.answer.tokens) - start, work.meter.seconds("decode") - before
+            work.rounds.append(replace(done, target_tokens=wrote, decode_s=decoded_s))
             if work.answer.stop is not None:
                 return
 
     @abstractmethod
-    def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
-        """One draft; yields its kept part and fills in the round's facts."""
+    def _draft_and_judge(self, work: Work, limit: int) -> Generator[Written, None, Round]:
+        """One draft; yields its kept part and returns the round, what the target writes behind it left out."""
 
     def draft_limit(self, remaining: int, room: int) -> int:
         """Most tokens a draft may have; below 1 where there can be none.
@@ -227,34 +220,48 @@ class DraftVerification(ABC):
             return len(scores), draft.ended
         return self.boundary.keep(asked), False
 
-    def _count_draft(self, work: Work, drafted: int, kept: int, facts: dict[str, Any]) -> None:
-        """A draft of `drafted` tokens, its end token included, is done with and `kept` of them stand."""
+    def _count_draft(self, work: Work, drafted: int, done: Round) -> None:
+        """A draft of `drafted` tokens, its end token included, is done with."""
         work.target.tally.draft_tokens += drafted
-        work.target.tally.kept_draft_tokens += kept
-        work.history.add_draft(facts["draft_s"] + facts.get("judge_s", 0.0), drafted, kept)
+        work.target.tally.kept_draft_tokens += done.kept_tokens
+        work.history.add_draft(done.draft_s + done.judge_s, drafted, done.kept_tokens)
 
     def _count_passes(self, work: Work, passes: Sequence[Scores]) -> None:
         work.notes |= {p.note for p in passes if p.note}
         work.target.tally.judge_passes += len(passes)
         work.target.tally.judge_rows += sum(p.rows for p in passes)
 
-    def _facts(
+    def _judged(
         self, draft: Draft, cuts: Sequence[int], scores: Sequence[float | None], passes: Sequence[Scores], kept: int
-    ) -> dict[str, Any]:
-        """What a round tells of a judged draft: its segments and the passes. `passes` read the same rows or more."""
+    ) -> Round:
+        """The round of a judged draft of which `kept` tokens stand. `passes` read the same rows or more."""
         starts = [0, *cuts[:-1]]
-        segments = tuple(
-            Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=start < kept)
-            for start, stop, score in zip(starts, cuts, scores, strict=True)
-        )
         logprobs = passes[-1].draft_logprobs
-        return {
-            "segments": segments,
-            "judge_path": passes[0].path,
-            "judge_passes": len(passes),
-            "judge_rows": sum(p.rows for p in passes),
-            "mean_draft_logprob": sum(logprobs) / len(logprobs) if logprobs else None,  # a server does not tell
-        }
+        return Round(
+            drafted=True,
+            judged_tokens=len(draft.tokens),
+            kept_tokens=kept,
+            draft_ended=draft.ended,
+            segments=tuple(
+                Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=start < kept)
+                for start, stop, score in zip(starts, cuts, scores, strict=True)
+            ),
+            judge_path=passes[0].path,
+            judge_passes=len(passes),
+            judge_rows=sum(p.rows for p in passes),
+            mean_draft_logprob=sum(logprobs) / len(logprobs) if logprobs else None,  # a server does not tell
+        )
+
+
+def spent(meter: Meter) -> tuple[float, float]:
+    """Seconds of drafting and judging until now."""
+    return meter.seconds("draft"), meter.seconds("judge")
+
+
+def timed(done: Round, meter: Meter, before: tuple[float, float]) -> Round:
+    """The round with the seconds since `before` was `spent`."""
+    draft_s, judge_s = (now - then for now, then in zip(spent(meter), before, strict=True))
+    return replace(done, draft_s=draft_s, judge_s=judge_s)
 
 
 def drafter_of(work: Work) -> Drafter:
@@ -279,13 +286,13 @@ class PrefixVerification(DraftVerification):
         if self.passes not in ("fused", "two_pass"):
             raise ConfigError(f"outer.passes='{self.passes}'; expected fused or two_pass.")
 
-    def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
-        """One draft; yields its kept part and fills in the round's facts."""
-        draft = self._write_draft(work, limit, facts)
+    def _draft_and_judge(self, work: Work, limit: int) -> Generator[Written, None, Round]:
+        before = spent(work.meter)
+        with work.meter.span("draft"):
+            draft = drafter_of(work).write(work.answer, limit)
         cuts = self.segmenter.cuts(draft)
-        kept: list[int] = []
+        done, kept = Round(drafted=True, draft_ended=draft.ended), list[int]()
         if cuts:
-            before = work.meter.seconds("judge")
             with work.meter.span("judge"):
                 scores, passes = self._judge(work, draft, cuts)
                 segments, whole = self._decide(scores, draft)
@@ -293,27 +300,12 @@ class PrefixVerification(DraftVerification):
                 work.target.session.keep_draft(cut)
                 work.target.note_refused(draft.tokens[cut:])
             kept = work.answer.extend([*draft.tokens[:cut], *([self.end_token] if whole else [])], Author.DRAFT)
-            facts |= self._facts(draft, cuts, scores, passes, len(kept))
-            facts |= {
-                "accepted_whole": whole,
-                "kept_tokens": len(kept),
-                "judge_s": work.meter.seconds("judge") - before,
-            }
-        self._count_draft(work, len(draft.tokens) + draft.ended, len(kept), facts)
+            done = replace(self._judged(draft, cuts, scores, passes, len(kept)), accepted_whole=whole)
+        done = timed(done, work.meter, before)
+        self._count_draft(work, len(draft.tokens) + draft.ended, done)
         if kept:
             yield Author.DRAFT, kept
-
-    def _write_draft(self, work: Work, limit: int, facts: dict[str, Any]) -> Draft:
-        drafter = drafter_of(work)
-        before = work.meter.seconds("draft")
-        with work.meter.span("draft"):
-            draft = drafter.write(work.answer, limit)
-        facts |= {
-            "judged_tokens": len(draft.tokens),
-            "draft_ended": draft.ended,
-            "draft_s": work.meter.seconds("draft") - before,
-        }
-        return draft
+        return done
 
     def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
         """A score per cut (None where two_pass did not need to ask), and the passes made."""

@@ -18,21 +18,20 @@ Sampled text does not depend on when either: every draft has a generator of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from parsedec.boundary import BoundaryRule, FirstFailure, Smoothed
 from parsedec.drafter import Writing
 from parsedec.errors import ConfigError
 from parsedec.judge import Judge, Scores, judged
 from parsedec.lanes import Beside, InTurn, Lane
-from parsedec.outer import DraftVerification, Work, Written, drafter_of
+from parsedec.outer import DraftVerification, Work, Written, drafter_of, spent, timed
 from parsedec.segmenters import Segmenter
 from parsedec.session import Session
 from parsedec.text import Draft
-from parsedec.types import Author
+from parsedec.types import Author, Round
 
 FINAL = (FirstFailure, Smoothed)  # rules that a later score cannot make change what they said of earlier ones
 ONE_MODEL = "judged in turn: target and draft model share one module, which two threads must not run at once"
@@ -158,10 +157,10 @@ class StreamedVerification(DraftVerification):
                 "outer=parse."
             )
 
-    def _draft_and_judge(self, work: Work, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
+    def _draft_and_judge(self, work: Work, limit: int) -> Generator[Written, None, Round]:
         drafter, lane = drafter_of(work), self._lane(work)
         judging = Judging(self.judge, self.segmenter, self.boundary, *self._least(work, lane), work.target.session)
-        before = {phase: work.meter.seconds(phase) for phase in ("draft", "judge")}
+        before = spent(work.meter)
         # a boundary between phases would wait for the passes that are to run beside the draft model
         span = partial(work.meter.span, settled=lane.in_turn)
         handed = 0  # tokens of the draft that are in the answer
@@ -185,7 +184,7 @@ class StreamedVerification(DraftVerification):
                 more = more and not judging.failed and work.answer.stop is None
             with work.meter.span("judge"):
                 lane.wait()
-        yield from self._conclude(work, writing, judging, handed, facts, before)
+        return (yield from self._conclude(work, writing, judging, handed, before))
 
     def _write_on(self, writing: Writing, judging: Judging, lane: Lane) -> bool:
         """Let the draft model write until text may have been decided about; whether it has more to write."""
@@ -219,15 +218,13 @@ class StreamedVerification(DraftVerification):
         writing: Writing | None,
         judging: Judging,
         handed: int,
-        facts: dict[str, Any],
-        before: dict[str, float],
-    ) -> Iterator[Written]:
-        """Settle the session on what stands, hand out the rest of it and note what the round was."""
+        before: tuple[float, float],
+    ) -> Generator[Written, None, Round]:
+        """Settle the session on what stands, hand out the rest of it and return what the round was."""
         draft = writing.draft(final=True) if writing else judging.asked
         if not judging.continues(draft):
             draft = judging.asked
-        taken: list[int] = []
-        facts |= {"judged_tokens": 0, "draft_ended": draft.ended}
+        done, taken = Round(drafted=True, draft_ended=draft.ended), list[int]()
         if judging.passes:
             scores = judging.scores
             segments, whole = self._decide(scores, draft) if judging.complete else (self.boundary.keep(scores), False)
@@ -241,14 +238,15 @@ class StreamedVerification(DraftVerification):
             taken = work.answer.extend(rest, Author.DRAFT)
             cuts = judging.cuts[: len(scores)]
             unread = [len(draft.tokens)] if len(draft.tokens) > read else []  # written, never judged
-            kept = handed + len(taken)
-            facts |= self._facts(draft, cuts + unread, [*scores, *([None] * len(unread))], judging.passes, kept)
-            facts |= {"accepted_whole": whole, "judged_tokens": read, "kept_tokens": kept}
+            scored = [*scores, *([None] * len(unread))]
+            done = self._judged(draft, cuts + unread, scored, judging.passes, handed + len(taken))
+            done = replace(done, judged_tokens=read, accepted_whole=whole)
             self._count_passes(work, judging.passes)
-        facts |= {f"{phase}_s": work.meter.seconds(phase) - start for phase, start in before.items()}
-        self._count_draft(work, len(draft.tokens) + draft.ended, handed + len(taken), facts)
+        done = timed(done, work.meter, before)
+        self._count_draft(work, len(draft.tokens) + draft.ended, done)
         if taken:
             yield Author.DRAFT, taken
+        return done
 
     def _least(self, work: Work, lane: Lane) -> tuple[int, int]:
         """Segments and rows of a full pass."""
