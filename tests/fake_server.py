@@ -310,7 +310,8 @@ class Handler(BaseHTTPRequestHandler):
                 return None
             if fault == "slow_stream" and i == 3:
                 self.fake.released.wait(self.fake.slow_s)
-            self.wfile.write(f"data: {json.dumps(wrap(event))}\n\n".encode())
+            # what is not ASCII goes raw, as vLLM sends it
+            self.wfile.write(f"data: {json.dumps(wrap(event), ensure_ascii=False)}\n\n".encode())
             self.wfile.flush()
         self.wfile.write(b"data: [DONE]\n\n")
         return None

@@ -19,7 +19,10 @@ from parsedec.remote.wire import Piece
 from parsedec.types import StopReason
 
 END = "<|end|>"
-PROMPT, WRITTEN = "xx", "né 漢字 🦄🎉 so"
+PROMPT, WRITTEN = (
+    "xx",
+    "né 漢字 🦄\u2028🎉\x85so\u2029!",
+)  # str.splitlines ends lines there
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 

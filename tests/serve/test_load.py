@@ -50,6 +50,13 @@ def test_lost_answers_are_found():
     assert "lost" in " ".join(sound(summary))
 
 
+def test_answers_with_separators_of_lines_are_read():
+    prompts = [f"one\u2028two\x85three {i}" for i in range(3)]
+    summary = under_load(Echo(), prompts, seconds=0.2, run="threads")
+    assert summary["outcomes"]["own"] > 0
+    assert summary["outcomes"]["lost"] == 0, summary["errors"]
+
+
 def test_a_server_that_takes_more_than_it_said_is_found():
     summary = under_load(Echo(), room=1, run="threads")
     summary["overflow"]["refused"] = 0

@@ -9,13 +9,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from parsedec.errors import ConfigError, ServerError, ServerRefused
+from parsedec.event_lines import EventLines
 
 if TYPE_CHECKING:
     import ssl
@@ -90,21 +91,18 @@ class Server:
         """The server-sent events of a streamed answer, as they come; one attempt. Closing it hangs up, and servers stop
         working for a client that has gone."""
         with self._open("POST", path, body) as (response, check):
-            finished = False
-            for line in response.iter_lines():
+            for line in _lines(response.iter_bytes()):
                 check()
-                data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or not data:
+                data = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:") or not data:
                     continue
-                if data == "[DONE]":
-                    finished = True
-                    break
+                if data == b"[DONE]":
+                    return
                 event = _json(data, self.url)
                 if "error" in event:
                     raise _broken_off(self.url, event["error"])
                 yield event
-            if not finished:
-                raise ServerError(f"{self.url} closed a stream before its end ([DONE]).")
+            raise ServerError(f"{self.url} closed a stream before its end ([DONE]).")
 
     def again(self, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, tried as often as the connection allows."""
@@ -226,11 +224,19 @@ def _broken_off(url: str, error: object) -> ServerError:
     return ServerError(f"{url} broke off its answer: {said}.")
 
 
-def _json(text: str | bytes, url: str) -> Any:
+def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    lines = EventLines()
+    for part in parts:
+        yield from lines.push(part)
+    yield lines.rest()
+
+
+def _json(data: bytes, url: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ServerError(f"{url} answered with something that is no JSON: {text[:200]!r}.") from error
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        shown = data[:200].decode(errors="replace")
+        raise ServerError(f"{url} answered with something that is no JSON: {shown!r}.") from error
 
 
 _servers: dict[Connection, Server] = {}

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 
 from parsedec.errors import ParsedecError
+from parsedec.event_lines import EventLines
 
 MEGABYTE = 2**20
 PATIENCE = httpx.Timeout(600, connect=60)
@@ -137,21 +138,21 @@ async def _ask(client: httpx.AsyncClient, load: Load, prompt: str, leaves: bool 
         if answer.status_code != 200:
             await answer.aread()
             raise ParsedecError(f"status {answer.status_code}: {answer.text[:200]}")
-        async for line in answer.aiter_lines():
-            if leaves and text:
-                return text, first, 0
-            if line == "data: [DONE]" and finish:
-                return text, first, tokens
-            if not line:
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise ParsedecError(event["error"]["message"])
-            for choice in event["choices"]:
-                text += choice["delta"].get("content", "")
-                first = first or (time.perf_counter() if text else 0.0)
-                finish = choice["finish_reason"] or finish
-            tokens = event.get("usage", {}).get("completion_tokens", tokens)
+        lines = EventLines()
+        async for part in answer.aiter_bytes():
+            for line in filter(None, lines.push(part)):
+                if leaves and text:
+                    return text, first, 0
+                if line == b"data: [DONE]" and finish:
+                    return text, first, tokens
+                event = json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise ParsedecError(event["error"]["message"])
+                for choice in event["choices"]:
+                    text += choice["delta"].get("content", "")
+                    first = first or (time.perf_counter() if text else 0.0)
+                    finish = choice["finish_reason"] or finish
+                tokens = event.get("usage", {}).get("completion_tokens", tokens)
     raise ParsedecError("the stream ended before the answer did")
 
 
