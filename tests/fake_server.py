@@ -31,7 +31,7 @@ class FakeServer:
 
     faults   for the next requests that generate, one each: "500", "busy", "malformed", "slow", "reset", "reset_stream",
              "broken_stream", "empty", "400" (refused), "refused_stream" (refused in a stream that has begun); None for
-             one that goes well
+             one that goes well; a function that changes the JSON of the answer, of a stream's fourth event
     logprobs  whether it shows log-probabilities
     pace_s   seconds a token takes
     """
@@ -102,6 +102,10 @@ class FakeServer:
         return prompt
 
 
+def changed(fault, answer):
+    return fault(answer) if callable(fault) else answer
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     fake: FakeServer
@@ -139,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         try:
             if self.path == "/generative_scoring":
-                return self.scores(body)
+                return self.scores(body, fault)
             if self.path == "/generate":
                 return self.native(body, fault)
             return self.completions(body, fault)
@@ -194,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
             steps = list(self.steps(ids, body))
             choice = self.choice([step for part in steps for step in part], body)
             choices.insert(0, choice | {"index": index})  # the last prompt's comes first: the index decides
-        return self.reply({"choices": choices, "usage": {"prompt_tokens": len(prompts[0])}})
+        return self.reply(changed(fault, {"choices": choices, "usage": {"prompt_tokens": len(prompts[0])}}))
 
     def steps(self, ids, body):
         """Lists of (token, logprobs, finish): one token each, the reason with the last."""
@@ -285,13 +289,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.stream(growing(), fault, wrap=lambda event: event)
         answers = [answer([s for part in self.steps(self.fake.ids(p), asked) for s in part])
                    for p in (prompts if many else [prompts])]  # fmt: skip
-        return self.reply(answers if many else answers[0])
+        return self.reply(changed(fault, answers if many else answers[0]))
 
-    def scores(self, body):
+    def scores(self, body, fault):
         right, wrong = body["label_token_ids"]
         rows = [self.fake.logits([*body["query"], *item]) for item in body["items"]]
         scores = [{"index": i, "score": float((r[[right, wrong]]).softmax(-1)[0])} for i, r in enumerate(rows)]
-        return self.reply({"data": scores[::-1]})
+        return self.reply(changed(fault, {"data": scores[::-1]}))
 
     def stream(self, events, fault, wrap=lambda choice: {"choices": [choice]}):
         self.send_response(200)
@@ -310,8 +314,9 @@ class Handler(BaseHTTPRequestHandler):
                 return None
             if fault == "slow_stream" and i == 3:
                 self.fake.released.wait(self.fake.slow_s)
+            data = changed(fault if i == 3 else None, wrap(event))
             # what is not ASCII goes raw, as vLLM sends it
-            self.wfile.write(f"data: {json.dumps(wrap(event), ensure_ascii=False)}\n\n".encode())
+            self.wfile.write(f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode())
             self.wfile.flush()
         self.wfile.write(b"data: [DONE]\n\n")
         return None

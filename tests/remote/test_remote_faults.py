@@ -127,6 +127,82 @@ def test_slow_draft_is_given_up_in_time(pair):
     assert any("did not finish a draft" in note and "read_timeout_s" in note for note in result.notes)
 
 
+def in_choices(**fields):
+    """A change of every choice of an answer."""
+    return lambda answer: answer | {"choices": [choice | fields for choice in answer["choices"]]}
+
+
+SPOILT_EVENTS = {
+    "null": lambda event: None,
+    "number": lambda event: 5,
+    "list": lambda event: [event],
+    "usage": lambda event: event | {"usage": [1]},
+    "no choices": lambda event: event | {"choices": None},
+    "ids": in_choices(token_ids=5),
+    "id": in_choices(token_ids=[None]),
+    "endless id": in_choices(token_ids=[float("inf")]),
+}
+SPOILT_ANSWERS = {
+    "null": lambda answer: None,
+    "number": lambda answer: 5,
+    "deep": lambda answer: "[" * 100_000,
+    "index": in_choices(index=None),
+    "spelt index": in_choices(index="zero"),
+    "endless index": in_choices(index=float("inf")),
+    "spelt logprobs": in_choices(logprobs="none"),
+    "rows": in_choices(logprobs={"top_logprobs": [None]}),
+    "no numbers": in_choices(logprobs={"top_logprobs": [{"token_id:3": None}]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "when"),
+    [*((spoilt, "write") for spoilt in SPOILT_EVENTS), *((spoilt, "judge") for spoilt in SPOILT_ANSWERS)],
+)
+def test_an_answer_in_another_layout_is_a_fault_like_others(pair, spoilt, when):
+    """It is asked for again, and one that stays so leaves what was finished."""
+    target, _, generate, expected = pair
+    fault = (SPOILT_EVENTS if when == "write" else SPOILT_ANSWERS)[spoilt]
+    before = [None] if when == "write" else []
+    target.faults.extend([*before, fault])
+    assert generate().tokens == expected.tokens
+    assert not target.faults
+    target.faults.extend([*before, fault, "500", "500", "500"])
+    with pytest.raises(TargetLost) as lost:
+        generate()
+    target.faults.clear()
+    partial = lost.value.partial.tokens
+    assert partial == expected.tokens[: len(partial)]
+    assert bool(partial) == (when == "write")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda event: event | {"meta_info": None},
+        lambda event: event | {"meta_info": {"finish_reason": 5}},
+        lambda event: event | {"output_ids": [None]},
+    ],
+)
+def test_sglangs_answers_in_another_layout_too(spoken, change):
+    model = tiny.model("llama")
+    prompt, _ = tiny.plain_answer(model)
+    with FakeServer(model, "sglang") as server:
+        engine = Parse(connect(server.url, tokenizer=spoken, **FAST))
+        expected = engine.generate(prompt, max_new_tokens=NEW).tokens
+        server.faults.append(change)
+        assert engine.generate(prompt, max_new_tokens=NEW).tokens == expected
+        assert not server.faults
+
+
+def test_no_error_beside_an_answer_is_none(pair):
+    target, _, generate, expected = pair
+    before = len(target.seen)
+    target.faults.extend([None, lambda event: event | {"error": None}])
+    assert generate().tokens == expected.tokens
+    assert len(target.seen) - before == 2
+
+
 @pytest.mark.parametrize("fault", ["500", "malformed", "slow", "reset"])
 def test_lost_target_gives_back_what_was_finished(pair, fault):
     """It goes away after the judge has kept half of the draft: the error holds that half."""

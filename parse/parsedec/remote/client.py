@@ -81,15 +81,21 @@ class Server:
         return self.again(lambda: self._read("GET", path, None))
 
     def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """What `read` makes of the JSON of an answer; if it raises ServerError, the server is asked again, too.
+        """What `read` makes of the JSON of an answer; if it cannot make anything of it, the server is asked again, too.
 
         Raises ServerRefused where asking again would not help, else ServerError.
         """
-        return self.again(lambda: read(self._read("POST", path, body)))
 
-    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The server-sent events of a streamed answer, as they come; one attempt. Closing it hangs up, and servers stop
-        working for a client that has gone."""
+        def attempt() -> T:
+            answer = self._read("POST", path, body)
+            with reading(answer):
+                return read(answer)
+
+        return self.again(attempt)
+
+    def events(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> Iterator[T]:
+        """What `read` makes of each server-sent event of a streamed answer, as they come; one attempt. Closing it hangs
+        up, and servers stop working for a client that has gone."""
         with self._open("POST", path, body) as (response, check):
             for line in _lines(response.iter_bytes()):
                 check()
@@ -99,9 +105,11 @@ class Server:
                 if data == b"[DONE]":
                     return
                 event = _json(data, self.url)
-                if "error" in event:
-                    raise _broken_off(self.url, event["error"])
-                yield event
+                with reading(event):
+                    if event.get("error"):  # null stands beside what is well
+                        raise _broken_off(self.url, event["error"])
+                    found = read(event)
+                yield found
             raise ServerError(f"{self.url} closed a stream before its end ([DONE]).")
 
     def again(self, attempt: Callable[[], T]) -> T:
@@ -237,6 +245,17 @@ def _json(data: bytes, url: str) -> Any:
     except (ValueError, RecursionError) as error:
         shown = data[:200].decode(errors="replace")
         raise ServerError(f"{url} answered with something that is no JSON: {shown!r}.") from error
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """An answer in another layout than it should have is the server's fault, and is said to be."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise ServerError(
+            f"a server's answer is laid out in a way that is not known here ({error!r}): {str(what)[:200]}."
+        ) from error
 
 
 _servers: dict[Connection, Server] = {}

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from parsedec.errors import ModelLoadError, ServerError, ServerRefused
 from parsedec.remote import wire
 from parsedec.remote.capabilities import Capabilities, Labels, TokensBack
-from parsedec.remote.client import Server
+from parsedec.remote.client import Server, reading
 from parsedec.types import Sampling
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,10 @@ def _introduction(server: Server, model: str | None) -> Capabilities:
         raise ModelLoadError(f"{server.url} serves {names}, not {model!r}. Set model to the name of one of them.")
     kind = str(chosen.get("owned_by"))
     kind = kind if kind in KINDS else "unknown"
-    limit = chosen.get("max_model_len") or (chosen.get("meta") or {}).get("n_ctx")
-    return Capabilities(
-        kind=kind, version=_version(server, kind), model=str(chosen["id"]), context_limit=int(limit) if limit else None
-    )
+    with reading(chosen):
+        limit = chosen.get("max_model_len") or (chosen.get("meta") or {}).get("n_ctx")
+        limit, name = int(limit) if limit else None, str(chosen["id"])
+    return Capabilities(kind=kind, version=_version(server, kind), model=name, context_limit=limit)
 
 
 def _version(server: Server, kind: str) -> str | None:

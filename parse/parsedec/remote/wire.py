@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +57,14 @@ def stream(
     if can.native:
         yield from _native_pieces(server, _native(can, [prompt], new, sampling, seed, alone=True) | {"stream": True})
         return
+
+    def read(event: Any) -> list[Piece]:
+        count = (event.get("usage") or {}).get("completion_tokens")
+        return [piece(choice, can.tokens_back, count) for choice in entries(event, "choices")]
+
     body = completion(can, [prompt], new, sampling, seed) | {"stream": True}
-    for event in server.events("/v1/completions", body):
-        for choice in entries(event, "choices"):
-            yield piece(choice, can.tokens_back, (event.get("usage") or {}).get("completion_tokens"))
+    for pieces in server.events("/v1/completions", body, read):
+        yield from pieces
 
 
 def labels(server: Server, can: Capabilities, prompts: Prompts, ids: Sequence[int]) -> list[Found]:
@@ -96,7 +99,7 @@ def scored(
 
     def read(answer: Any) -> list[Found]:
         rows = sorted(entries(answer, "data"), key=lambda row: int(row.get("index", 0)))
-        scores = [min(max(_number(row, "score"), 1e-9), 1 - 1e-9) for row in rows]
+        scores = [min(max(_number(row.get("score"), "score"), 1e-9), 1 - 1e-9) for row in rows]
         found = [Found({ids[0]: math.log(s), ids[1]: math.log1p(-s)}, {}, -math.inf) for s in scores]
         return _all(found, len(items), server)
 
@@ -144,8 +147,7 @@ def piece(choice: Mapping[str, Any], tokens_back: TokensBack, count: object = No
         raise ServerError(f"a server sent a choice with text {text!r} and finish_reason {finish!r}; expected text.")
     if finish not in (None, "stop", "length"):
         raise ServerError(f"a server ended its answer with finish_reason {finish!r}; expected stop or length.")
-    with reading(choice):
-        return Piece(_tokens(choice, tokens_back), text, finish, count if isinstance(count, int) else None)
+    return Piece(_tokens(choice, tokens_back), text, finish, count if isinstance(count, int) else None)
 
 
 def logprobs(choice: Mapping[str, Any]) -> Found:
@@ -154,23 +156,18 @@ def logprobs(choice: Mapping[str, Any]) -> Found:
     rows = given.get("content") or given.get("top_logprobs") if isinstance(given, Mapping) else None
     if not isinstance(rows, list) or not rows:
         raise ServerError(f"a server sent no log-probabilities, but {str(given)[:100]}.")
-    with reading(given):
-        return _shown(rows)
-
-
-def _shown(rows: list[Any]) -> Found:
     by_id, by_text = {}, {}
     if "top_logprobs" in rows[0]:  # llama.cpp and chat completions: one object a token
         for row in rows[0]["top_logprobs"]:
             if "id" in row:
-                by_id[int(row["id"])] = _number(row, "logprob")
-            by_text[str(row["token"])] = _number(row, "logprob")
+                by_id[int(row["id"])] = _number(row.get("logprob"), "logprob")
+            by_text[str(row["token"])] = _number(row.get("logprob"), "logprob")
     else:  # completions: one dictionary from tokens to numbers
         for name in rows[0]:
             if name.startswith(NAME):
-                by_id[int(name.removeprefix(NAME))] = _number(rows[0], name)
+                by_id[int(name.removeprefix(NAME))] = _number(rows[0][name], name)
             else:
-                by_text[name] = _number(rows[0], name)
+                by_text[name] = _number(rows[0][name], name)
     return Found(by_id, by_text, min([*by_id.values(), *by_text.values()], default=0.0))
 
 
@@ -211,22 +208,25 @@ def _native(
 def _native_pieces(server: Server, body: Mapping[str, Any]) -> Iterator[Piece]:
     """SGLang repeats what it sent before in every event, unless it runs with --stream-output."""
     known, shown = 0, 0
-    for event in server.events("/generate", body):
+
+    def read(event: Any) -> Piece:
+        nonlocal known, shown
         about = event.get("meta_info", {})
         tokens, text = [int(i) for i in event.get("output_ids") or ()], str(event.get("text", ""))
         repeated = len(tokens) == about.get("completion_tokens") and known > 0
         new, added = (tokens[known:], text[shown:]) if repeated else (tokens, text)
         known, shown = known + len(new), shown + len(added)
         finish = (about.get("finish_reason") or {}).get("type")
-        yield piece({"text": added, "finish_reason": finish, "token_ids": new}, TokensBack.FIELD)
+        return piece({"text": added, "finish_reason": finish, "token_ids": new}, TokensBack.FIELD)
+
+    return server.events("/generate", body, read)
 
 
 def _native_found(answer: Mapping[str, Any]) -> Found:
     rows = answer.get("meta_info", {}).get("output_token_ids_logprobs")
     if not isinstance(rows, list) or not rows or not rows[0]:
         raise ServerError(f"SGLang sent no output_token_ids_logprobs, but {str(answer)[:100]}.")
-    with reading(rows):
-        return Found({int(row[1]): float(row[0]) for row in rows[0]}, {}, -math.inf)
+    return Found({int(row[1]): _number(row[0], "logprob") for row in rows[0]}, {}, -math.inf)
 
 
 def entries(answer: Any, name: str) -> list[dict[str, Any]]:
@@ -236,22 +236,10 @@ def entries(answer: Any, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _number(row: Mapping[str, Any], name: str) -> float:
-    value = row.get(name)
+def _number(value: object, name: str) -> float:
     if not isinstance(value, int | float) or math.isnan(value):
         raise ServerError(f"a server's answer has {name}={value!r}; expected a number.")
     return float(value)
-
-
-@contextmanager
-def reading(what: object) -> Iterator[None]:
-    """An answer in another layout than it should have is the server's fault, and is said to be."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ServerError(
-            f"a server's answer is laid out in a way that is not known here ({error!r}): {str(what)[:200]}."
-        ) from error
 
 
 def works(attempt: Callable[[], object]) -> bool:
