@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -30,8 +31,9 @@ class FakeServer:
     """`with FakeServer(model) as server: connect(server.url, …)`.
 
     faults   for the next requests that generate, one each: "500", "busy", "malformed", "slow", "reset", "reset_stream",
-             "broken_stream", "empty", "400" (refused), "refused_stream" (refused in a stream that has begun); None for
-             one that goes well; a function that changes the JSON of the answer, of a stream's fourth event
+             "broken_stream", "empty", "400" (refused), "refused_stream" (refused in a stream that has begun), "drip"
+             (a line without end), "drip500" (an error without end); None for one that goes well; a function that
+             changes the JSON of the answer, of a stream's fourth event
     logprobs  whether it shows log-probabilities
     pace_s   seconds a token takes
     """
@@ -165,6 +167,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"choices": []})
         elif fault == "reset":
             self.reset()
+        elif fault in ("drip", "drip500"):
+            self.drip(200 if fault == "drip" else 500)
         elif fault == "slow":
             self.fake.released.wait(self.fake.slow_s)
             self.close_connection = True
@@ -177,6 +181,16 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
+
+    def drip(self, status):
+        self.send_response(status)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(int(self.fake.slow_s / 0.1)):
+                self.wfile.write(b":")
+                time.sleep(0.1)
 
     def completions(self, body, fault):
         fake = self.fake

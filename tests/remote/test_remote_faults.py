@@ -264,6 +264,21 @@ def test_a_server_that_drips_is_bound_by_the_whole_time(spoken):
         assert 0 < lost.value.partial.new_tokens < 10
 
 
+@pytest.mark.parametrize("fault", ["drip", "drip500"])
+def test_what_ends_neither_a_line_nor_an_error_is_bound_too(spoken, fault):
+    prompt, _ = tiny.plain_answer(tiny.model("llama"))
+    with FakeServer(tiny.model("llama")) as server:
+        remote = connect(server.url, tokenizer=spoken, retries=0, request_timeout_s=1.0, read_timeout_s=5.0)
+        server.slow_s = 10.0
+        server.faults.extend([fault] * 2)
+        started = time.monotonic()
+        with pytest.raises(ServerError, match="longer than request_timeout_s=1"):
+            remote.server.post("/v1/completions", {"prompt": "w1"}, dict)
+        with pytest.raises(TargetLost, match="longer than request_timeout_s=1"):
+            Parse(remote).generate(prompt, max_new_tokens=4)
+        assert time.monotonic() - started < 8.0, "two seconds, not twenty"
+
+
 def test_a_server_that_is_not_there_is_an_error_at_once(spoken):
     started = time.monotonic()
     with pytest.raises(ServerError, match="Check that the server runs"):

@@ -96,9 +96,8 @@ class Server:
     def events(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> Iterator[T]:
         """What `read` makes of each server-sent event of a streamed answer, as they come; one attempt. Closing it hangs
         up, and servers stop working for a client that has gone."""
-        with self._open("POST", path, body) as (response, check):
-            for line in _lines(response.iter_bytes()):
-                check()
+        with self._open("POST", path, body) as parts:
+            for line in _lines(parts):
                 data = line.removeprefix(b"data:").strip()
                 if not line.startswith(b"data:") or not data:
                     continue
@@ -145,41 +144,38 @@ class Server:
         self._client.close()
 
     def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        with self._open(method, path, body) as (response, check):
-            parts = []
-            for part in response.iter_bytes():
-                check()
-                parts.append(part)
-        return _json(b"".join(parts), self.url)
+        with self._open(method, path, body) as parts:
+            return _json(b"".join(parts), self.url)
 
     @contextmanager
-    def _open(
-        self, method: str, path: str, body: Mapping[str, Any] | None
-    ) -> Iterator[tuple[httpx.Response, Callable[[], None]]]:
-        """An answer that has begun well, and what to call now and then while it is read."""
+    def _open(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[Iterator[bytes]]:
+        """The bytes of an answer that has begun well."""
         import httpx
 
-        deadline = time.monotonic() + self.connection.request_timeout_s
-
-        def check() -> None:
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{self.url}{path} took longer than request_timeout_s={self.connection.request_timeout_s:g}. "
-                    "Raise it, or lower max_new_tokens."
-                )
-
+        end = time.monotonic() + self.connection.request_timeout_s
         try:
             with self._client.stream(method, self.url + path, json=body) as response:
+                parts = self._in_time(response, path, end)
                 if response.status_code != 200:
-                    response.read()
-                    raise _refusal(self.url + path, response.status_code, response.text)
-                yield response, check
+                    said = b"".join(parts).decode(errors="replace")
+                    raise _refusal(self.url + path, response.status_code, said)
+                yield parts
         except httpx.HTTPError as error:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             raise ServerError(
                 f"{self.url}{path} could not be read ({what}). Check that the server runs and its url; a slow one "
                 "needs a higher read_timeout_s."
             ) from error
+
+    def _in_time(self, response: httpx.Response, path: str, end: float) -> Iterator[bytes]:
+        """The bytes of an answer as they come; raises ServerError for those that come after `end`."""
+        for part in response.iter_bytes():
+            if time.monotonic() > end:
+                raise ServerError(
+                    f"{self.url}{path} took longer than request_timeout_s={self.connection.request_timeout_s:g}. "
+                    "Raise it, or lower max_new_tokens."
+                )
+            yield part
 
 
 def _client(connection: Connection) -> httpx.Client:
