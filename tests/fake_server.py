@@ -45,6 +45,7 @@ class FakeServer:
         self.seen = []  # (path, body) of every request that generates
         self.hung_up = threading.Event()  # a client has gone in mid-stream
         self.slow_s = 30.0
+        self.retry_after = None  # what "busy" and "500" say of it
         self.released = threading.Event()
         self.lock = threading.Lock()
         self.dead = False
@@ -158,7 +159,8 @@ class Handler(BaseHTTPRequestHandler):
     def before(self, fault):
         """Faults that need no model."""
         if fault in ("500", "busy"):
-            self.reply({"error": "for now"}, 500 if fault == "500" else 429)
+            told = {"Retry-After": self.fake.retry_after} if self.fake.retry_after else {}
+            self.reply({"error": "for now"}, 500 if fault == "500" else 429, told)
         elif fault == "400":
             self.reply(REFUSED, 400)
         elif fault == "malformed":
@@ -335,9 +337,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
         return None
 
-    def reply(self, answer, status=200):
+    def reply(self, answer, status=200, headers=None):
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

@@ -59,7 +59,10 @@ class PassFailed(ParsedecError):
 
 
 class ServerError(ParsedecError):
-    """A model server could not be reached, was busy, or answered with nonsense. Asking again may help."""
+    """A model server could not be reached, was busy, or answered with nonsense. Asking again may help, and is wanted
+    only after `retry_after_s` seconds where the server has said so."""
+
+    retry_after_s: float | None = None
 
 
 class ServerRefused(ServerError):

@@ -5,6 +5,7 @@ Every test has a time limit of its own: nothing may hang.
 
 import dataclasses
 import time
+from email.utils import formatdate
 
 import pytest
 
@@ -14,6 +15,7 @@ from parsedec import Parse, PrefixVerification
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ServerError, TargetLost, TargetRefused
 from parsedec.remote import connect
+from parsedec.remote.client import _seconds
 from parsedec.segmenters import EveryTokens
 from parsedec.types import Author, StopReason
 
@@ -201,6 +203,47 @@ def test_no_error_beside_an_answer_is_none(pair):
     target.faults.extend([None, lambda event: event | {"error": None}])
     assert generate().tokens == expected.tokens
     assert len(target.seen) - before == 2
+
+
+@pytest.mark.parametrize("when", ["judge", "write"])
+def test_a_busy_server_is_asked_again_when_it_says(pair, when):
+    target, _, generate, expected = pair
+    target.retry_after = "1"
+    target.faults.extend([*([None] if when == "write" else []), "busy", "500"])
+    started = time.monotonic()
+    assert generate().tokens == expected.tokens
+    assert time.monotonic() - started > 1.9, "twice a second, not hundredths of one"
+
+
+def test_a_server_that_wants_to_be_left_alone_for_long_is_lost_at_once(pair):
+    target, _, generate, _ = pair
+    target.retry_after = "3600"
+    before = len(target.seen)
+    target.faults.append("busy")
+    with pytest.raises(TargetLost, match=r"429: for now \(ask again in 3600 s\)\."):
+        generate()
+    assert len(target.seen) - before == 1
+
+
+def test_the_target_does_not_wait_long_for_a_draft(pair):
+    _, draft, generate, _ = pair
+    draft.retry_after = "20"
+    draft.faults.append("busy")
+    started = time.monotonic()
+    assert any("went on alone" in note for note in generate().notes)
+    assert time.monotonic() - started < 15.0
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("2", 2.0), ("0.5", 0.5), (formatdate(0, usegmt=True), 0.0), *((no, None) for no in ("soon", "nan", "", None))],
+)
+def test_what_retry_after_says(said, seconds):
+    assert _seconds(said) == seconds
+
+
+def test_a_date_to_ask_again_at():
+    assert 50 < _seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
 
 
 @pytest.mark.parametrize("fault", ["500", "malformed", "slow", "reset"])

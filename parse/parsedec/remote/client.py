@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 8.0  # between two attempts
+LONGEST_ASKED_S = 30.0  # the same, where the server names its time; for more it is not waited
 BUSY = {408, 409, 425, 429}  # refusals that pass by themselves
 
 
@@ -113,23 +116,35 @@ class Server:
 
     def again(self, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, tried as often as the connection allows."""
-        for wait in self.waits():
+        waits = self.waits()
+        while True:
             try:
                 return attempt()
-            except ServerRefused:
-                raise
             except ServerError as error:
+                wait = self.wait_after(error, waits)
                 if wait is None:
                     raise
                 log.warning("%s; again in %.2g s", error, wait)
                 time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
 
-    def waits(self) -> Iterator[float | None]:
-        """Seconds to wait after each attempt that fails; None after the last one."""
+    def waits(self) -> Iterator[float]:
+        """Seconds to wait before each further attempt."""
         for i in range(self.connection.retries):
             yield min(self.connection.backoff_s * 2**i, LONGEST_WAIT_S)
-        yield None
+
+    def wait_after(
+        self, error: ServerError, waits: Iterator[float], longest_s: float = LONGEST_ASKED_S
+    ) -> float | None:
+        """Seconds until the server is asked again: the next of `waits`, or what it asks for if that is more. None: it
+        is not asked again, since it refused, has failed too often or wants more than `longest_s`."""
+        wait, asked = next(waits, None), error.retry_after_s or 0.0
+        if (
+            wait is None
+            or isinstance(error, ServerRefused)
+            or asked > min(longest_s, self.connection.request_timeout_s)
+        ):
+            return None
+        return max(wait, asked)
 
     @property
     def resting(self) -> bool:
@@ -158,7 +173,7 @@ class Server:
                 parts = self._in_time(response, path, end)
                 if response.status_code != 200:
                     said = b"".join(parts).decode(errors="replace")
-                    raise _refusal(self.url + path, response.status_code, said)
+                    raise _refusal(self.url + path, response.status_code, said, response.headers.get("Retry-After"))
                 yield parts
         except httpx.HTTPError as error:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -200,12 +215,28 @@ def _trusted() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _refusal(where: str, status: int, text: str) -> ServerError:
+def _refusal(where: str, status: int, text: str, retry_after: str | None) -> ServerError:
     shown = _said(text)
     if status >= 500 or status in BUSY:
-        return ServerError(f"{where} answered {status}: {shown}")
+        wait = _seconds(retry_after)
+        asked = f" (ask again in {round(wait, 1):g} s)" if wait else ""
+        busy = ServerError(f"{where} answered {status}: {shown}{asked}.")
+        busy.retry_after_s = wait
+        return busy
     hint = " Check the key: api_key_env." if status in (401, 403) else ""
     return ServerRefused(f"{where} refused the request ({status}): {shown}.{hint}", status)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """What a Retry-After says: seconds, or a date."""
+    if retry_after is None:
+        return None
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after):
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def _said(text: str) -> str:

@@ -21,6 +21,7 @@ from parsedec.meter import Tally
 from parsedec.model import LanguageModel
 from parsedec.remote import wire
 from parsedec.remote.capabilities import Labels, TokensBack
+from parsedec.remote.client import LONGEST_ASKED_S, LONGEST_WAIT_S
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.reading import reader
 from parsedec.sampling import Sampler
@@ -177,7 +178,9 @@ class RemoteDecoder(Decoder):
             except ServerError as error:
                 if len(answer.tokens) > before:
                     waits = server.waits()
-                wait = None if isinstance(error, ServerRefused) else next(waits)
+                # the target can go on at once: a draft is not worth a longer wait than one's own
+                longest_s = LONGEST_WAIT_S if author is Author.DRAFT else LONGEST_ASKED_S
+                wait = server.wait_after(error, waits, longest_s)
                 if wait is not None:
                     time.sleep(wait)
                 elif author is Author.DRAFT:
