@@ -14,7 +14,8 @@ from fake_server import FakeServer
 from parsedec import Parse, PrefixVerification
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ServerError, TargetLost, TargetRefused
-from parsedec.remote import connect
+from parsedec.remote import connect, wire
+from parsedec.remote.capabilities import TokensBack
 from parsedec.remote.client import _seconds
 from parsedec.segmenters import EveryTokens
 from parsedec.types import Author, StopReason
@@ -195,6 +196,34 @@ def test_sglangs_answers_in_another_layout_too(spoken, change):
         server.faults.append(change)
         assert engine.generate(prompt, max_new_tokens=NEW).tokens == expected
         assert not server.faults
+
+
+@pytest.mark.parametrize(
+    ("reason", "named"), [("stop", False), ("eos_token", False), ("stop_sequence", False), ("content_filter", True)]
+)
+def test_an_answer_may_end_for_a_reason_by_another_name(pair, reason, named):
+    """One that nobody knows ends it, too, and the notes name it."""
+    target, _, generate, expected = pair
+    target.faults.extend([None, in_choices(finish_reason=reason)])
+    result = generate()
+    written = expected.tokens[: expected.counters.kept_draft_tokens + 4]
+    assert result.tokens == (*written, 1)
+    assert result.stop is StopReason.END_TOKEN
+    assert any(f"finish_reason '{reason}'" in note for note in result.notes) is named
+
+
+def test_a_limit_by_another_name_is_one():
+    choice = {"text": "w1", "finish_reason": "max_tokens"}
+    assert wire.piece(choice, TokensBack.TEXT).finish == "length"
+
+
+@pytest.mark.parametrize(("reason", "requests"), [("abort", 3), ("", 2)])
+def test_an_answer_that_its_server_gives_up_is_taken_up_again(pair, reason, requests):
+    target, _, generate, expected = pair
+    before = len(target.seen)
+    target.faults.extend([None, in_choices(finish_reason=reason)])
+    assert generate().tokens == expected.tokens
+    assert len(target.seen) - before == requests
 
 
 def test_no_error_beside_an_answer_is_none(pair):

@@ -202,21 +202,24 @@ class RemoteDecoder(Decoder):
         tokens_of, prompt = reader(model, session.tokens, self.notes), model.prompt(session.tokens)
         with closing(wire.stream(model.server, model.can, prompt, new, settings, seed)) as pieces:
             for piece in pieces:
-                tokens = tokens_of.push(piece)
-                if piece.finish == "stop" and model.end_token is not None:
+                tokens, finish = tokens_of.push(piece), piece.finish
+                over = finish not in (None, "length")  # whatever a server calls it: it has nothing to add
+                if over and finish != "stop":
+                    self.notes.add(f"{model.server.url} ended its text with finish_reason '{finish}', taken as its end")
+                if over and model.end_token is not None:
                     tokens.append(model.end_token)  # not taken if the server had sent it already
-                taken, finish = answer.extend(tokens, author), piece.finish
+                taken = answer.extend(tokens, author)
                 session.tokens.extend(taken)
                 came += len(taken)
                 if taken:
                     yield taken
                 if answer.stop is not None:
                     return
-        if finish == "stop":  # of a model without an end token
-            answer.stop = StopReason.END_TOKEN
-        elif finish == "length":
+        if finish == "length":
             answer.stop = _limit(came, new, piece.count, self.model.can.tokens_back)
-        elif finish is None and not came:
+        elif finish is not None:  # of a model without an end token
+            answer.stop = StopReason.END_TOKEN
+        elif not came:
             raise ServerError(f"{model.server.url} ended a stream with neither text nor a reason.")
 
     def _give_up(self, answer: Answer, reason: str) -> None:

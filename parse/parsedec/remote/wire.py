@@ -18,13 +18,16 @@ from parsedec.types import Sampling
 Prompts = Sequence[Sequence[int] | str]  # K of them
 NAME = "token_id:"  # how vLLM spells a token whose id was asked for
 GREEDY = Sampling()
+ENDS = {"eos_token": "stop", "stop_sequence": "stop", "max_tokens": "length"}  # as others spell it, such as TGI
+BROKEN = {"abort", "error", "cancelled"}  # the server gave it up
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of an answer: ids (None where the server gives none), text, and why it ended, if it did.
 
-    count  tokens of the whole answer as the server counts them, where it says so
+    finish  "stop", "length", or a reason of the server's own
+    count   tokens of the whole answer as the server counts them, where it says so
     """
 
     tokens: tuple[int, ...] | None
@@ -142,11 +145,12 @@ def asked(can: Capabilities, ids: Sequence[int]) -> dict[str, Any]:
 
 def piece(choice: Mapping[str, Any], tokens_back: TokensBack, count: object = None) -> Piece:
     """A choice, or a streamed part of one."""
-    text, finish = choice.get("text", ""), choice.get("finish_reason")
+    text, finish = choice.get("text", ""), choice.get("finish_reason") or None
     if not isinstance(text, str) or not isinstance(finish, str | None):
         raise ServerError(f"a server sent a choice with text {text!r} and finish_reason {finish!r}; expected text.")
-    if finish not in (None, "stop", "length"):
-        raise ServerError(f"a server ended its answer with finish_reason {finish!r}; expected stop or length.")
+    if finish in BROKEN:
+        raise ServerError(f"a server broke off its answer with finish_reason {finish!r}; expected stop or length.")
+    finish = ENDS.get(finish, finish) if finish else None
     return Piece(_tokens(choice, tokens_back), text, finish, count if isinstance(count, int) else None)
 
 
