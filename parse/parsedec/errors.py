@@ -66,11 +66,12 @@ class ServerError(ParsedecError):
 
 
 class ServerRefused(ServerError):
-    """A model server understood a request and will not serve it (an HTTP status of 4xx)."""
+    """A model server understood a request and will not serve it (an HTTP status of 4xx). `said` is what it gave as its
+    reason, without its address."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, said: str = "") -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.said = status, said
 
 
 class TargetLost(ServerError):

@@ -94,7 +94,7 @@ def test_a_fault_that_passes_is_not_seen(served, fault):
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
     [("malformed", 503, "model_server_lost"), ("slow", 503, "model_server_lost"), ("reset", 503, "model_server_lost"),
-     ("400", 502, "model_server_refused")],
+     ("400", 400, "model_server_refused")],
 )  # fmt: skip
 def test_a_fault_that_stays_ends_its_request_alone(served, fault, status, code):
     """Before the answer has begun by its status, after that by the last event of the stream; never by silence."""
@@ -107,6 +107,7 @@ def test_a_fault_that_stays_ends_its_request_alone(served, fault, status, code):
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert ("Retry-After" in answer.headers) == (status == 503)
     assert server.url not in answer.text
+    assert ("this adapter is not allowed" in answer.text) == (fault == "400")
     server.faults.extend([None] + [fault] * tries)
     text, error = streamed(address, prompt)
     assert error["code"] == code

@@ -224,7 +224,7 @@ def _refusal(where: str, status: int, text: str, retry_after: str | None) -> Ser
         busy.retry_after_s = wait
         return busy
     hint = " Check the key: api_key_env." if status in (401, 403) else ""
-    return ServerRefused(f"{where} refused the request ({status}): {shown}.{hint}", status)
+    return ServerRefused(f"{where} refused the request ({status}): {shown}.{hint}", status, shown)
 
 
 def _seconds(retry_after: str | None) -> float | None:
@@ -255,7 +255,7 @@ def _broken_off(url: str, error: object) -> ServerError:
     status = error.get("code") if isinstance(error, dict) else None
     said = _said(json.dumps({"error": error}))
     if isinstance(status, int) and 400 <= status < 500 and status not in BUSY:
-        return ServerRefused(f"{url} refused the request ({status}): {said}.", status)
+        return ServerRefused(f"{url} refused the request ({status}): {said}.", status, said)
     return ServerError(f"{url} broke off its answer: {said}.")
 
 

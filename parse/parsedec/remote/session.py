@@ -244,5 +244,6 @@ def _failed(model: LanguageModel, error: ServerError) -> TargetLost | TargetRefu
     """What becomes of a request whose target cannot go on, and will not come back in time."""
     where = "What was finished is in `partial`."
     if isinstance(error, ServerRefused):
-        return TargetRefused(f"the target {model.name} did not take a request. {error} {where}", error.status)
+        told = f"the target {model.name} did not take a request. {error} {where}"
+        return TargetRefused(told, error.status, error.said)
     return TargetLost(f"the target {model.name} was lost in the middle of a request: {error} {where}")

@@ -12,6 +12,8 @@ LOST = "A model server behind this one could not be reached, was busy, or broke 
 DENIED = "A model server behind this one refuses the request. The log of this server says why."
 GIVEN_UP = "The server failed on a pass that this request shared with others, and gave all of them up. Send it again."
 CLOSING = "The server is shutting down. Send the request to another one, or again later."
+UNWANTED = "A model server behind this one refuses the request: "
+ASKED = (400, 413, 422)  # refusals of what was asked; of a key, a model or an address they are the operator's to mend
 RETRY_S = 5  # seconds after which a model server that was lost may be back
 OWN = (PromptError, ChatTemplateError)  # what a client can mend; asked.py names the fields that are wrong
 
@@ -43,7 +45,8 @@ class Refusal(ParsedecError):
 
 
 def refusal(error: Exception) -> Refusal:
-    """What a client is told of an error: all of one that is the request's, nothing of what lies behind the server.
+    """What a client is told of an error: all of one that is the request's, nothing of what lies behind the server but a
+    model server's words on a request that it refuses as such, which clients would send again after a 502.
 
     The messages of other kinds hold the addresses and settings of model servers: they are for the log.
     """
@@ -51,6 +54,8 @@ def refusal(error: Exception) -> Refusal:
         return error
     if isinstance(error, OWN):
         return Refusal(400, str(error), code="invalid_request")
+    if isinstance(error, ServerRefused) and error.status in ASKED and error.said:
+        return Refusal(400, UNWANTED + error.said, code="model_server_refused")
     if isinstance(error, ServerRefused):
         return Refusal(502, DENIED, code="model_server_refused")
     if isinstance(error, ServerError):
