@@ -5,6 +5,9 @@ import math
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -12,7 +15,9 @@ import pytest
 from rich.console import Console
 
 from parsedec.errors import OutputExistsError, ParsedecError
+from parsedec.experiment import claim as claims
 from parsedec.experiment import record as records
+from parsedec.experiment.claim import release
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, read_record, to_json, write_record
 from parsedec.experiment.summary import compare, summarise, wilson
 from parsedec.experiment.table import columns, markdown, rows, terminal
@@ -112,6 +117,62 @@ def test_a_record_is_never_overwritten(tmp_path):
     with pytest.raises(OutputExistsError, match=r"cannot be resumed.*output=DIR") as refused:
         earlier_record(path, CONFIG, resume=None)
     assert "resume=true" not in str(refused.value)
+
+
+CLAIMS = """
+import sys
+from pathlib import Path
+from parsedec.experiment.claim import claim
+claim(Path(sys.argv[1]))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that has begun to write in the folder and has saved nothing."""
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLAIMS, tmp_path / "record.json"], env=paths, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "claimed\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("resume", [True, False, None])
+def test_a_folder_where_another_run_has_begun_is_refused(tmp_path, other_run, resume):
+    """Though it holds no record yet: what is finished first would be overwritten by who is finished last."""
+    other_run.send_signal(signal.SIGSTOP)
+    with pytest.raises(OutputExistsError, match=rf"another run \(process {other_run.pid} on .*output=DIR"):
+        earlier_record(tmp_path / "record.json", CONFIG, resume=resume)
+
+
+def test_a_killed_run_does_not_block_its_resumption(tmp_path, other_run):
+    other_run.kill()
+    other_run.wait()
+    path = tmp_path / "record.json"
+    assert earlier_record(path, CONFIG, resume=True) is None
+    assert earlier_record(path, CONFIG, resume=True) is None  # of the same process, as in a notebook
+    release(path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_refused_or_ended_frees_the_folder(tmp_path, other_run):
+    other_run.communicate("")  # it ends by itself
+    path = write_record(RECORD, tmp_path / "record.json")
+    with pytest.raises(OutputExistsError):
+        earlier_record(path, CONFIG, resume=False)
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_folder_that_cannot_be_locked_is_read(tmp_path, monkeypatch):
+    path = write_record(RECORD, tmp_path / "record.json")
+    monkeypatch.setattr(claims.os, "open", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    assert earlier_record(path, CONFIG, resume=True) == RECORD
 
 
 def test_resuming_needs_the_same_configuration(tmp_path):

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parsedec.errors import ParsedecError
 from parsedec.experiment.calibrated import read_calibration
+from parsedec.experiment.claim import release
 from parsedec.experiment.kinds import require_kinds, require_kinds_of_defaults
 
 log = logging.getLogger(__name__)
@@ -151,13 +152,16 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def announced(record_path: Path) -> Iterator[None]:
-    """Ends a command's stdout with the path of its record: when it is done, and after Ctrl-C if one was written."""
+    """Ends a command's stdout with the path of its record: when it is done, and after Ctrl-C if one was written. Then
+    other processes may go on with it."""
     try:
         yield
     except KeyboardInterrupt:
         if record_path.exists():
             print(record_path)  # what was finished is there
         raise
+    finally:
+        release(record_path)
     print(record_path)
 
 

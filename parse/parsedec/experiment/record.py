@@ -27,7 +27,9 @@ import torch
 
 from parsedec.checkpoints import hub_commits, pin_commits
 from parsedec.errors import OutputExistsError, ParsedecError
+from parsedec.experiment.claim import claim, release
 from parsedec.experiment.threads import recall_threads, settled_threads
+from parsedec.ranks import leading
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +122,25 @@ def earlier_record(
     path: Path, config: dict[str, Any], resume: bool | None, free: Sequence[str] = ()
 ) -> dict[str, Any] | None:
     """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations. What it read from
-    the hub is read at the same commits from now on.
+    the hub is read at the same commits from now on, and no other process may write `path` (`claim`).
 
     resume  None: this kind of run is always made whole, and cannot be gone on with
     free    dotted settings that may differ from the record's
     """
     if path.parent.is_file():
         raise OutputExistsError(f"output={path.parent} is a file; expected a folder, which need not exist yet.")
+    if leading():  # the others do not write
+        claim(path)  # before looking: a run that has begun may not have saved yet
+    try:
+        return _to_go_on_from(path, config, resume, free)
+    except BaseException:
+        release(path)
+        raise
+
+
+def _to_go_on_from(
+    path: Path, config: dict[str, Any], resume: bool | None, free: Sequence[str]
+) -> dict[str, Any] | None:
     if not path.exists():
         if resume:
             log.info("nothing to resume in %s: this is a new run", path.parent)
