@@ -67,6 +67,28 @@ def problem(reference: str, **meta: Any) -> Problem:
         ("\\[ x = \\boxed{18} \\] dollars for 3", "18", True),
         ("1,000,000 people", "1000000", True),
         ("#### 1018.00", "1,018", True),
+        ("#### 1. Cost\n3 * 4\n#### 2. Total\n30 + 12\n\\boxed{42}", "42", True),  # headings
+        ("#### 1. Cost\n3 * 4\n#### 2. Total\n30 + 12\n\\boxed{42}", "2", False),
+        ("#### 1) Cost\n#### **2 Total**\nso \\boxed{42}", "42", True),
+        ("#### 42\n#### 2. Check\n42 - 30 = 12", "42", True),
+        ("#### 1/2", "1", False),
+        ("#### 1/2", "0.5", True),
+        ("#### 2+2=4", "2", False),
+        ("#### 2+2=4", "4", True),
+        ("#### 20 - 25", "20", False),
+        ("#### 20 to 25", "20", False),
+        ("#### $18$\nThat is 3 more.", "18", True),
+        ("#### \\(18\\)\nThat is 3 more.", "18", True),
+        ("#### 18 km/h, not 3", "18", False),
+        ("#### 18 km/h\nThat is 3 more.", "18", True),
+        ("#### 18 cm^2 (the area)\nThat is 3 more.", "18", True),
+        ("#### 18 \\text{ dollars}.\nThat is 3 more.", "18", True),
+        ("#### 18 USD\nThat is 3 more.", "18", True),
+        ("\\boxed{50\\%}", "50", True),
+        ("\\boxed{50%}", "50", True),
+        ("#### 50\\%", "50", True),
+        ("so $50\\%$", "50%", True),
+        ("\\boxed{50\\%}", "0.5", False),
         ("#### 12", "13", False),
         ("\\boxed{13} ... #### 12", "13", False),
         ("none", "13", False),
@@ -99,7 +121,9 @@ def test_expressions(empty: Path, text: str, reference: str, right: bool) -> Non
 
 
 @needs_maths
-@pytest.mark.parametrize("text", ["\\boxed{9^{9^{9^{9}}}}", "#### 9**9**9**9**9", "(" * 3000, "$" * 3001])
+@pytest.mark.parametrize(
+    "text", ["\\boxed{9^{9^{9^{9}}}}", "#### 9**9**9**9**9", "(" * 3000, "$" * 3001, "#### 1" + " " * 9000 + "="]
+)
 def test_hostile_answers_do_not_hang(empty: Path, text: str) -> None:
     started = time.monotonic()
     assert not Maths(name="math500", path=empty).score(problem("13"), text).correct

@@ -2,7 +2,7 @@
 
 Answers are found and compared by math-verify: the last boxed or otherwise announced expression of the text, equal to
 the reference as mathematics, not as text. Where references are numbers, a number marked `#### N`, GSM8K's own form,
-goes before anything else.
+goes before anything else if it ends its line, units aside; and per cent signs are read over: 50 is 50 %.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from parsedec.tasks.base import Problem, Score, TaskDataError, require_extra
 from parsedec.tasks.jsonl import JsonlTask
 
 _SECONDS = 5  # for reading an answer, and again for comparing it: symbolic mathematics can take for ever
-_MARKED = re.compile(r"####\s*\**\s*([-\u2212]?\s*\\?\$?\s*[-\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|[-\u2212]?\.[0-9]+)")
+# `#### 1. Cost` is a heading, `#### 20 - 25` a range: only a number that ends its line, units aside, is an answer
+_MARKED = re.compile(
+    r"""(?mx) \#\#\#\# [\s*_]*
+    ([-\u2212]?\s*(?:\\?\$|\\\()?\s*[-\u2212]? (?:[0-9][0-9,]*(?:\.[0-9]+)? | \.[0-9]+))
+    (?:[ \t*_$\u20ac\u00a3\u00b0)\]}] | \\[$)\],;])*+                   # what closes a formula, and currencies
+    (?:(?:(?:\(|\\(?:text|mathrm)\{)\ *)?                               # "18 dollars", "18 km/h", "18 USD"
+       (?!(?:to|or|and|plus|minus|times|over|out|divided|x)\b) (?:[a-z]+|[A-Z]{2,5})\b
+       (?:\^\{?[0-9] | (?<=for[ ])[0-9]+ | [^0-9=+\n])*+                # "cm^2", "for 3 people"
+    )?
+    [ \t*_$.!\#]*$"""
+)
 # "\$" is the currency in LaTeX and never opens a formula; "-$5" is a number, too
 _CURRENCY = re.compile(r"\\\$|(?<=[-\u2212])\$(?=[0-9.])")
+_PERCENT = re.compile(r"\\?%")  # to math-verify the number in "\boxed{50%}" is 1/2, and the one in "50%" is 50, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +73,13 @@ class Maths(JsonlTask):
 
     def _gold(self, problem: Problem) -> list[Any]:
         """The reference: a plain number, or LaTeX without its dollars."""
-        return _remembered(problem.reference if self.numbers else f"${problem.reference}$")
+        return _remembered(_PERCENT.sub("", problem.reference) if self.numbers else f"${problem.reference}$")
 
     def _answer(self, text: str) -> list[Any]:
         """What math-verify reads in a text: the expression, and how it was written."""
+        text = _PERCENT.sub("", text) if self.numbers else text
         marked = _MARKED.findall(text) if self.numbers else []
-        said = re.sub(r"[\s\\$,]", "", marked[-1]) if marked else _CURRENCY.sub("", text)
+        said = re.sub(r"[\s\\$(,]", "", marked[-1]) if marked else _CURRENCY.sub("", text)
         return _parsed(said.replace("\u2212", "-"))
 
 
