@@ -75,7 +75,7 @@ class EqualText:
 class SameNumber:
     """The same result, for arithmetic: equal text, or the same last number, however it is written. Not from the paper.
 
-    pattern  what a number looks like; commas between digits are taken out first
+    pattern  what a number looks like; commas between digits are taken out first, and minus signs (U+2212) are hyphens
     """
 
     asks = None
@@ -97,7 +97,7 @@ class SameNumber:
 
     def _last_number(self, text: str) -> object:
         """Its value; what a pattern of the user's finds may be none, and is then compared as it stands."""
-        found = re.findall(self.pattern, re.sub(r"(?<=\d),(?=\d)", "", text))
+        found = re.findall(self.pattern, re.sub(r"(?<=\d),(?=\d)", "", text.replace("\u2212", "-")))
         if not found:
             return None
         try:
