@@ -398,6 +398,21 @@ def test_rows_of_the_hub_become_problems_that_are_scored(hub: list[dict[str, Any
     assert hub[0]["split"] == rows.split
 
 
+@needs_maths
+@pytest.mark.parametrize("name", ROWS)
+def test_a_file_of_the_hubs_own_rows_is_the_same_task(tmp_path: Path, name: str) -> None:
+    """As it is downloaded from the hub, or kept beside a benchmark's code."""
+    row, stored, *_ = ROWS[name]
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (asked,) = instantiate(configured(name, f"task.path={path}", "task.n=1")).problems()
+    assert asked.id.split("/")[-1] == stored.id.split("/")[-1]
+    assert asked.reference == stored.reference
+    path.write_text(json.dumps({"question": "How many?", "answer": "four"}))
+    with pytest.raises(TaskDataError, match=r"line 1: id, .* missing.*or \w+'s columns on the hub \(\w+Error: "):
+        instantiate(configured(name, f"task.path={path}", "task.n=1")).problems()
+
+
 def test_other_columns_than_expected_are_located(hub: list[dict[str, Any]]) -> None:
     with pytest.raises(TaskDataError, match=r"openai/gsm8k/main, row 0 .*KeyError: 'subject'.*it has .*question"):
         Hub(dataset="openai/gsm8k", rows="math500", config="main").problems()

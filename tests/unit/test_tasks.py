@@ -274,6 +274,19 @@ def test_prompts_with_references_as_tables_write_them(tmp_path: Path) -> None:
             Prompts(path=filed(tmp_path, row(), row(reference=wrong))).problems()
 
 
+def test_the_mark_before_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    """Some editors and tables write U+FEFF first, be the first line blank or not."""
+    steps = row(steps=["one"], label=0)
+    for lines in (("\ufeff", row(), steps), ("\ufeff" + row(), steps)):
+        path = filed(tmp_path, *lines)
+        assert [problem.prompt for problem in Prompts(path=path).problems()] == ["How many?", "How many?"]
+    path = filed(tmp_path, "\ufeff", row())
+    assert [problem.id for problem in chat(path).problems()] == ["a"]
+    assert len(list(read_steps(filed(tmp_path, "\ufeff", steps)))) == 1
+    with pytest.raises(TaskDataError, match="line 2 is not JSON"):  # elsewhere it is a mistake
+        chat(filed(tmp_path, row(), "\ufeff")).problems()
+
+
 @pytest.mark.parametrize("line", ['{"reference": ' + "9" * 5000 + "}", "[" * 100_000], ids=["long", "deep"])
 def test_what_python_does_not_read_is_located(tmp_path: Path, line: str) -> None:
     path = filed(tmp_path, line)

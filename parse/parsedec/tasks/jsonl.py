@@ -2,7 +2,8 @@
 
 A line of a file is one object with `id`, `prompt`, `reference` and `meta`. `prompt` is the bare task text without a
 chat template, `reference` what a scorer compares with, `meta` an object with whatever else the scorer needs. Other
-keys are allowed and ignored. Rows of the hub are brought into the same form (`parsedec.tasks.hub`).
+keys are allowed and ignored. Rows of the hub are brought into the same form (`parsedec.tasks.hub`), and so are lines
+that have a benchmark's own columns instead.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import json
 import math
 import random
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from parsedec.errors import ConfigError, require_number
 from parsedec.tasks.base import Problem, Score, TaskDataError
-from parsedec.tasks.hub import Hub
+from parsedec.tasks.hub import EVERY_CONFIG, ROWS, Hub
 
-__all__ = ["JsonlTask", "TaskDataError", "read_prompts"]
+__all__ = ["JsonlTask", "TaskDataError", "lines_of", "read_prompts"]
 
 _FORM = '{"id": text, "prompt": text, "reference": text or number, "meta": object}'
 
@@ -92,24 +95,53 @@ class JsonlTask(ABC):
         return [self.prepare(problem) for problem in stored[self.offset : stop]]
 
     def _read(self) -> list[Problem]:
-        """All problems of the file. Blank lines are skipped, but counted as an editor counts them."""
+        """All problems of the file."""
         problems: list[Problem] = []
         line_of: dict[str, int] = {}
         assert self.path is not None
-        with Path(self.path).expanduser().open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{self.path}, line {number}"
-                problem = _parse(line, where, references=self.references)
-                first = line_of.setdefault(problem.id, number)
-                if first != number:
-                    raise TaskDataError(
-                        f"{where} repeats the id {problem.id!r} of line {first}; expected "
-                        "every id once: results are filed under it. Rename one of the two."
-                    )
-                problems.append(problem)
+        for number, line in lines_of(Path(self.path).expanduser()):
+            where = f"{self.path}, line {number}"
+            problem = self._parse(line, where, len(problems))
+            first = line_of.setdefault(problem.id, number)
+            if first != number:
+                raise TaskDataError(
+                    f"{where} repeats the id {problem.id!r} of line {first}; expected "
+                    "every id once: results are filed under it. Rename one of the two."
+                )
+            problems.append(problem)
         return problems
+
+    def _parse(self, line: bytes, where: str, number: int) -> Problem:
+        """The problem of a line, whose number among the file's problems names it if it has the hub's columns."""
+        row = json_object(line, where, _FORM)
+        ours = row if self.references else row | {"reference": ""}
+        wrong = [key for key, ok in _checks(ours).items() if not ok]
+        if not wrong:
+            return Problem(id=row["id"], prompt=row["prompt"], reference=str(ours["reference"]), meta=row["meta"])
+        other = ""
+        if self.hub is not None:
+            try:
+                config = self.hub.config or ""
+                problem = ROWS[self.hub.rows](row, number, config if config != EVERY_CONFIG else "")
+                if isinstance(problem.prompt, str):
+                    return problem
+                raise TypeError(f"{problem.prompt!r} is no text")
+            except (KeyError, IndexError, TypeError, ValueError) as bad:
+                other = f", or {self.hub.rows}'s columns on the hub ({type(bad).__name__}: {bad})"
+        raise TaskDataError(
+            f"{where}: {', '.join(wrong)} missing or of the wrong type in {_shorten(line)}; "
+            f"expected {_FORM}{other}. Repair or remove the line."
+        )
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, and their numbers, which count blank lines as an editor does; without the
+    mark that some editors put before a text (U+FEFF)."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            told = line.removeprefix(BOM_UTF8) if number == 1 else line
+            if told.strip():
+                yield number, told
 
 
 def read_prompts(path: str | Path) -> list[Problem]:
@@ -121,9 +153,7 @@ def read_prompts(path: str | Path) -> list[Problem]:
     if not file.is_file():
         raise TaskDataError(f'prompts={str(path)!r} is not a file; expected JSONL with a "prompt" in every line.')
     problems = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(file):
         where, form = f"{path}, line {number}", '{"prompt": text, "reference": text or number, or absent}'
         row = json_object(line, where, form)
         prompt, reference = row.get("prompt"), row.get("reference")
@@ -147,19 +177,6 @@ def json_object(line: bytes, where: str, form: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise TaskDataError(f"{where} holds {_shorten(line)}; expected an object {form}. Repair or remove the line.")
     return row
-
-
-def _parse(line: bytes, where: str, *, references: bool) -> Problem:
-    row = json_object(line, where, _FORM)
-    if not references:
-        row = row | {"reference": ""}
-    wrong = [key for key, ok in _checks(row).items() if not ok]
-    if wrong:
-        raise TaskDataError(
-            f"{where}: {', '.join(wrong)} missing or of the wrong type in {_shorten(line)}; "
-            f"expected {_FORM}. Repair or remove the line."
-        )
-    return Problem(id=row["id"], prompt=row["prompt"], reference=str(row["reference"]), meta=row["meta"])
 
 
 def _checks(row: dict[str, Any]) -> dict[str, bool]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from parsedec.tasks.base import Problem, Score
-from parsedec.tasks.jsonl import JsonlTask, TaskDataError, json_object
+from parsedec.tasks.jsonl import JsonlTask, TaskDataError, json_object, lines_of
 from parsedec.text import Draft
 
 STEP_FORM = '{"problem": text, "steps": [text, …], "label": first wrong step or -1}'
@@ -31,13 +31,11 @@ def read_steps(path: str | Path) -> Iterator[Problem]:
     if not file.is_file():
         raise TaskDataError(f"steps={str(path)!r} is not a file; expected JSONL, each line {STEP_FORM}.")
     seen: dict[str, int] = {}
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                problem = _solution(line, f"{path}, line {number}", f"{file.name}/{number}")
-                if (first := seen.setdefault(problem.id, number)) != number:
-                    raise TaskDataError(f"{path}, line {number} repeats the id {problem.id!r} of line {first}.")
-                yield problem
+    for number, line in lines_of(file):
+        problem = _solution(line, f"{path}, line {number}", f"{file.name}/{number}")
+        if (first := seen.setdefault(problem.id, number)) != number:
+            raise TaskDataError(f"{path}, line {number} repeats the id {problem.id!r} of line {first}.")
+        yield problem
 
 
 def _solution(line: bytes, where: str, name: str) -> Problem:
