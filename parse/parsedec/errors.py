@@ -53,6 +53,10 @@ class OutputExistsError(ParsedecError):
     """The output folder already holds a record that would be overwritten."""
 
 
+class FileNotWritten(ParsedecError, OSError):
+    """A file of a run could not be written, mostly because the disk is full. What it held before is kept."""
+
+
 class PassFailed(ParsedecError):
     """One of several requests failed by what is its own, where the others go on: a forward, a judge, a speculator. Its
     cause is what was raised there."""

@@ -82,6 +82,28 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, failing):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("failing", ["in the middle"], indirect=True)
+def test_a_write_that_fails_says_what_is_kept_and_how_to_go_on(tmp_path, failing):
+    def ended_by(error):
+        try:
+            raise error
+        finally:
+            write_record(RECORD, path)
+
+    path = tmp_path / "record.json"
+    with pytest.raises(ParsedecError, match=r"record\.json: .*No space left.* bytes.*Nothing of this run.*again\.$"):
+        write_record(RECORD, path)
+    path.write_text(json.dumps(RECORD))
+    with pytest.raises(ParsedecError, match=rf"is kept: resume=true output={tmp_path} goes on from it\.$") as refused:
+        write_record(RECORD, path)
+    with pytest.raises(ParsedecError, match=r"from it\. The run had failed before that: ValueError: too odd\.$"):
+        ended_by(ValueError("too odd"))
+    with pytest.raises(ParsedecError, match=r"goes on from it\.$"):  # the last of several saves that fail
+        ended_by(refused.value)
+    with pytest.raises(ParsedecError, match=r"saved last is kept\.$"):
+        write_record(RECORD | {"config": {}}, path)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

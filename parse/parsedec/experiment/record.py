@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from parsedec.checkpoints import hub_commits, pin_commits
-from parsedec.errors import OutputExistsError, ParsedecError
+from parsedec.errors import FileNotWritten, OutputExistsError, ParsedecError, first_line
 from parsedec.experiment.claim import claim, release
 from parsedec.experiment.threads import recall_threads, settled_threads
 from parsedec.ranks import leading
@@ -69,16 +69,43 @@ def write_record(record: dict[str, Any], path: Path) -> Path:
     """Write beside the target and rename: a reader, or a kill, never meets half a record.
 
     What has come out since its provenance was made is added to that: `hub`, the commit of each repository read, and the
-    threads that were chosen.
+    threads that were chosen. Raises FileNotWritten, which says what is kept and how to go on.
     """
+    ended_by = sys.exception()  # a run saves whatever ends it
     if "provenance" in record:
         found = {"hub": hub_commits() or None, "threads": settled_threads()}
         known = {name: value for name, value in found.items() if value is not None}
         record = record | {"provenance": record["provenance"] | known}
-    return write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")), path)
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return write_text(text, path)
+    except FileNotWritten as error:
+        raise FileNotWritten(f"{error} {_what_is_kept(record, path, ended_by)}") from error.__cause__
+
+
+def _what_is_kept(record: Mapping[str, Any], path: Path, ended_by: BaseException | None) -> str:
+    """What is said of a record that could not be written. ended_by: what the run was ended by, if by anything"""
+    before = ""
+    if isinstance(ended_by, Exception) and not isinstance(ended_by, FileNotWritten):
+        before = f" The run had failed before that: {type(ended_by).__name__}: {first_line(ended_by)}."
+    if not path.exists():
+        return f"Nothing of this run had been saved: run it again.{before}"
+    resumed = f": resume=true output={path.parent} goes on from it" if "resume" in record.get("config", {}) else ""
+    return f"The record as it was saved last is kept{resumed}.{before}"
 
 
 def write_text(text: str, path: Path) -> Path:
+    """Write beside the target and rename. Raises FileNotWritten, where what was there before is kept."""
+    try:
+        return _write_text(text, path)
+    except OSError as error:
+        raise FileNotWritten(
+            f"cannot write {path}: {error}. Expected room for {len(text.encode(errors='replace')):,} bytes in a folder "
+            "that may be written. Make room, or see to its rights."
+        ) from error
+
+
+def _write_text(text: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
