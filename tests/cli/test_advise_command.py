@@ -49,6 +49,10 @@ def test_advice_on_the_zoo_is_checked_and_runs(tmp_path):
         {name: share - right["target"] for name, share in right.items() if name not in ("target", "inner alone")}
     )
     assert record["rehearsed"]["luck"] >= 1
+    verdict, tried = record["verdict"], {str((a["arm"]["segmenter"], a["arm"]["thresholds"])) for a in record["arms"]}
+    assert verdict["settings"] == len(tried - {str((None, None))})
+    assert f" / {100 * verdict['spoilt_at_most']:.0f} %" in page.read_text()
+    assert verdict["spoilt_at_most"] > 0.5  # three problems promise little
     assert [arm["rehearsed"] for arm in record["looped"]] == [3, 3]
     assert {trial["tokens"] > 20 for trial in record["trials"]} == {True}
     row = next(row for row in record["checked"]["rows"] if row["arm"] == record["verdict"]["parse"]["label"])

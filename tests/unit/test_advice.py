@@ -13,7 +13,16 @@ from parsedec.advice.job import accuracy_change
 from parsedec.advice.prediction import ArmChoice, Expected, Predictor, fit_pace, observed, remaining_factor
 from parsedec.advice.report import CHECK_HEADS, check_rows, rehearsed_accuracy
 from parsedec.advice.trial import Decoding, Pass, Trial
-from parsedec.advice.verdict import Demands, best_parse, blind, conclude, headline, luck_of_choice, separations
+from parsedec.advice.verdict import (
+    Demands,
+    best_parse,
+    blind,
+    conclude,
+    headline,
+    luck_of_choice,
+    separations,
+    spoilt_at_most,
+)
 from parsedec.boundary import FirstFailure
 from parsedec.experiment.record import to_json
 from parsedec.types import Counters, PhaseTimes, Result, StopReason
@@ -163,6 +172,18 @@ def test_the_luck_of_the_choice_is_what_the_best_loses_on_other_problems():
     assert np.mean(lost) > 1.08
     assert np.mean(said) - 1 == pytest.approx(np.mean(lost) - 1, rel=0.35)
     assert luck_of_choice(arms(np.full((1, 30), 0.5)), predictor, DEMANDS) == 1.0  # nothing to choose from
+
+
+def test_what_the_chosen_arm_spoils_on_other_problems_is_bounded():
+    """Of settings that all spoil more than is allowed the one that looks best seldom shows it; the bound does."""
+    draw = np.random.default_rng(0)
+    truth, n, settings = 0.08, 30, 28
+    counted = draw.binomial(n, truth, size=(2000, settings)).min(1)
+    assert np.mean(counted / n <= DEMANDS.spoilt) > 0.95  # fit, by what was counted
+    assert np.mean([spoilt_at_most(int(k), n, settings) >= truth for k in counted]) >= 0.95
+    assert spoilt_at_most(3, 30, 1) == pytest.approx(0.239, abs=5e-4)  # Clopper and Pearson, one side
+    verdict, _ = advice(Engine())
+    assert (verdict.settings, verdict.spoilt_at_most) == (1, spoilt_at_most(0, N, 1))
 
 
 def test_a_good_pair_is_told_so():

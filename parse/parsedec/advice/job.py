@@ -226,7 +226,8 @@ class Advisor:
         best = max(right or self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
         assert first.arm.segmenter is not None
         separates = self.separates[first.arm.segmenter]
-        return conclude(self.predictor, best, alone, separates, self.demands, changes[best.arm.loop])
+        settings = len({(one.arm.segmenter, one.arm.thresholds) for one in self.arms})  # an inner level spoils nothing
+        return conclude(self.predictor, best, alone, separates, self.demands, changes[best.arm.loop], settings)
 
     def _seen_in_rehearsal(self, first: Expected, done: Requests) -> dict[str, Any] | None:
         """The best arm as it ran beside the target, and as it was predicted from costs on the same problems."""
@@ -278,6 +279,8 @@ class Advisor:
                 "overrides": overrides_of(verdict.recommended.arm),
                 "agreement": any(trial.agreement for trial in predictor.trials),
                 "prefixes": predictor.prefixes,
+                "settings": verdict.settings,
+                "spoilt_at_most": verdict.spoilt_at_most,
             },
             "costs": {
                 "problems": len(predictor.trials),

@@ -149,6 +149,9 @@ def cost_rows(record: Json) -> list[list[str]]:
     for name, pace in costs["inners"].items():
         rows.append([f"inner={name}", f"{pace['pace']:.2f} of the target's time a token, {pace['start']:.1f} tokens' "
                      f"worth to start, tau {pace['tau']:.2f}"])  # fmt: skip
+    if (most := record["verdict"].get("spoilt_at_most")) is not None:  # records before it was bounded have none
+        rows.append([f"best of {record['verdict']['settings']} settings: spoilt, counted / on others at most (95 %)",
+                     f"{100 * record['verdict']['parse']['spoilt']:.0f} % / {100 * most:.0f} %"])  # fmt: skip
     if seen := record["rehearsed"]:
         rows.append([f"best arm on {seen['problems']} of the problems, predicted / run",
                      f"{seen['predicted']:.2f} / {seen['measured']:.2f}"])  # fmt: skip
@@ -209,7 +212,9 @@ def note(record: Json) -> str:
         "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
         f"something wrong is kept ({shown}). Milliseconds a request. The best, its loops and the best inner level "
         f"alone are as they ran{_where(record)}, the others as costs predict; what the best owes to having been "
-        "chosen on these same problems is estimated (bootstrap) and taken off. check.n=… measures it on others. A "
+        "chosen on these same problems is estimated (bootstrap) and taken off the speed-up. What arms spoil is as "
+        "counted, each interval that of one arm by itself; the table of costs bounds what the best spoils on other "
+        "problems, and check.n=… measures on them. A "
         f"threshold with a promise is for experiments/calibrate.py to find. {origin(record)}"
     )
 

@@ -10,15 +10,18 @@ import numpy as np
 
 from parsedec.advice.prediction import Expected, Predictor
 from parsedec.calibration.figures import judged, separation
+from parsedec.calibration.risk import upper_bound
 
 NEAR = 0.02  # arms this close in speed are told apart by what they spoil
+CONFIDENCE = 0.95  # of the bound on what an arm spoils
 FEWEST = 3  # right and wrong samples below which nothing is said of how well a judge separates
 
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """gain: least speed-up over the target and over the inner level alone; spoilt: most requests spoilt, as a share,
-    and largest fall of the share of right answers in the rehearsal."""
+    """gain: least speed-up over the target and over the inner level alone; spoilt: most requests spoilt, as a share
+    of those that arms are chosen on (no promise for others: `spoilt_at_most`), and largest fall of the share of right
+    answers in the rehearsal."""
 
     gain: float
     spoilt: float
@@ -35,10 +38,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """helps      whether PARSE is worth setting up
-    recommended  the arm to run: PARSE, an inner level alone, or the target alone
-    parse        the best arm of PARSE, whether or not it helps
-    alone        the best inner level alone, "none" among them
+    """helps           whether PARSE is worth setting up
+    recommended     the arm to run: PARSE, an inner level alone, or the target alone
+    parse           the best arm of PARSE, whether or not it helps
+    alone           the best inner level alone, "none" among them
+    settings        how many pairs of segmenter and thresholds that one was chosen among
+    spoilt_at_most  the function of this name, of it
     """
 
     helps: bool
@@ -46,11 +51,15 @@ class Verdict:
     parse: Expected
     alone: Expected
     findings: tuple[Finding, ...]
+    settings: int
+    spoilt_at_most: float
 
 
 def best_parse(arms: Sequence[Expected], demands: Demands) -> Expected:
     """The fastest arm that does not spoil too much; of arms about as fast the one that spoils least, then the one with
-    the highest threshold. Where all spoil too much, the one that spoils least."""
+    the highest threshold. Where all spoil too much, the one that spoils least.
+
+    What it spoils is what was counted, and of many arms one is always lucky: on other problems it spoils more."""
     fit = [arm for arm in arms if (arm.spoilt or 0.0) <= demands.spoilt]
     if not fit:
         least = min(arm.spoilt or 0.0 for arm in arms)
@@ -80,6 +89,15 @@ def luck_of_choice(arms: Sequence[Expected], predictor: Predictor, demands: Dema
     return max(1.0, float(np.mean(found)))
 
 
+def spoilt_at_most(spoilt: int, n: int, settings: int) -> float:
+    """The share of requests that the arm chosen may spoil on other problems, with 95 % confidence.
+
+    It spoilt `spoilt` of the `n` problems that it was chosen on, among so many settings. Clopper and Pearson's bound
+    for each of them at once (Bonferroni), and so for any that is chosen; from thirty problems it is wide.
+    """
+    return upper_bound(spoilt, n, 1 - (1 - CONFIDENCE) / settings)
+
+
 def separations(predictor: Predictor, segmenters: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
     """By segmenter how well the scores tell right from wrong (`calibration.figures.separation`)."""
     return {name: separation(judged(predictor.samples(name)), seed) for name in segmenters}
@@ -106,8 +124,10 @@ def conclude(
     separates: dict[str, Any],
     demands: Demands,
     accuracy: Mapping[str, Any] | None = None,
+    settings: int = 1,
 ) -> Verdict:
-    """The advice. `separates`: of the segmenter of the best arm; `accuracy`: its change in the rehearsal, if scored."""
+    """The advice. `separates`: of the segmenter of the best arm; `accuracy`: its change in the rehearsal, if scored;
+    `settings`: how many pairs of segmenter and thresholds it is the best of."""
     segmenter = parse.arm.segmenter
     assert segmenter is not None
     findings = []
@@ -150,8 +170,9 @@ def conclude(
     helps = parse.speedup >= demands.gain and not beaten
     other = alone if alone.speedup >= demands.gain else plain
     return Verdict(
-        helps=helps, recommended=parse if helps else other, parse=parse, alone=alone, findings=tuple(findings)
-    )
+        helps=helps, recommended=parse if helps else other, parse=parse, alone=alone, findings=tuple(findings),
+        settings=settings, spoilt_at_most=spoilt_at_most(sum(parse.spoils), len(parse.spoils), settings),
+    )  # fmt: skip
 
 
 def headline(verdict: Verdict) -> str:
