@@ -208,6 +208,21 @@ def test_labelled_steps(steps, tmp_path):
     assert {sample["part"] for sample in record["samples"]} == {"fit", "check"}
 
 
+def test_problems_with_several_solutions_are_counted_as_problems(steps, tmp_path):
+    rows = [json.loads(line) for line in steps.read_text().splitlines()]
+    steps.write_text("\n".join(json.dumps(row | {"id": f"{row['id']}/{k}"}) for row in rows for k in range(3)))
+    record = fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "draft=none", "goal.points=4")
+    counts, held = record["calibration"]["counts"], record["calibration"]["check"]
+    assert counts["fit"] + counts["check"] == 24
+    assert counts["fit_problems"] + counts["check_problems"] == 8
+    assert counts["explored"] + counts["tested"] == counts["fit_problems"]
+    assert held["drafts"] == counts["check_problems"]
+    write_reports(record, tmp_path / "out", "first_failure")
+    assert (
+        f"{counts['check']} samples of {counts['check_problems']} problems" in (tmp_path / "out/table.md").read_text()
+    )
+
+
 def test_solutions_of_one_problem_stay_in_one_part(tmp_path):
     """In the form of ProcessBench, which has several; and none is in both the fit and the check."""
     rows = [{"problem": f"problem {i % 7}", "steps": ["a", "b"], "label": i % 3 - 1} for i in range(35)]

@@ -1,5 +1,7 @@
 """The figures of a calibration against examples worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,15 @@ def test_separation_counts_pairs():
     low, high = found["interval"]
     assert low <= found["auc"] <= high
     assert figures.separation(figures.judged([FOUR[3]]), seed=0)["auc"] is None
+
+
+def test_drafts_of_a_problem_are_resampled_together():
+    """Four copies of every draft show no more than one of each: the interval of the area is the same."""
+    copies = [replace(one, id=f"{one.id}/{k}", problem=one.id) for one in FOUR for k in range(4)]
+    once = figures.separation(figures.judged(FOUR), seed=0)
+    again = figures.separation(figures.judged_by_problem(copies), seed=0)
+    assert (again["auc"], again["interval"]) == (once["auc"], pytest.approx(once["interval"]))
+    assert figures.judged_by_problem(FOUR) == figures.judged(FOUR)
 
 
 def test_the_area_is_that_under_the_curve():

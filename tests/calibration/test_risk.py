@@ -14,7 +14,7 @@ from parsedec.boundary import FirstFailure
 from parsedec.calibration.decisions import decide, prefix_losses
 from parsedec.calibration.fitting import fit_thresholds, prefix_losses_of
 from parsedec.calibration.risk import Goal, Losses, check, conformal, drawn, fixed_sequence, lower_bound, upper_bound
-from parsedec.calibration.samples import Sample
+from parsedec.calibration.samples import Sample, one_of_each
 from parsedec.errors import ConfigError
 
 
@@ -101,6 +101,55 @@ def test_fitted_thresholds_break_the_goal_as_rarely_as_promised(of):
     # 99 % quantile of Binomial(60, 0.1): a correct method breaks the goal in at most so many fits
     limit = next(k for k in range(fits) if sum(binomial(j, fits, 0.1) for j in range(k + 1)) >= 0.99)
     assert broken <= limit
+
+
+def solutions(seed, problems, each, risk, shared):
+    """`each` solutions of every problem, wrong with probability `risk`, which the judge does not see. Each has the
+    verdict of its problem with probability `shared`, else one of its own."""
+    rng, samples = np.random.default_rng(seed), []
+    for p in range(problems):
+        common = rng.random() < risk
+        for k in range(each):
+            right = not (common if rng.random() < shared else rng.random() < risk)
+            samples.append(
+                Sample(
+                    part="fit",
+                    id=f"{p}/{k}",
+                    tokens=(1, 2),
+                    ended=True,
+                    cuts=(2,),
+                    scores=(float(rng.uniform(0.5, 1)),),
+                    right=(right,),
+                    correct=right,
+                    problem=f"{p}/0",
+                )
+            )
+    return samples
+
+
+def test_many_solutions_of_a_problem_are_no_more_evidence_than_one():
+    """Every pair breaks the goal a little here, so every fit that finds one does. With eight solutions a problem
+    counted as independent, that were a fifth of the fits and more."""
+    goal, fits = Goal(risk=0.1, confidence=0.9, points=5), 120
+    found = [
+        fit_thresholds(goal, FirstFailure(), solutions(seed, 120, 8, 0.101, 0.9), prefix_losses_of(goal), seed)
+        for seed in range(fits)
+    ]
+    # 99 % quantile of Binomial(120, 0.1): the false-alarm rate of this test is at most 1 %
+    limit = next(k for k in range(fits) if sum(binomial(j, fits, 0.1) for j in range(k + 1)) >= 0.99)
+    assert 0 < sum(one.pair is not None for one in found) <= limit
+    assert all(one.explored + one.tested == 120 for one in found)  # no problem is on both sides
+
+
+def test_one_of_each_problem_is_drawn_with_the_seed():
+    samples = solutions(0, 40, 4, 0.5, 0.5)
+    drawn_ones = one_of_each(samples, 0)
+    assert [one.problem for one in drawn_ones] == [f"{p}/0" for p in range(40)]
+    assert one_of_each(samples[::-1], 0) == drawn_ones[::-1]
+    assert len({one.id.split("/")[1] for one in drawn_ones}) == 4  # not always the first
+    assert one_of_each(samples, 1) != drawn_ones
+    alone = [dataclasses.replace(one, problem=None) for one in samples]
+    assert one_of_each(alone, 0) == alone
 
 
 def test_conformal_control_bounds_the_expected_risk():

@@ -30,26 +30,33 @@ ROC_POINTS = 60
 
 def judged(samples: Iterable[Sample], *, complete: bool = False) -> list[list[tuple[float, bool]]]:
     """Per draft its (score, right) pairs: of its prefixes, or of the complete draft alone."""
-    pairs = []
+    return [_pairs(sample, complete) for sample in samples if sample.scores]
+
+
+def judged_by_problem(samples: Iterable[Sample], *, complete: bool = False) -> list[list[tuple[float, bool]]]:
+    """As `judged`, with the pairs of all drafts of a problem together: what is resampled."""
+    pairs: dict[str, list[tuple[float, bool]]] = {}
     for sample in samples:
-        if not sample.scores:
-            continue
-        if complete or sample.right is None:
-            pairs.append([(sample.scores[-1], sample.correct)])
-        else:
-            pairs.append(list(zip(sample.scores, sample.right, strict=True)))
-    return pairs
+        if sample.scores:
+            pairs.setdefault(sample.group, []).extend(_pairs(sample, complete))
+    return list(pairs.values())
 
 
-def separation(drafts: Sequence[Sequence[tuple[float, bool]]], seed: int) -> dict[str, Any]:
-    """Area under the ROC curve and the curve itself; None without both kinds."""
-    scores, right = _flat(drafts)
+def _pairs(sample: Sample, complete: bool) -> list[tuple[float, bool]]:
+    if complete or sample.right is None:
+        return [(sample.scores[-1], sample.correct)]
+    return list(zip(sample.scores, sample.right, strict=True))
+
+
+def separation(problems: Sequence[Sequence[tuple[float, bool]]], seed: int) -> dict[str, Any]:
+    """Area under the ROC curve and the curve itself; None without both kinds. The interval resamples problems."""
+    scores, right = _flat(problems)
     counts = {"right": int(right.sum()), "wrong": int((~right).sum())}
     if not all(counts.values()):
         return counts | {"auc": None, "interval": None, "curve": []}
     areas = []
-    for draw in resampled(len(drafts), seed, RESAMPLES):
-        some, marks = _flat([drafts[i] for i in draw])
+    for draw in resampled(len(problems), seed, RESAMPLES):
+        some, marks = _flat([problems[i] for i in draw])
         if marks.any() and not marks.all():
             areas.append(area(marks, some))
     false, true, _ = roc_curve(right, scores)

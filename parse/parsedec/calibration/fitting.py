@@ -24,7 +24,7 @@ from parsedec.calibration.risk import (
     fixed_sequence,
     upper_bound,
 )
-from parsedec.calibration.samples import Sample
+from parsedec.calibration.samples import Sample, one_of_each
 from parsedec.errors import ConfigError
 from parsedec.experiment.summary import resampled, wilson
 
@@ -37,8 +37,8 @@ class Fitted:
     """The thresholds found (None: none keeps the goal), and how.
 
     path      the pairs that could be tested, strict to lax; `fit` speaks of their indices
-    explored  samples that chose the path
-    tested    samples the path was tested on
+    explored  problems that chose the path, with all their samples
+    tested    problems the path was tested on, one sample of each
     grid      single thresholds tried
     """
 
@@ -51,16 +51,20 @@ class Fitted:
 
 
 def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], losses_of: LossesOf, seed: int) -> Fitted:
-    """The pair that keeps the most of the drafts and is shown to keep the goal."""
+    """The pair that keeps the most of the drafts and is shown to keep the goal.
+
+    What is shown is about problems: both parts hold whole ones, and one sample of each is tested (`one_of_each`).
+    """
     if goal.method == "crc":
+        samples = one_of_each(samples, seed)
         grid = thresholds(samples, goal.points)
         path = [(threshold, threshold) for threshold in reversed(grid)]
         fit = conformal(goal, losses_of(samples, decide(rule, samples, path)), range(len(path)))
         explored, others = 0, list(samples)
     else:
-        aside = drawn([sample.id for sample in samples], goal.explore, seed, "explore")
+        aside = drawn([sample.group for sample in samples], goal.explore, seed, "explore")
         exploring = [sample for sample, out in zip(samples, aside, strict=True) if out]
-        others = [sample for sample, out in zip(samples, aside, strict=True) if not out]
+        others = one_of_each([sample for sample, out in zip(samples, aside, strict=True) if not out], seed)
         grid = thresholds(exploring, goal.points)
         levels = list(product(range(len(grid)), range(len(grid))))
         pairs = [(grid[a], grid[b]) for a, b in levels]
@@ -69,7 +73,7 @@ def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], lo
             losses = losses_of(exploring, decide(rule, exploring, pairs))
             path = [pairs[p] for p in choose_path(goal, losses, levels, len(others))]
         tested = losses_of(others, decide(rule, others, path)) if path else _nothing(len(others))
-        fit, explored = fixed_sequence(goal, tested, range(len(path))), len(exploring)
+        fit, explored = fixed_sequence(goal, tested, range(len(path))), problems_of(exploring)
     return Fitted(
         pair=None if fit.chosen is None else path[fit.chosen],
         path=tuple(path),
@@ -78,6 +82,11 @@ def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], lo
         tested=len(others),
         grid=tuple(grid),
     )
+
+
+def problems_of(samples: Sequence[Sample]) -> int:
+    """How many different problems they are of."""
+    return len({sample.group for sample in samples})
 
 
 def prefix_losses_of(goal: Goal) -> LossesOf:
@@ -95,21 +104,31 @@ def report(
 ) -> dict[str, Any]:
     """Everything a reader of the record needs: the goal, what was found, whether it holds on the check, figures.
 
-    Figures that take a threshold use the fitted ones or, where there are none, those in force without this run.
+    Figures that take a threshold use the fitted ones or, where there are none, those in force without this run. Where
+    problems have several samples, bounds and answers are of one of each, as in the fit; the judge's figures are of all.
     """
     held = parts["check"]
+    single = {name: one_of_each(samples, seed) for name, samples in parts.items()}
     pair = fitted.pair or (rule.floor, _full_in_force(rule))
-    decided = decide(rule, held, [pair])
-    losses = losses_of(held, decided)
-    complete = figures.judged(held, complete=True)
+    decided = decide(rule, single["check"], [pair])
+    losses = losses_of(single["check"], decided)
+    complete = figures.judged_by_problem(held, complete=True)
     found: dict[str, Any] = {
         "goal": asdict(goal),
-        "counts": {"fit": len(parts["fit"]), "explored": fitted.explored, "tested": fitted.tested, "check": len(held)},
+        "counts": {
+            "fit": len(parts["fit"]),
+            "check": len(held),
+            "fit_problems": len(single["fit"]),
+            "explored": fitted.explored,
+            "tested": fitted.tested,
+            "check_problems": len(single["check"]),
+        },
         "fitted": _found(goal, fitted),
         "used": {"threshold": pair[0], "full_threshold": pair[1], "fitted": fitted.pair is not None},
         "path": [step | dict(zip(("threshold", "full_threshold"), fitted.path[step["pair"]], strict=True))
                  for step in fitted.fit.tested],
-        "check": check(goal, int(losses.errors[0]), int(losses.counts[0])) | figures.kept_share(held, rule, pair),
+        "check": check(goal, int(losses.errors[0]), int(losses.counts[0]))
+        | figures.kept_share(single["check"], rule, pair),
         "complete": {
             "separation": figures.separation(complete, seed),
             "reliability": figures.reliability(complete),
@@ -117,8 +136,8 @@ def report(
         },
     }  # fmt: skip
     if outcomes is not None:
-        return found | {"outcome": outcome_figures(held, decided, outcomes, seed)}
-    prefixes = figures.judged(held)
+        return found | {"outcome": outcome_figures(single["check"], decided, outcomes, seed)}
+    prefixes = figures.judged_by_problem(held)
     return found | {
         "prefixes": {
             "separation": figures.separation(prefixes, seed),
@@ -128,7 +147,7 @@ def report(
         "localisation": figures.localisation(held, _at(rule, pair)),
         "localisation_best": figures.best_localisation(parts["fit"], held, rule, fitted.grid),
         "by_position": figures.by_position(held, pair[0]),
-        "sweep": {name: figures.sweep(parts[name], rule, goal, fitted.grid) for name in parts},
+        "sweep": {name: figures.sweep(some, rule, goal, fitted.grid) for name, some in single.items()},
     }
 
 

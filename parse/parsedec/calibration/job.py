@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from parsedec.calibration.outcomes import Known, Outcomes
 from parsedec.calibration.risk import Goal, Losses
 from parsedec.calibration.samples import PARTS, Sample
 from parsedec.calibration.scoring import Scorer
-from parsedec.calibration.sources import Question, Source, asked_of
+from parsedec.calibration.sources import Question, Source, asked_of, groups
 from parsedec.experiment.build import plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.problems import read_now, refuse_other_problems
@@ -130,7 +131,8 @@ def left_over(earlier: dict[str, Any], asked: dict[str, str], path: Path) -> boo
 
 
 def judge_all(scorer: Scorer, questions: Sequence[Question], store: Store) -> None:
-    """Judge what is not judged yet; afterwards the store holds all samples in the order of their questions."""
+    """Judge what is not judged yet; afterwards the store holds all samples in the order of their questions, each with
+    its problem, which a record of an earlier version does not name."""
     known = dict(store.samples)
     left = sum(question.problem.id not in known for question in questions)
     with progress(left) as step:
@@ -139,7 +141,11 @@ def judge_all(scorer: Scorer, questions: Sequence[Question], store: Store) -> No
                 store.samples[name] = known[name] = scorer.sample(question, index)
                 step(f"judged, {question.part}")
                 store.tick()
-    store.samples = {question.problem.id: known[question.problem.id] for question in questions}
+    names = groups([question.problem for question in questions])
+    store.samples = {
+        question.problem.id: replace(known[question.problem.id], problem=name)
+        for question, name in zip(questions, names, strict=True)
+    }
 
 
 def asking(scorer: Scorer, questions: Sequence[Question], store: Store) -> Outcomes:

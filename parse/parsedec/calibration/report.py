@@ -73,9 +73,12 @@ def markdown(record: dict[str, Any]) -> str:
         parts += ["## One threshold for prefixes and complete drafts, on the check", _sweep(found["sweep"]["check"])]
         parts += ["## By position: index of the prefix's last segment", _positions(found["by_position"])]
     counts = found["counts"]
+    of = {part: counts.get(f"{part}_problems", counts[part]) for part in ("fit", "check")}  # older records: one each
     parts.append(
-        f"Tier: {tier(record)}. {counts['explored']} samples explored, {counts['tested']} tested, {counts['check']} to "
-        f"check, {counts['left_out']} left out because they could not be judged; seed {record['config']['seed']}. "
+        f"Tier: {tier(record)}. To fit, {counts['fit']} samples of {of['fit']} problems: "
+        f"{counts['explored']} problems explored, {counts['tested']} tested with one sample of each. To check, "
+        f"{counts['check']} samples of {of['check']} problems, one of each for the goal. "
+        f"{counts['left_out']} left out because they could not be judged; seed {record['config']['seed']}. "
         "Intervals are 95 %: Wilson for shares, Clopper and Pearson for the goal's, bootstrap over problems for areas "
         f"and changes. {origin(record)}"
     )

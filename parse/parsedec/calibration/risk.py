@@ -11,7 +11,8 @@ Learn-then-Test (2110.01052; for monotone risks it is RCPS, 2101.02703) with spl
 
 The chance that the chosen pair breaks the goal is then at most 1 - confidence, for any score and any sample size: the
 first pair on the path that breaks it would have to be rejected. Problems are taken to be drawn independently from what
-will be asked later; nothing is said about other kinds of problems. `method=crc` bounds the expected risk instead.
+will be asked later; nothing is said about other kinds of problems. Several solutions to a problem are one draw, not
+several: one of each problem is tested. `method=crc` bounds the expected risk instead.
 
 Shapes in this file:  P pairs of thresholds, n samples.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ class Sample:
     """A judged draft with N tokens and K cuts.
 
     part     "fit" or "check"
+    problem  id of the first sample of the same problem; None: its own
     tokens   N target ids without the end token
     ended    the draft closes its answer
     cuts     [K] token positions, the last one N; empty for an empty draft
@@ -36,12 +38,18 @@ class Sample:
     right: tuple[bool, ...] | None = None
     correct: bool = False
     error: str | None = None
+    problem: str | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS or len(self.scores) != len(self.cuts):
             raise ValueError(f"sample {self.id} of part {self.part!r} has {len(self.scores)} scores, {self.cuts} cuts")
         if self.right is not None and len(self.right) != len(self.cuts):
             raise ValueError(f"sample {self.id} has {len(self.right)} labels for {len(self.cuts)} cuts")
+
+    @property
+    def group(self) -> str:
+        """What stands for its problem, whose samples are not independent of each other."""
+        return self.id if self.problem is None else self.problem
 
     @property
     def first_wrong(self) -> int:
@@ -72,7 +80,22 @@ class Sample:
             right=None if right is None else tuple(right),
             correct=data["correct"],
             error=data["error"],
+            problem=data.get("problem"),
         )
+
+
+def one_of_each(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """One sample of every problem, drawn with the seed, in their order.
+
+    Solutions of one problem tend to be right or wrong together. Counted as if they were independent they look like more
+    evidence than they are, and exact bounds are too low.
+    """
+    chosen: dict[str, tuple[bytes, str]] = {}
+    for sample in samples:
+        lot = (hashlib.sha256(f"one of each/{seed}/{sample.id}".encode()).digest(), sample.id)
+        chosen[sample.group] = min(chosen.get(sample.group, lot), lot)
+    ids = {name for _, name in chosen.values()}
+    return [sample for sample in samples if sample.id in ids]
 
 
 def right_prefixes(draft: Draft, cuts: Sequence[int], score: Score) -> tuple[bool, ...]:

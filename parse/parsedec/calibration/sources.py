@@ -166,9 +166,7 @@ def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Q
     """The questions of two tasks, or of one of which a share is held out."""
     problems = fit.problems()
     if check is None:
-        first: dict[str, str] = {}  # several solutions to a problem stay together: by the first one's id
-        names = [first.setdefault(problem.prompt, problem.id) for problem in problems]
-        held = drawn(names, held_out, seed, "held out")
+        held = drawn(groups(problems), held_out, seed, "held out")  # solutions to a problem stay together
         parts = ["check" if out else "fit" for out in held]
         asked = [Question(part, problem, fit) for part, problem in zip(parts, problems, strict=True)]
         asked.sort(key=lambda question: question.part != "fit")  # stable: the order within a part stays
@@ -185,6 +183,12 @@ def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Q
     if {question.part for question in asked} != {"fit", "check"}:
         raise ConfigError(f"{len(asked)} problems leave a part without any; expected some to fit and some to check.")
     return asked
+
+
+def groups(problems: Sequence[Problem]) -> list[str]:
+    """What stands for the problem of each solution: the id of the first one with the same prompt."""
+    first: dict[str, str] = {}
+    return [first.setdefault(problem.prompt, problem.id) for problem in problems]
 
 
 def asked_of(questions: Sequence[Question]) -> dict[str, str]:
