@@ -3,7 +3,7 @@
 python experiments/calibrate.py                                the zoo pair: at most 1 % of kept prefixes wrong
 python experiments/calibrate.py goal.risk=0.02 judge=label     another goal, another judge
 python experiments/calibrate.py labels=steps labels.path=FILE target=DIR draft=none
-python experiments/calibrate.py labels=answers task=gsm8k task.path=FILE target=DIR draft=DIR goal.of=requests
+python experiments/calibrate.py labels=answers task=gsm8k target=DIR draft=DIR goal.of=requests goal.risk=0.05
 python experiments/calibrate.py resume=true output=DIR         go on after a kill, with the settings of that run
 python experiments/run.py calibration=DIR/calibration.yaml     apply what was fitted
 python experiments/calibrate.py --help                         all groups and settings

@@ -2,15 +2,20 @@
 
 import copy
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
+from hydra.utils import instantiate
+
 import configs
 from oracle.test_judge_kinds import probe_folder
 from parsedec import load
+from parsedec.calibration.fitting import require_possible
 from parsedec.calibration.job import run_calibration
 from parsedec.calibration.report import FILE, write_reports
 from parsedec.calibration.scoring import Scorer
@@ -186,7 +191,7 @@ def steps(tmp_path):
     rows = [
         {"id": str(i), "prompt": f"Tom has {i} apples.", "reference": wrong,
          "meta": {"steps": ["Tom has 3 apples.", "So he has 4 apples.", "The answer is 4."]}}
-        for i, wrong in enumerate([-1, 0, 1, 2, -1, 1, 1, -1])
+        for i, wrong in enumerate([-1, 0, 1, 2, -1, 1, 1, -1] * 2)
     ]  # fmt: skip
     path = tmp_path / "steps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -197,7 +202,7 @@ def test_labelled_steps(steps, tmp_path):
     record = fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "draft=none", "goal.points=4")
     wanted = {"-1": [True] * 3, "0": [False] * 3, "1": [True, False, False], "2": [True, True, False]}
     rows = {row["id"]: row for row in map(json.loads, steps.read_text().splitlines())}
-    assert len(record["samples"]) == 8
+    assert len(record["samples"]) == 16
     for sample in record["samples"]:
         row = rows[sample["id"]]
         assert (
@@ -213,8 +218,8 @@ def test_problems_with_several_solutions_are_counted_as_problems(steps, tmp_path
     steps.write_text("\n".join(json.dumps(row | {"id": f"{row['id']}/{k}"}) for row in rows for k in range(3)))
     record = fitted(tmp_path / "out", "labels=steps", f"labels.path={steps}", "draft=none", "goal.points=4")
     counts, held = record["calibration"]["counts"], record["calibration"]["check"]
-    assert counts["fit"] + counts["check"] == 24
-    assert counts["fit_problems"] + counts["check_problems"] == 8
+    assert counts["fit"] + counts["check"] == 48
+    assert counts["fit_problems"] + counts["check_problems"] == 16
     assert counts["explored"] + counts["tested"] == counts["fit_problems"]
     assert held["drafts"] == counts["check_problems"]
     write_reports(record, tmp_path / "out", "first_failure")
@@ -246,12 +251,34 @@ def test_solutions_of_one_problem_stay_in_one_part(tmp_path):
         (["labels=answers", "labels.fit.n=9", "sampling.temperature=1"], ConfigError, "greedy"),
         (["labels=answers", "labels.check={path: a}"], ConfigError, "does not fit ZooArithmetic"),
         (["labels=steps", "labels.path=nowhere"], TaskDataError, "nowhere"),
+        (["labels=answers", "goal.method=crc", "goal.of=requests"], ConfigError, "goal.method=crc needs errors"),
+        (["labels=answers", "goal.risk=0.01", "goal.confidence=0.95"], ConfigError, r"takes 299 .* Label about \d+"),
+        (["goal.risk=0.01", "goal.confidence=0.95", "labels.fit.n=300"], ConfigError, "takes 299 even if no error"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(overrides, error, said, tmp_path):
+def test_what_cannot_be_calibrated_is_refused(overrides, error, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scorer, "sample", None)  # before anything is judged
     with pytest.raises(error, match=said):
         fitted(tmp_path / "out", *overrides)
     assert not (tmp_path / "out" / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["labels=answers", "task=zoo_arithmetic", "goal.of=requests", "goal.risk=0.05"]],
+    ids=["default", "answers"],
+)
+def test_what_the_file_documents_can_succeed(overrides, tmp_path):
+    """The defaults test enough problems for the goal, and so do as many as a refusal asks for."""
+    cfg = composed(tmp_path, *overrides)
+    goal, source = instantiate(cfg.goal), instantiate(cfg.labels)
+    require_possible(goal, source.questions(cfg.seed), cfg.seed, prefixes=source.prefixes)
+    strict = replace(goal, risk=goal.risk / 5)
+    with pytest.raises(ConfigError, match="Label about") as told:
+        require_possible(strict, source.questions(cfg.seed), cfg.seed, prefixes=source.prefixes)
+    fit, total = map(int, re.search(r"about (\d+) problems to fit \((\d+)", str(told.value)).groups())
+    source = replace(source, fit=dict(source.fit) | {"n": total if source.check is None else fit})
+    require_possible(strict, source.questions(cfg.seed), cfg.seed, prefixes=source.prefixes)
 
 
 def test_a_bad_label_is_named(steps, tmp_path):

@@ -43,6 +43,15 @@ def test_least_samples_are_the_first_that_can_show_the_goal(risk):
     assert goal.p_value(0, goal.least) <= 0.05 < goal.p_value(0, goal.least - 1)
 
 
+@pytest.mark.parametrize("method", ["fixed_sequence", "crc"])
+@pytest.mark.parametrize("n", [2, 59, 80, 298])
+def test_the_least_risk_is_what_so_many_samples_can_show(method, n):
+    risk = Goal(of="requests", method=method).least_risk(n)
+    assert Goal(risk=risk, of="requests", method=method).least <= n
+    assert Goal(risk=risk - 0.002, of="requests", method=method).least > n
+    assert Goal().least_risk(0) == 1.0
+
+
 def test_the_share_of_samples_in_which_the_exact_bound_fails():
     """Enumerated: over all outcomes of 40 samples, the bound lies below the true share with at most 5 % probability."""
     for true in (0.01, 0.1, 0.3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -25,6 +26,7 @@ from parsedec.calibration.risk import (
     upper_bound,
 )
 from parsedec.calibration.samples import Sample, one_of_each
+from parsedec.calibration.sources import Question, groups
 from parsedec.errors import ConfigError
 from parsedec.experiment.summary import resampled, wilson
 
@@ -168,13 +170,30 @@ def outcome_figures(samples: Sequence[Sample], decisions: Decisions, outcomes: O
     }
 
 
-def require_usable(goal: Goal, parts: dict[str, list[Sample]], *, prefixes: bool) -> None:
-    """Refuse what cannot be fitted whatever the scores are."""
+def require_possible(goal: Goal, questions: Sequence[Question], seed: int, *, prefixes: bool) -> None:
+    """Refuse what cannot be fitted whatever the scores are: known before anything is judged."""
     if goal.method == "crc" and not prefixes:
         raise ConfigError(
             "goal.method=crc needs errors that only appear as thresholds fall; whether a request is spoilt is not such "
             "an error. Use goal.method=fixed_sequence with labels=answers."
         )
+    every = groups([question.problem for question in questions])
+    fit = sorted({name for name, one in zip(every, questions, strict=True) if one.part == "fit"})
+    explored = 0 if goal.method == "crc" else int(drawn(fit, goal.explore, seed, "explore").sum())
+    if (tested := len(fit) - explored) < goal.least:
+        need = math.ceil(1.1 * goal.least * len(fit) / max(1, tested))  # 1.1: which ones explore is drawn
+        total = math.ceil(need * len(set(every)) / len(fit))
+        raise ConfigError(
+            f"{tested} problems would be tested ({len(fit)} are to fit, of which {explored} only explore, and "
+            f"{len(set(every)) - len(fit)} to check), but goal.risk={goal.risk} with goal.confidence={goal.confidence} "
+            f"takes {goal.least} even if no error is made: no threshold could be shown to keep it. Label about {need} "
+            f"problems to fit ({total} where a share of them is held out to check), or allow "
+            f"goal.risk={goal.least_risk(tested)} or more."
+        )
+
+
+def require_usable(parts: dict[str, list[Sample]]) -> None:
+    """Refuse parts of which nothing could be judged."""
     empty = [name for name, samples in parts.items() if not samples]
     if empty:
         raise ConfigError(f"no sample of part {empty[0]!r} could be judged; the record says why, sample by sample.")

@@ -13,7 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from parsedec.calibration.decisions import Decisions
-from parsedec.calibration.fitting import LossesOf, fit_thresholds, prefix_losses_of, report, require_usable
+from parsedec.calibration.fitting import (
+    LossesOf,
+    fit_thresholds,
+    prefix_losses_of,
+    report,
+    require_possible,
+    require_usable,
+)
 from parsedec.calibration.outcomes import Known, Outcomes
 from parsedec.calibration.risk import Goal, Losses
 from parsedec.calibration.samples import PARTS, Sample
@@ -68,8 +75,9 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fit (or finish fitting) thresholds in `folder`; returns the record, which is on disk every few seconds.
 
     A record that is finished, without errors, is returned as it is when resuming: no model is loaded.
-    Raises OutputExistsError before a model is loaded if the folder holds a record and this is no resumption, or its
-    samples are of problems that are not asked any more or are others now.
+    Raises, before a model is loaded, OutputExistsError if the folder holds a record and this is no resumption, or its
+    samples are of problems that are not asked any more or are others now, and ConfigError for a goal that so few
+    problems cannot show.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
     config = plain(cfg)
@@ -86,6 +94,7 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     asked = asked_of(questions)
     if earlier:
         left_over(earlier, asked, path)
+    require_possible(goal, questions, cfg.seed, prefixes=source.prefixes)
     head = {
         "schema_version": SCHEMA_VERSION,
         "kind": "calibration",
@@ -102,7 +111,7 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     try:
         judge_all(scorer, questions, store)
         parts = {name: [s for s in store.samples.values() if s.part == name and not s.error] for name in PARTS}
-        require_usable(goal, parts, prefixes=source.prefixes)
+        require_usable(parts)
         outcomes = None if source.prefixes else asking(scorer, questions, store)
         losses_of = prefix_losses_of(goal) if outcomes is None else counted_outcomes(outcomes, goal)
         rule = scorer.outer.boundary

@@ -83,6 +83,13 @@ class Goal:
             return math.ceil(1 / self.risk) - 1
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
+    def least_risk(self, samples: int) -> float:
+        """The smallest risk that so many samples, without an error, can show; rounded up."""
+        if samples < 1:
+            return 1.0
+        risk = 1 / (samples + 1) if self.method == "crc" else 1 - (1 - self.confidence) ** (1 / samples)
+        return math.ceil(risk * 1000) / 1000
+
     def power(self, errors: np.ndarray, counts: np.ndarray, explored: int, ahead: int) -> np.ndarray:
         """How likely pairs with so many errors in so many counted samples, of those explored, pass on `ahead` others.
 
