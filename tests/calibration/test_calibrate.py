@@ -15,11 +15,12 @@ from hydra.utils import instantiate
 import configs
 from oracle.test_judge_kinds import probe_folder
 from parsedec import load
+from parsedec.calibration import job
 from parsedec.calibration.fitting import require_possible
 from parsedec.calibration.job import run_calibration
 from parsedec.calibration.report import FILE, write_reports
 from parsedec.calibration.scoring import Scorer
-from parsedec.calibration.sources import Steps
+from parsedec.calibration.sources import Steps, prompt_digests
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.experiment import calibrated
 from parsedec.experiment.build import build_engine
@@ -103,6 +104,28 @@ def test_judges_that_read_more_than_logits_are_calibrated_as_the_engine_runs_the
     for problem, sample in zip(task.problems(), samples, strict=True):
         (one,) = engine.generate(problem.prompt, max_new_tokens=160).rounds
         assert [s.score for s in one.segments] == pytest.approx(sample["scores"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [["judge=probe"], ["judge=combined"], ["judge=confidence", "judge@judge.judge=probe"]],
+    ids=["probe", "combined", "confidence"],
+)
+def test_a_probe_is_not_calibrated_on_what_it_was_trained_on(chosen, tmp_path, tiny_target, monkeypatch, caplog):
+    name = "judge.judge.weights" if "confidence" in chosen[0] else "judge.weights"
+    settings = [*chosen, f"{name}={tmp_path}", "labels=answers", "task.split=test", "labels.fit={n: 30}"]
+    known = prompt_digests(ZooArithmetic(n=3, split="test").problems())
+    monkeypatch.setattr(job, "Scorer", lambda *_: pytest.fail("models would be loaded"))
+    probe_folder(tmp_path, tiny_target, problems=known)
+    with pytest.raises(ConfigError, match=r"3 of 30 problems, e\.g\. .* were trained or chosen on"):
+        fitted(tmp_path / "out", *settings)
+    others = prompt_digests(ZooArithmetic(n=3, split="train").problems())
+    for problems, said in ((others, ""), (None, "does not say which problems")):
+        probe_folder(tmp_path, tiny_target, **({} if problems is None else {"problems": problems}))
+        caplog.clear()
+        with pytest.raises(pytest.fail.Exception, match="would be loaded"):  # it goes on
+            fitted(tmp_path / "out", *settings)
+        assert said in caplog.text if said else not caplog.records
 
 
 def test_labelled_steps_have_no_draft_model_to_be_confident(steps, tmp_path):

@@ -10,11 +10,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from parsedec import Parse, PrefixVerification, load
-from parsedec.calibration.sources import Answers, Checker, Question, Steps
+from parsedec.calibration.sources import Answers, Checker, Question, Steps, prompt_digests, refuse_known
 from parsedec.chat import prompt_ids
 from parsedec.errors import ConfigError, IncompatibleStack, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
+from parsedec.judge.probe import read_card
 from parsedec.segmenters import Lines
 from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import TaskDataError
@@ -237,6 +238,10 @@ def test_final_answers_are_enough(tmp_path):
     record = train_probes(cfg)
     assert sum(part["drafts"] for part in record["data"].values()) == 24
     assert set(record["card"]["probes"]) == {"cut"}
+    asked = instantiate(cfg.labels).questions(cfg.seed)
+    assert read_card(tmp_path / "probe")[0].problems == tuple(prompt_digests(one.problem for one in asked))
+    with pytest.raises(ConfigError, match="24 of 24 problems"):  # those that chose the layer are among them
+        refuse_known(ProbeJudge(weights=str(tmp_path / "probe")), asked)
     target = load("zoo:target", dtype="float32", device="cpu")
     weights = str(tmp_path / "probe")
     assert ProbeJudge(weights=weights, position="cut").bind(target).suffix_rows == 0

@@ -25,7 +25,7 @@ from parsedec.calibration.outcomes import Known, Outcomes
 from parsedec.calibration.risk import Goal, Losses
 from parsedec.calibration.samples import PARTS, Sample
 from parsedec.calibration.scoring import Scorer
-from parsedec.calibration.sources import Question, Source, asked_of, groups
+from parsedec.calibration.sources import Question, Source, asked_of, groups, refuse_known
 from parsedec.experiment.build import plain
 from parsedec.experiment.cli import progress
 from parsedec.experiment.problems import read_now, refuse_other_problems
@@ -94,6 +94,7 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     asked = asked_of(questions)
     if earlier:
         left_over(earlier, asked, path)
+    refuse_known(getattr(instantiate(cfg.outer), "judge", None), questions)
     require_possible(goal, questions, cfg.seed, prefixes=source.prefixes)
     head = {
         "schema_version": SCHEMA_VERSION,

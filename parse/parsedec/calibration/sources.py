@@ -7,8 +7,9 @@ in the same set.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,10 +18,13 @@ from parsedec.calibration.risk import drawn
 from parsedec.calibration.samples import right_prefixes
 from parsedec.errors import ConfigError
 from parsedec.experiment.problems import digest, digests
+from parsedec.judge.probe import read_card, weights_of
 from parsedec.model import LanguageModel
 from parsedec.tasks.base import Problem, Task, score_of_lines
 from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
 from parsedec.text import Draft
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +193,34 @@ def groups(problems: Sequence[Problem]) -> list[str]:
     """What stands for the problem of each solution: the id of the first one with the same prompt."""
     first: dict[str, str] = {}
     return [first.setdefault(problem.prompt, problem.id) for problem in problems]
+
+
+def prompt_digests(problems: Iterable[Problem]) -> list[str]:
+    """What a card of trained probes keeps of the problems they know, sorted."""
+    return sorted({_of_prompt(problem) for problem in problems})
+
+
+def refuse_known(judge: object, questions: Sequence[Question]) -> None:
+    """Raise ConfigError if weights that `judge` reads were trained, or chosen, on problems among the questions."""
+    for source in sorted(weights_of(judge)):
+        problems = read_card(source)[0].problems
+        if problems is None:
+            log.warning(
+                "the card of %s does not say which problems its weights were trained on; if they are among those asked "
+                "here, thresholds look safer than they are", source,
+            )  # fmt: skip
+            continue
+        known = set(problems)
+        if shared := [one for one in questions if _of_prompt(one.problem) in known]:
+            raise ConfigError(
+                f"{len(shared)} of {len(questions)} problems, e.g. {shared[0].problem.id}, are among those that the "
+                f"weights of '{source}' were trained or chosen on; expected none, or the judge looks better than it "
+                "is. Choose other problems, e.g. another split or offset: labels.fit={n: 100, offset: 1000}."
+            )
+
+
+def _of_prompt(problem: Problem) -> str:
+    return digest(" ".join(problem.prompt.split()))
 
 
 def asked_of(questions: Sequence[Question]) -> dict[str, str]:

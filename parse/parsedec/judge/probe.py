@@ -17,8 +17,8 @@ probes for meanings. Here it scores whole prefixes, from one of two places:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,6 +77,8 @@ class ProbeCard:
     question                 the user turn of the suffix; for probes at position suffix
     probes                   by position
     combined                 weights for judge=combined, if they were fitted
+    problems                 digests of the prompts of all problems that anything here was fitted or chosen on; None in
+                             a card of an earlier version
     """
 
     target: str
@@ -85,6 +87,7 @@ class ProbeCard:
     question: str
     probes: Mapping[str, LinearProbes]
     combined: Mixture | None = None
+    problems: Sequence[str] | None = None
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> ProbeCard:
@@ -98,6 +101,7 @@ class ProbeCard:
             question=str(data["question"]),
             probes=probes,
             combined=Mixture(**combined) if combined else None,
+            problems=None if data.get("problems") is None else tuple(map(str, data["problems"])),
         )
 
 
@@ -117,6 +121,18 @@ def read_card(source: str | Path) -> tuple[ProbeCard, Path]:
             f"{card} is no card of trained probes: {type(error).__name__}: {error}. Write it anew with "
             "experiments/train_probe.py."
         ) from error
+
+
+def weights_of(judge: object) -> set[str]:
+    """Folders of trained weights that a judge which is not bound yet, or a judge within it, will read."""
+    found: set[str] = set()
+    for name in (one.name for one in fields(judge)) if is_dataclass(judge) else ():
+        value = getattr(judge, name)
+        if name == "weights" and isinstance(value, str):
+            found.add(value)
+        for inside in value.values() if isinstance(value, Mapping) else [value]:
+            found |= weights_of(inside)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.calibration.sources import Answers, Question, Source, Steps, asked_of
+from parsedec.calibration.sources import Answers, Question, Source, Steps, asked_of, prompt_digests
 from parsedec.errors import ConfigError, require_texts
 from parsedec.experiment.build import apply_runtime, build_model, build_target, plain
 from parsedec.experiment.cli import progress
@@ -52,7 +52,8 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     apply_runtime(cfg)
     head = {"schema_version": SCHEMA_VERSION, "title": "judge probes", "config": config, "provenance": provenance()}
     require_texts("positions", cfg.positions)
-    asked = asked_of(instantiate(cfg.labels).questions(cfg.seed))
+    questions = instantiate(cfg.labels).questions(cfg.seed)
+    asked, known = asked_of(questions), prompt_digests(question.problem for question in questions)
     started = time.monotonic()
     target = build_target(cfg)
     layers = probes.grid_of_layers(target, cfg.layers)  # before drafts are written, which takes long
@@ -60,7 +61,7 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     train, unseen = labelled(cfg, target, draft, folder)
     steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + len(cfg.positions) * len(layers)
     with progress(steps) as step:
-        card, found = _fit(cfg, target, (train, unseen), layers, folder / "probe", step)
+        card, found = _fit(cfg, target, (train, unseen), known, layers, folder / "probe", step)
     rows = probes.layer_table(found)
     for row in sorted(rows, key=lambda row: (row["position"], row["layer"])):
         log.info("%s, layer %d: AUC %.4f", row["position"], row["layer"], row["auc"])
@@ -80,6 +81,7 @@ def _fit(
     cfg: DictConfig,
     target: LanguageModel,
     data: tuple[Sequence[Marked], Sequence[Marked]],
+    known: Sequence[str],
     layers: tuple[int, ...],
     folder: Path,
     step: Told,
@@ -89,7 +91,7 @@ def _fit(
     positions = tuple(cfg.positions)
     seen, unseen = (probes.collect(target, question, positions, layers, part, step) for part in data)
     found = probes.fit_probes(seen, unseen, list(cfg.strengths), step)
-    card = probes.card_of(target, question, found, unseen, cfg.false_accepts)
+    card = replace(probes.card_of(target, question, found, unseen, cfg.false_accepts), problems=tuple(known))
     probes.write_probes(folder, card, found)
     if cfg.get("combined"):
         mixture = probes.fit_mixture(target, instantiate(cfg.combined), data[1], cfg.false_accepts, step)
