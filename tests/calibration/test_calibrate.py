@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
@@ -18,7 +19,7 @@ from parsedec import load
 from parsedec.calibration import job
 from parsedec.calibration.fitting import require_possible
 from parsedec.calibration.job import run_calibration
-from parsedec.calibration.report import FILE, write_reports
+from parsedec.calibration.report import FILE, settings, write_reports
 from parsedec.calibration.scoring import Scorer
 from parsedec.calibration.sources import Steps, prompt_digests
 from parsedec.errors import ConfigError, OutputExistsError
@@ -170,19 +171,41 @@ def test_a_broken_run_ends_as_an_unbroken_one(settings, unbroken, outcome, tmp_p
     assert figures_of(fitted(tmp_path / "out", *settings, "resume=true")) == figures_of(again)
 
 
+OTHERS = {
+    "segmenter=sentences": "segmenter is Sentences, not Lines",
+    "loop=rounds loop.rounds=3": "loop is Rounds, not Once",
+    "gate=adaptive": "gate is Adaptive, not Always",
+    "outer=parse_streamed": "outer is StreamedVerification, not PrefixVerification",
+    "outer.max_draft_tokens=20": "outer.max_draft_tokens is 20, not None",
+    "sampling.temperature=1.0": "sampling.temperature is 1.0, not 0.0",
+    "max_new_tokens=40": "max_new_tokens is 40, not 160",
+    "stop=[b]": "stop is ['b'], not []",
+    "task=zoo_lists": "task is ZooLists, not ZooArithmetic",
+    "task.max_number=20": "task.max_number is 20, not 99",
+    "draft.model.template_args={enable_thinking:true}": "prompts.draft.template_args is {'enable_thinking': True}",
+    "task.n=3 task.seed=4 task.split=train seed=5 batch=4 inner=ngram": "",  # which problems, and lossless inner levels
+}
+
+
 def test_the_yaml_applies_the_thresholds(unbroken, tmp_path, caplog):
     folder, record = unbroken
     assert record["calibration"]["used"]["fitted"]
     assert {"table.md", FILE, "record.json"} <= {path.name for path in folder.iterdir()}
     overrides = expand_shorthand(f"calibration={folder / FILE}", configs.CONF)
+    overrides.append("max_new_tokens=160")
     cfg = composed("unused", "runtime=cpu", "runtime.backend=static", *overrides, config="config")
     assert cfg.calibration == str(folder / FILE)
     bound = build_engine(cfg).outer.boundary
     used = record["calibration"]["used"]
     assert (bound.threshold, bound.full_threshold) == (used["threshold"], used["full_threshold"])
     assert not caplog.records
-    calibrated.warn_of_other_calibration(composed("unused", *overrides, "segmenter=sentences", config="config"))
-    assert "another segmenter" in caplog.text
+    for changed, said in OTHERS.items():
+        caplog.clear()
+        calibrated.warn_of_other_calibration(composed("unused", *overrides, *changed.split(), config="config"))
+        assert (said in caplog.text and "does not hold for this run" in caplog.text) if said else not caplog.records
+    caplog.clear()
+    calibrated.warn_of_other_calibration(composed("unused", *overrides, "task=zoo_lists", config="serve"))
+    assert not caplog.records  # what clients ask is not known
     (tmp_path / "other.yaml").write_text("overrides: [judge=label]\n")
     with pytest.raises(ConfigError, match="holds no overrides of the group boundary"):
         expand_shorthand(f"calibration={tmp_path / 'other.yaml'}", configs.CONF)
@@ -234,6 +257,9 @@ def test_labelled_steps(steps, tmp_path):
         assert sample["text"] == "\n\n".join(row["meta"]["steps"])
         assert sample["correct"] == (row["reference"] == -1)
     assert {sample["part"] for sample in record["samples"]} == {"fit", "check"}
+    holds = yaml.safe_load(settings(record, "first_failure"))["holds_for"]
+    assert holds["drafts"] == f"solutions of {steps}"
+    assert "sampling" not in holds
 
 
 def test_problems_with_several_solutions_are_counted_as_problems(steps, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from parsedec.experiment.calibrated import calibrated_conditions
 from parsedec.experiment.record import write_text
 from parsedec.experiment.table import document, grid, origin, tier
 
@@ -46,6 +47,7 @@ def settings(record: dict[str, Any], boundary: str) -> str:
             "draft": draft["source"] if draft and config["labels"].get("task") else None,
             "judge": config["judge"],
             "segmenter": config["segmenter"],
+            **calibrated_conditions(config),
         },
         "goal": found["goal"],
         "fitted": {key: value for key, value in found["fitted"].items() if "threshold" not in key},
@@ -53,7 +55,9 @@ def settings(record: dict[str, Any], boundary: str) -> str:
     }
     return (
         f"# Thresholds fitted by experiments/calibrate.py: {sentence(record)}\n"
-        f"# Apply them with calibration=THIS_FILE behind run.py or compare.py.\n{OmegaConf.to_yaml(data)}"
+        "# Apply them with calibration=THIS_FILE behind run.py or compare.py. They are about the first draft of a "
+        "request, and hold under the settings below, for problems like those they were fitted on.\n"
+        f"{OmegaConf.to_yaml(data)}"
     )
 
 
