@@ -292,6 +292,18 @@ def test_solutions_of_one_problem_stay_in_one_part(tmp_path):
         Steps(path=path, check_path=other).questions(seed=1)
 
 
+@pytest.mark.parametrize("labels", ["checker", "checker_training", "answers"])
+def test_problems_are_chosen_by_any_setting_of_their_task(labels):
+    asked = ["labels.fit={split: train, n: 20, seed: 3}", "labels.check.seed=5", "labels.check.n=6"]
+    overrides = [one for argument in asked for one in expand_shorthand(argument, configs.CONF)]
+    source = instantiate(composed("unused", f"labels={labels}", *overrides).labels)
+    assert source.fit == {"split": "train", "n": 20, "seed": 3}
+    assert (source.check["seed"], source.check["n"]) == (5, 6)
+    (typo,) = expand_shorthand("labels.fit.sead=3", configs.CONF)
+    with pytest.raises(ConfigError, match=r"does not fit ZooArithmetic: .*'sead'.*seed"):
+        instantiate(composed("unused", f"labels={labels}", typo).labels).questions(0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "said"),
     [

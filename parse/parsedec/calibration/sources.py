@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,7 +96,7 @@ class Answers(Source):
         except TypeError as error:
             raise ConfigError(
                 f"labels.{name}={dict(settings)} does not fit {type(self.task).__name__}: {error}. Expected settings "
-                f"of that task, e.g. labels.{name}={{n: 100}}."
+                f"of that task ({', '.join(field.name for field in fields(self.task))}), e.g. labels.{name}={{n: 100}}."
             ) from error
         return changed
 

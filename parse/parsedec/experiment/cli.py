@@ -85,7 +85,8 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 def expand_shorthand(argument: str, conf: Path) -> list[str]:
     """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model;
-    `calibration=FILE` for the thresholds that calibrate.py wrote there."""
+    `calibration=FILE` for the thresholds that calibrate.py wrote there. `labels.fit` and `labels.check` take every
+    setting of the task, also those that the file in conf/ does not name."""
     key, _, value = argument.partition("=")
     if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file():
         several = [value] if Path(value).exists() else value.split(",")  # of a sweep
@@ -94,6 +95,8 @@ def expand_shorthand(argument: str, conf: Path) -> list[str]:
             return [f"{key}=any", f"{'draft.model' if key == 'draft' else key}.source={sources}"]
     if key == "calibration" and value not in ("", "null"):
         return [f"calibration={_quoted(value)}", *read_calibration(Path(value))["overrides"]]
+    if re.fullmatch(r"labels\.(fit|check)(\.\w+)?", key):
+        return [f"++{argument}"]  # only the task knows its settings, and says which of these are none
     if key == "draft.inner":
         return [f"inner@draft.inner={value}"]
     return [argument]
