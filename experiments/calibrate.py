@@ -1,6 +1,6 @@
 """Fit thresholds to a stated goal and check it on held-out problems; the last line of stdout is the record's path.
 
-python experiments/calibrate.py                                the zoo pair: at most 1 % of kept prefixes wrong
+python experiments/calibrate.py                                the zoo pair: of drafts kept in part, at most 1 % wrong
 python experiments/calibrate.py goal.risk=0.02 judge=label     another goal, another judge
 python experiments/calibrate.py labels=steps labels.path=FILE target=DIR draft=none
 python experiments/calibrate.py labels=answers task=gsm8k target=DIR draft=DIR goal.of=requests goal.risk=0.05

@@ -1,8 +1,10 @@
 """From counted errors to a threshold that keeps a goal.
 
-The goal "at most 1 % of kept prefixes wrong, with 95 % confidence" is a statement about this one threshold, so the
-expectation that conformal risk control bounds (Angelopoulos et al., arXiv 2208.02814) is not enough. The default is
-Learn-then-Test (2110.01052; for monotone risks it is RCPS, 2101.02703) with split fixed-sequence testing:
+The goal "of the drafts of which something is kept, at most 1 % keep something wrong, with 95 % confidence" is a
+statement about these very thresholds, so the expectation that conformal risk control bounds (Angelopoulos et al., arXiv
+2208.02814) is not enough. It counts the first drafts of requests; with final answers alone as labels, requests that are
+spoilt. The default is Learn-then-Test (2110.01052; for monotone risks it is RCPS, 2101.02703) with split fixed-sequence
+testing:
 
 1. a part of the problems is set aside to explore: it alone chooses a path of threshold pairs, from strict to lax;
 2. on the others every pair of the path is tested in turn: H "the risk exceeds the goal" is rejected if so few errors
@@ -46,7 +48,7 @@ class Goal:
 
     risk        largest share of errors
     confidence  probability with which the fitted thresholds keep it (fixed_sequence)
-    of          "kept": share of the drafts of which something was kept; "requests": share of all drafts
+    of          "kept": share of the first drafts of which something was kept; "requests": share of all of them
     method      "fixed_sequence" or "crc" (expected risk over requests, one threshold for both, no confidence)
     explore     share of the problems that only choose the path (fixed_sequence)
     points      thresholds tried of each kind
