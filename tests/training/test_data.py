@@ -9,6 +9,7 @@ import tiny
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.model import load
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic, first_wrong_line, solution
+from parsedec.training import drafts, generation
 from parsedec.training.answers import clean, injected, mark
 from parsedec.training.drafts import DraftPass, load_or_sample, sample_pool
 from parsedec.training.generation import noised, prompts, write_answers
@@ -130,6 +131,33 @@ def test_sampled_drafts_repeat_with_the_seed_and_are_kept(zoo, tmp_path):
             load_or_sample(tmp_path / "drafts.json", *others, **settings)
     assert max(map(len, pool)) > 1
     assert all(len(answers) == len(set(answers)) for answers in pool)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 6, 8])
+def test_a_killed_run_goes_on_from_the_drafts_it_has_saved(stop, zoo, tmp_path, monkeypatch):
+    """Wherever it stops: within a pass that draws, between two, with noise. The pool is that of an unbroken run."""
+    passes = [DraftPass(), DraftPass(temperature=1.0), DraftPass(temperature=1.0, noise=0.2)]
+    settings, path = dict(max_new_tokens=16, batch=2, seed=4), tmp_path / "drafts.json"
+    whole = sample_pool(zoo, PROBLEMS[:6], passes, **settings)
+    monkeypatch.setattr(drafts, "SAVE_EVERY_S", 0.0)
+    real, batches = generation._write_batch, []
+
+    def breaking(*arguments):
+        if len(batches) == stop:
+            batches.append(None)
+            raise KeyboardInterrupt
+        batches.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(generation, "_write_batch", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        load_or_sample(path, zoo, PROBLEMS[:6], passes, **settings)
+    assert not path.exists()
+    with pytest.raises(OutputExistsError, match="other prompts"):
+        load_or_sample(path, zoo, PROBLEMS[1:7], passes, **settings)
+    assert load_or_sample(path, zoo, PROBLEMS[:6], passes, **settings) == whole
+    assert len(batches) == 9 + 1  # nothing was written twice
+    assert [one.name for one in tmp_path.iterdir()] == ["drafts.json"]
 
 
 def test_noise_leaves_the_model_itself_alone(zoo):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,22 +39,29 @@ def write_answers(
     batch: int = 256,
     generator: torch.Generator | None = None,
     after_each: Callable[[str], None] = lambda _: None,
+    known: Mapping[int, Written] | None = None,
+    after_batch: Callable[[Mapping[int, Written]], None] = lambda _: None,
 ) -> list[Written]:
-    """An answer to every context, in order; temperature 0 is greedy and needs no generator. `after_each` is called as
-    answers are finished."""
+    """An answer to every context, in order; temperature 0 is greedy and needs no generator.
+
+    after_each   called as answers are finished
+    known        answers of an interrupted run by their places, which are not written again
+    after_batch  called with those and all that are finished since, by their places
+    """
     if model.recurrent:
         raise IncompatibleStack(
             f"{model.name} has recurrent layers, which padded batches would disturb; sample from an attention model"
         )
-    answers: list[Written] = [((), False)] * len(contexts)
+    answers = dict(known or {})
     by_length = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # little padding in a batch
+    by_length = [i for i in by_length if i not in answers]
     for start in range(0, len(by_length), batch):
         chosen = by_length[start : start + batch]
         own = [contexts[i] for i in chosen]
         written = _write_batch(model, own, max_new_tokens, temperature, generator, after_each)
-        for i, answer in zip(chosen, written, strict=True):
-            answers[i] = answer
-    return answers
+        answers |= zip(chosen, written, strict=True)
+        after_batch(answers)
+    return [answers[i] for i in range(len(contexts))]
 
 
 def noised(model: LanguageModel, share: float, generator: torch.Generator) -> LanguageModel:

@@ -1,7 +1,7 @@
 """`experiments/train_probe.py` from configuration to record: drafts, hidden states, probes, weights, figures.
 
 output/probe/           the probes and the combined judge's weights: `judge.weights` of judge=probe and judge=combined
-output/drafts_*.json    the drafts that were labelled; an interrupted run takes them up again
+output/drafts_*.json    the drafts that were labelled; saved as they come, an interrupted run takes them up again
 output/record.json      configuration, provenance and the area under the ROC curve of every probe
 """
 
