@@ -1,6 +1,7 @@
 """Probes learn from what the judge will read, thresholds keep their promise, and bad step-labelled files are named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,18 @@ from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.steps import read_steps
 from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 from parsedec.training.probe_job import labelled, train_probes
-from parsedec.training.probes import collect, fit_probe, grid_of_layers, lowest, rights
+from parsedec.training.probes import (
+    Linear,
+    States,
+    area,
+    collect,
+    elsewhere,
+    first_half,
+    fit_probe,
+    grid_of_layers,
+    lowest,
+    rights,
+)
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ZOO = ("target", "draft")
@@ -45,6 +57,36 @@ def test_a_separating_direction_is_found_on_any_scale():
     assert float(((odds > 0).numpy() == right[400:]).mean()) > 0.9
     noise = fit_probe((states[:400], right[:400][::-1].copy()), (states[400:], right[400:]), [0.01])
     assert 0.3 < noise.auc < 0.7
+
+
+def test_the_best_of_many_probes_on_noise_is_no_better_than_guessing_elsewhere():
+    """What chose a layer and a strength says that they are good; problems that did not choose them say the truth."""
+    chosen, others = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        first = np.arange(60) < 30
+        unseen = States(by={}, right=rng.random(60) < 0.5, complete=np.ones(60, bool), first=first)
+        found = {
+            ("cut", layer): Linear(weight=torch.zeros(1), bias=0.0, strength=1.0, auc=0.0, tried=rng.random((4, 60)))
+            for layer in range(6)
+        }
+        chosen.append(max(area(row, unseen.right) for fit in found.values() for row in fit.tried))
+        others.append(elsewhere(found, unseen)["cut"])
+    assert np.mean(chosen) > 0.6
+    # an area on 30 prefixes has a standard deviation of about 0.11, the mean of 24 of them one of 0.022
+    assert abs(np.mean(others) - 0.5) < 3 * 0.022
+    alike = replace(unseen, right=first)
+    assert elsewhere(found, alike) == {"cut": None}
+
+
+def test_halves_hold_whole_problems(tmp_path, tiny_target):
+    rows = [{"problem": f"w{i % 5}", "steps": ["w1", "w2"], "label": -1} for i in range(20)]
+    marked = from_steps(tiny_target, None, written(tmp_path, rows))
+    by_prompt = {}
+    prompts = [one.prompt for one in marked for _ in one.cuts]
+    for prompt, first in zip(prompts, first_half(marked), strict=True):
+        by_prompt.setdefault(prompt, set()).add(bool(first))
+    assert sorted(map(tuple, by_prompt.values())) == [(False,)] * 2 + [(True,)] * 3
 
 
 @pytest.mark.parametrize("allowed", [0.0, 0.05, 0.5, 1.0])
@@ -259,8 +301,9 @@ def section_of_the_report(record, folder):
     assert set(shown) == {"probe, position=suffix", "probe, position=cut", "combined"}
     for at, fit in record["card"]["probes"].items():
         (auc,) = (row["auc"] for row in record["probes"] if (row["position"], row["layer"]) == (at, fit["layer"]))
-        layer, area, threshold, _ = shown[f"probe, position={at}"]
+        layer, area, elsewhere, threshold, _ = shown[f"probe, position={at}"]
         assert (int(layer), float(area)) == (fit["layer"], pytest.approx(auc, abs=1e-4))
+        assert float(elsewhere) == pytest.approx(record["elsewhere"][at], abs=1e-4)
         assert float(threshold) == pytest.approx(fit["threshold"], rel=1e-3)
     assert all(f"{name} " in shown["combined"][0] for name in record["card"]["combined"]["weights"])
     assert f"n = {record['data']['calibration']['prefixes']} prefixes" in made.tables[0].note

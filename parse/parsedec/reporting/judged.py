@@ -256,19 +256,26 @@ def _tradeoff(axes: Axes, rows: Rows) -> None:
     beside(axes)
 
 
-PROBE_HEADS = ("judge", "layer or weights", "AUC", "threshold", "full threshold")
+PROBE_HEADS = ("judge", "layer or weights", "AUC where chosen", "AUC elsewhere", "threshold", "full threshold")
 
 
 def probe_rows(record: Json) -> list[list[str]]:
     """What a training of probes recommends: the best layer of each position, and the combined judge's weights."""
     card, areas = record["card"], {(row["position"], row["layer"]): row["auc"] for row in record["probes"]}
+    others = record.get("elsewhere") or {}  # earlier records have none
     rows = [
-        [f"probe, position={at}", str(fit["layer"]), f"{areas[at, fit['layer']]:.4f}", *_bounds(fit)]
+        [
+            f"probe, position={at}",
+            str(fit["layer"]),
+            f"{areas[at, fit['layer']]:.4f}",
+            "-" if others.get(at) is None else f"{others[at]:.4f}",
+            *_bounds(fit),
+        ]
         for at, fit in card["probes"].items()
     ]
     if mixture := card.get("combined"):
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in mixture["weights"].items())
-        rows.append(["combined", f"{weights}, bias {mixture['bias']:.3g}", "-", *_bounds(mixture)])
+        rows.append(["combined", f"{weights}, bias {mixture['bias']:.3g}", "-", "-", *_bounds(mixture)])
     return rows
 
 
@@ -287,7 +294,7 @@ def probe_picture(record: Json, prefix: str) -> Figure:
         name=f"{prefix}-layers",
         title="Where in the large model right and wrong can be told apart",
         guide="Higher is better at telling right from wrong (0.5 is guessing, 1 perfect); layers further right are "
-        "later ones.",
+        "later ones. Measured on the problems that chose how strongly each probe is regularised, so a little too high.",
         heads=("position", "layer", "n", "auc", "strength"),
         rows=rows,
         draw=_layers,

@@ -221,7 +221,8 @@ def _judges(source: Source) -> Section:
 def _probes(source: Source) -> Section:
     record = source.record
     unseen, origin = record["data"]["calibration"], f"Tier: {table.tier(record)}. {table.origin(record)}"
-    note = f"n = {unseen['prefixes']} prefixes, {unseen['wrong_prefixes']} of them wrong, which chose these. {origin}"
+    note = f"n = {unseen['prefixes']} prefixes, {unseen['wrong_prefixes']} of them wrong, which chose these; "
+    note += f"elsewhere: each half of their problems, with what the other half chose. {origin}"
     used = TextTable(title="What is used", heads=judged.PROBE_HEADS, cells=judged.probe_rows(record), note=note)
     return Section(anchor=source.anchor, kind="Probes", title=record["title"], tables=[used],
                    figures=[judged.probe_picture(record, source.anchor)],

@@ -2,7 +2,8 @@
 
 output/probe/           the probes and the combined judge's weights: `judge.weights` of judge=probe and judge=combined
 output/drafts_*.json    the drafts that were labelled; saved as they come, an interrupted run takes them up again
-output/record.json      configuration, provenance and the area under the ROC curve of every probe
+output/record.json      configuration, provenance, and areas under the ROC curve: of every probe on the problems that
+                        chose it (`probes`), of the best layer of each position on problems that did not (`elsewhere`)
 """
 
 from __future__ import annotations
@@ -61,15 +62,18 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     train, unseen = labelled(cfg, target, draft, folder)
     steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + len(cfg.positions) * len(layers)
     with progress(steps) as step:
-        card, found = _fit(cfg, target, (train, unseen), known, layers, folder / "probe", step)
+        card, found, elsewhere = _fit(cfg, target, (train, unseen), known, layers, folder / "probe", step)
     rows = probes.layer_table(found)
     for row in sorted(rows, key=lambda row: (row["position"], row["layer"])):
-        log.info("%s, layer %d: AUC %.4f", row["position"], row["layer"], row["auc"])
+        log.info("%s, layer %d: AUC %.4f where it was chosen", row["position"], row["layer"], row["auc"])
+    for position, auc in elsewhere.items():
+        log.info("%s, best layer: AUC %s on problems that did not choose it", position, auc and f"{auc:.4f}")
     record = head | {
         "status": "finished",
         "problems": asked,
         "card": to_json(card),
         "probes": rows,
+        "elsewhere": elsewhere,
         "data": {name: _counts(part) for name, part in (("train", train), ("calibration", unseen))},
         "seconds": time.monotonic() - started,
     }
@@ -85,8 +89,9 @@ def _fit(
     layers: tuple[int, ...],
     folder: Path,
     step: Told,
-) -> tuple[ProbeCard, dict[tuple[str, int], probes.Linear]]:
-    """Probes and, if they are wanted, the combined judge's weights, written to `folder`."""
+) -> tuple[ProbeCard, dict[tuple[str, int], probes.Linear], dict[str, float | None]]:
+    """Probes and, if they are wanted, the combined judge's weights, written to `folder`; and how good they are on
+    problems that did not choose them."""
     question = cfg.question or how_to_ask(target)[0]
     positions = tuple(cfg.positions)
     seen, unseen = (probes.collect(target, question, positions, layers, part, step) for part in data)
@@ -97,7 +102,7 @@ def _fit(
         mixture = probes.fit_mixture(target, instantiate(cfg.combined), data[1], cfg.false_accepts, step)
         card = replace(card, combined=mixture)
         probes.write_probes(folder, card, found)
-    return card, found
+    return card, found, probes.elsewhere(found, unseen)
 
 
 def labelled(

@@ -47,21 +47,28 @@ class States:
     by        (position, layer) -> hidden states [P, H] float32
     right     [P] whether the prefix is free of errors
     complete  [P] whether it is a whole draft
+    first     [P] whether its problem belongs to the first half of the problems
     """
 
     by: Mapping[tuple[str, int], Tensor]
     right: Bools
     complete: Bools
+    first: Bools
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A probe that was fitted: weight [H], rounded as it will be stored, and how well it does on unseen problems."""
+    """A probe that was fitted: weight [H], rounded as it will be stored, with the best of the strengths tried.
+
+    auc    area under the ROC curve on the problems that chose the strength: the best of several, so too good
+    tried  [S, P] what the probes of all strengths say of the prefixes of those problems, in log-odds
+    """
 
     weight: Tensor
     bias: float
     strength: float
     auc: float
+    tried: Floats
 
 
 def grid_of_layers(target: LanguageModel, wanted: int | Sequence[int]) -> tuple[int, ...]:
@@ -105,7 +112,10 @@ def collect(
             parts[position, layer].append(states.cpu())
         after_each("hidden states")
     return States(
-        by={key: torch.cat(rows) for key, rows in parts.items()}, right=rights(marked), complete=wholes(marked)
+        by={key: torch.cat(rows) for key, rows in parts.items()},
+        right=rights(marked),
+        complete=wholes(marked),
+        first=first_half(marked),
     )
 
 
@@ -117,18 +127,19 @@ def fit_probe(train: tuple[Tensor, Bools], unseen: tuple[Tensor, Bools], strengt
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
-    best = None
+    best, tried = None, []
     for strength in strengths:
         model = LogisticRegression(C=strength, max_iter=1000)
         model.fit(((train[0] - mean) / scale).numpy(), train[1])
         weight = (torch.from_numpy(model.coef_[0]).float() / scale).bfloat16()  # standardisation folded in, as stored
         bias = float(model.intercept_[0]) - float(weight.float() @ mean)
-        found = area(np.asarray(unseen[0] @ weight.float() + bias, dtype=float), unseen[1])
+        tried.append(np.asarray(unseen[0] @ weight.float() + bias, dtype=float))
+        found = area(tried[-1], unseen[1])
         if best is None or found > best.auc:
-            best = Linear(weight=weight, bias=bias, strength=strength, auc=found)
+            best = Linear(weight=weight, bias=bias, strength=strength, auc=found, tried=tried[-1][None])
     if best is None:
         raise ConfigError("strengths=[]; expected at least one.")
-    return best
+    return replace(best, tried=np.stack(tried))
 
 
 def fit_probes(
@@ -146,6 +157,28 @@ def fit_probes(
         found[key] = fit_probe((rows, train.right), (unseen.by[key], unseen.right), strengths)
         after_each("probes")
     return found
+
+
+def elsewhere(found: Mapping[tuple[str, int], Linear], unseen: States) -> dict[str, float | None]:
+    """By position the area under the ROC curve of a layer and strength on problems that did not choose them.
+
+    The best of many on the problems that choose it is too good: of pure noise it is well above one half. Here one half
+    of the problems chooses, the area is that on the other half, and both ways round are averaged. None where a half has
+    only right or only wrong prefixes.
+    """
+    areas: dict[str, float | None] = {}
+    halves = (unseen.first, ~unseen.first)
+    for position in dict.fromkeys(at for at, _ in found):
+        odds = np.concatenate([fit.tried for (at, _), fit in found.items() if at == position])  # [layers * S, P]
+        if any(len(set(unseen.right[half].tolist())) < 2 for half in halves):
+            areas[position] = None
+            continue
+        both = []
+        for chooses, tells in (halves, halves[::-1]):
+            best = max(odds, key=lambda row: area(row[chooses], unseen.right[chooses]))
+            both.append(area(best[tells], unseen.right[tells]))
+        areas[position] = float(np.mean(both))
+    return areas
 
 
 def card_of(
@@ -226,12 +259,18 @@ def rights(marked: Sequence[Marked]) -> Bools:
     return np.array([right for one in marked for right in one.right], dtype=bool)
 
 
+def first_half(marked: Sequence[Marked]) -> Bools:
+    """Whether each prefix is of a problem in the first half of those there are; all drafts of one are together."""
+    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(one.prompt for one in marked))}
+    return np.array([2 * order[one.prompt] < len(order) for one in marked for _ in one.cuts], dtype=bool)
+
+
 def wholes(marked: Sequence[Marked]) -> Bools:
     return np.array([cut == len(one.draft.tokens) for one in marked for cut in one.cuts], dtype=bool)
 
 
 def layer_table(found: Mapping[tuple[str, int], Linear]) -> list[dict[str, Any]]:
-    """What the record says of every probe."""
+    """What the record says of every probe; `auc` is on the problems that chose its strength (`elsewhere`: others)."""
     return [
         {"position": position, "layer": layer, "auc": fit.auc, "strength": fit.strength}
         for (position, layer), fit in found.items()
