@@ -9,12 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from parsedec.errors import ChatTemplateError, JudgeError
+from parsedec.errors import ChatTemplateError, JudgeError, PromptError
 from parsedec.model import LanguageModel
-from parsedec.prompt import NewTurn
+from parsedec.prompt import BareText, NewTurn, Prompt, messages_of
 from parsedec.types import Message
 
 PLACEHOLDER = "PARSEDEC-DRAFT-STANDS-HERE"
+
+
+def read_prompt(model: LanguageModel, prompt: Prompt) -> list[int]:
+    """A user message, messages or bare text in the model's own tokens. Raises PromptError where there is nothing."""
+    if not isinstance(prompt, BareText):
+        return prompt_ids(model, messages_of(prompt))
+    ids = bare_ids(model, prompt)
+    if not ids:
+        raise PromptError("the prompt is empty; expected text that can be gone on with.")
+    return ids
+
+
+def bare_ids(model: LanguageModel, text: str) -> list[int]:
+    """Tokens of a whole text, with what the tokenizer puts before one; a text that begins with that gets it once."""
+    start = model.tokenizer.bos_token
+    return model.encode(text, whole=not (start and text.startswith(start)))
 
 
 def prompt_ids(model: LanguageModel, messages: Sequence[Message]) -> list[int]:

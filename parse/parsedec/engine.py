@@ -12,7 +12,7 @@ from parsedec import ranks
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
 from parsedec.batch import Batch, BatchResult
-from parsedec.chat import prompt_ids
+from parsedec.chat import read_prompt
 from parsedec.drafter import Drafter
 from parsedec.errors import (
     ConfigError,
@@ -30,7 +30,7 @@ from parsedec.judge import Judge, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
-from parsedec.prompt import Prompt, check_length, messages_of, token_ids
+from parsedec.prompt import Prompt, check_length, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, open_decoder
 from parsedec.sampling import Sampler, check_numbers, chosen_generator
@@ -115,7 +115,8 @@ class Parse:
 
         prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are: a
                     list, a tensor, or what the tokenizer returns. A last message of the assistant's is gone on with,
-                    and the result has what follows it; `parsedec.prompt.NewTurn(messages)` opens a turn behind it
+                    and the result has what follows it; `parsedec.prompt.NewTurn(messages)` opens a turn behind it,
+                    and `parsedec.prompt.BareText(text)` is gone on with as it is, in no chat template
         seed        of sampled decoding: the text is the one that run.py writes with it for the first problem of a task
         generator   in place of a seed a source of randomness, on the CPU; greedy decoding needs neither
 
@@ -314,7 +315,7 @@ class Parse:
         elif shared and not self.draft.has_template:
             own = ids  # a base model as draft: it can read the target's own prompt
         else:
-            own = prompt_ids(self.draft, messages_of(prompt))
+            own = read_prompt(self.draft, prompt)
         recorded = self.judge_needs.draft_logprobs
         return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
 
@@ -340,7 +341,7 @@ class Parse:
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
-        ids = token_ids(prompt) or prompt_ids(self.target, messages_of(prompt))
+        ids = token_ids(prompt) or read_prompt(self.target, prompt)
         wrong = [i for i in ids if not 0 <= i < self.target.vocab_size]
         if wrong:
             raise PromptError(

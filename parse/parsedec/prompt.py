@@ -20,6 +20,10 @@ class NewTurn(list[Message]):
     does. Other lists that end like that are gone on with."""
 
 
+class BareText(str):
+    """Text that is gone on with as it is, in no chat template; each model reads it in tokens of its own."""
+
+
 def token_ids(prompt: Prompt) -> list[int]:
     """The prompt's token ids, if that is what it is; else nothing.
 

@@ -268,15 +268,21 @@ def test_request_that_cannot_be_run_costs_no_other(lm):
         lm.generate_until([instance("generate_until", long, {"until": []})])
 
 
-def test_draft_model_with_another_vocabulary_gets_the_messages():
-    """A rendered prompt is in the target's tokens; the draft model renders the messages itself."""
+def test_draft_model_with_another_vocabulary_reads_prompts_for_itself():
+    """A prompt as rendered is in the target's tokens; the draft model has the messages, or the bare text."""
     from parsedec.model import LanguageModel, load
 
     lm = ParsedecLM(Parse(tiny.model("llama"), load("zoo:draft", device="cpu")))
     assert isinstance(lm.model, LanguageModel)
     assert not lm.model.same_vocabulary(lm.engine.draft)
-    prompt = lm.apply_chat_template([{"role": "user", "content": "w1 w2"}])
-    assert lm.generate_until(
-        [SimpleNamespace(args=(prompt, {"until": [], "max_gen_toks": 6}), task_name="t", doc_id=0, idx=0)]
+    asked = [{"role": "user", "content": "w1 w2"}]
+    begun = [*asked, {"role": "assistant", "content": "w3"}]
+    prompts = [lm.apply_chat_template(asked), lm.apply_chat_template(begun, add_generation_prompt=False), "w1 w2"]
+    lm.generate_until(
+        [
+            SimpleNamespace(args=(prompt, {"until": [], "max_gen_toks": 6}), task_name="t", doc_id=i, idx=0)
+            for i, prompt in enumerate(prompts)
+        ]
     )
-    assert lm.requests[0]["result"]["counters"]["draft_tokens"] > 0
+    assert [row["error"] for row in lm.requests] == [None] * 3
+    assert all(row["result"]["counters"]["draft_tokens"] > 0 for row in lm.requests)

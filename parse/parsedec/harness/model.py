@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from torch import Tensor
 
 from parsedec import kv
-from parsedec.chat import prompt_text
+from parsedec.chat import bare_ids, prompt_text
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
 from parsedec.experiment.build import apply_runtime, build_engine, plain
@@ -27,9 +27,9 @@ from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, to_json, write_record
 from parsedec.experiment.summary import summarise
 from parsedec.harness.settings import composed, of_the_harness
-from parsedec.prompt import Prompt
+from parsedec.prompt import BareText, NewTurn, Prompt
 from parsedec.sampling import request_generator
-from parsedec.types import Limits, Message, Sampling
+from parsedec.types import Limits, Sampling
 
 log = logging.getLogger(__name__)
 NAME = "parsedec"
@@ -70,8 +70,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         self.requests: list[dict[str, Any]] = []  # every request that was answered, as in a run's record
         self._head = {"schema_version": SCHEMA_VERSION, "title": "lm-evaluation-harness", "config": self.config}
         self._head |= {"provenance": provenance(), "resumed_from": None}
-        # prompt as rendered -> the messages it was made of; None where the answer's beginning is given, too
-        self._rendered: dict[str, list[Message] | None] = {}
+        self._rendered: dict[str, Prompt] = {}  # prompt as rendered -> what it was made of
         self._warned: set[str] = set()
 
     @classmethod
@@ -123,14 +122,18 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         """The prompt as the target's template renders it. The messages are remembered: the draft model may have a
         template, and a vocabulary, of its own."""
         text = prompt_text(self.model, chat_history, continued=not add_generation_prompt)
-        self._rendered[text] = [dict(message) for message in chat_history] if add_generation_prompt else None
+        messages = [dict(message) for message in chat_history]
+        if add_generation_prompt:
+            self._rendered[text] = NewTurn(messages)
+        else:  # a message of the assistant's is gone on with by both models; a user's only as the target's tokens
+            begun = messages[-1]["role"] == "assistant"
+            self._rendered[text] = messages if begun else self.model.encode(text)
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Tokens of a text, with what the tokenizer puts before it; a text that begins with that gets it once."""
         if add_special_tokens is None:
-            start = self.tokenizer.bos_token
-            add_special_tokens = not (start and string.startswith(start))
+            return bare_ids(self.model, string)
         return self.model.encode(string, whole=add_special_tokens)
 
     # --- generation ---
@@ -168,7 +171,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         started = time.time()
         try:
             result = self.engine.generate(
-                self._prompt(context),
+                self._rendered.get(context, BareText(context)),
                 max_new_tokens=limits.max_new_tokens,
                 stop=limits.stop,
                 sampling=sampling,
@@ -178,12 +181,6 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
             log.warning("%s: %s", row["id"], error)
             return row | {"error": f"{type(error).__name__}: {error}", "result": None}, error
         return row | {"error": None, "at": started, "first_wrong_line": None, "result": to_json(result)}, None
-
-    def _prompt(self, context: str) -> Prompt:
-        """Messages where the context was rendered from them; else its tokens, which the draft model must share."""
-        if (messages := self._rendered.get(context)) is not None:
-            return messages
-        return self.tok_encode(context, add_special_tokens=False if context in self._rendered else None)
 
     # --- likelihoods ---
 

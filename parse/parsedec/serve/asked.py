@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from parsedec.errors import ConfigError
-from parsedec.prompt import NewTurn, is_unicode
+from parsedec.prompt import BareText, NewTurn, Prompt, is_unicode
 from parsedec.serve.desk import Task
 from parsedec.serve.refusals import Refusal
 from parsedec.types import COLDEST, Limits, Sampling
@@ -118,8 +118,8 @@ class Asked(BaseModel):
         """How many log-probabilities are asked for besides each token's own; None: not even that."""
         raise NotImplementedError
 
-    def prompts(self) -> list[tuple[Any, bool]]:
-        """The prompts, each with whether it is text to be read as it is."""
+    def prompts(self) -> list[Prompt]:
+        """The prompts, as the engine takes them."""
         raise NotImplementedError
 
     def check_fields(self) -> None:
@@ -158,8 +158,8 @@ class ChatAsked(Asked):
     def most_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def prompts(self) -> list[tuple[Any, bool]]:
-        return [(NewTurn(turn.message() for turn in self.messages), False)]  # as OpenAI does
+    def prompts(self) -> list[Prompt]:
+        return [NewTurn(turn.message() for turn in self.messages)]  # as OpenAI does
 
 
 class TextAsked(Asked):
@@ -172,14 +172,14 @@ class TextAsked(Asked):
     def top(self) -> int | None:
         return self.logprobs
 
-    def prompts(self) -> list[tuple[Any, bool]]:
+    def prompts(self) -> list[Prompt]:
         if isinstance(self.prompt, str):
-            return [(self.prompt, True)]
+            return [BareText(self.prompt)]
         if not self.prompt or self.prompt == [[]]:
             raise Refusal(400, "'prompt' is empty; expected text or token ids.", code="invalid_value", param="prompt")
         if isinstance(self.prompt[0], int):
-            return [(self.prompt, False)]
-        return [(prompt, isinstance(prompt, str)) for prompt in self.prompt]
+            return [self.prompt]
+        return [BareText(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompt]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,11 +224,7 @@ def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
         seed=asked.seed,
         top=top,
     )
-    return [
-        replace(task, prompt=prompt, text=text, choice=i * n + j)
-        for i, (prompt, text) in enumerate(prompts)
-        for j in range(n)
-    ]
+    return [replace(task, prompt=prompt, choice=i * n + j) for i, prompt in enumerate(prompts) for j in range(n)]
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -21,7 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -55,11 +55,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One answer to be written, as `Parse.stream` takes it. `text`: the prompt is not a message but text as it is;
-    `top`: so many log-probabilities are asked for besides each token's own."""
+    """One answer to be written, as `Parse.stream` takes it. `top`: so many log-probabilities are asked for besides each
+    token's own."""
 
     prompt: Prompt
-    text: bool = False
     max_new_tokens: int
     stop: Sequence[str] = ()
     sampling: Sampling
@@ -360,16 +359,8 @@ def computes_here(engine: Engine) -> bool:
 
 
 def _stream(engine: Engine, task: Task) -> Generator[Delta]:
-    prompt: Any = task.prompt
-    if task.text:
-        target: LanguageModel | None = getattr(engine, "target", None)
-        if target is None:
-            raise Refusal(
-                400, "this engine takes no bare text; use /v1/chat/completions.", code="unsupported", param="prompt"
-            )
-        prompt = target.encode(prompt, whole=True)
     yield from engine.stream(
-        prompt,
+        task.prompt,
         max_new_tokens=task.max_new_tokens,
         stop=task.stop,
         sampling=task.sampling,
