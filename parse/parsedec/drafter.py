@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from parsedec import wanted
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
 from parsedec.inner import InnerSpeculator
@@ -117,6 +118,7 @@ class Writing:
 
     def step(self) -> bool:
         """Write on; whether there is more to write. A step is a token, or what a speculator got right and one more."""
+        wanted.check()
         next(self._steps, None)
         return self._own.stop is None
 

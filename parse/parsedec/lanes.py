@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from functools import cache
 from types import TracebackType
 from typing import Protocol, Self
@@ -89,7 +90,8 @@ class Beside:
         self._passes: list[Future[None]] = []
 
     def submit(self, judge_pass: Callable[[], None]) -> None:
-        self._passes.append(self._pool.submit(self._run, judge_pass))
+        # the pass ends with the answer it is for (`wanted`)
+        self._passes.append(self._pool.submit(copy_context().run, self._run, judge_pass))
 
     def waits(self) -> bool:
         return any(judge_pass.done() and judge_pass.exception() for judge_pass in self._passes)

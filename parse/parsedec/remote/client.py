@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from parsedec.errors import ConfigError, ServerError, ServerRefused
 from parsedec.event_lines import EventLines
+from parsedec.remote.network import wait_only_if_wanted
+from parsedec.wanted import pause
 
 if TYPE_CHECKING:
     import ssl
@@ -125,7 +127,7 @@ class Server:
                 if wait is None:
                     raise
                 log.warning("%s; again in %.2g s", error, wait)
-                time.sleep(wait)
+                pause(wait)
 
     def waits(self) -> Iterator[float]:
         """Seconds to wait before each further attempt."""
@@ -199,12 +201,14 @@ def _client(connection: Connection) -> httpx.Client:
     except ImportError as error:
         raise ConfigError("engine=openai needs the package httpx: pip install 'parsedec[server]'.") from error
     seconds = connection.read_timeout_s
-    return httpx.Client(
+    client = httpx.Client(
         headers={"Authorization": f"Bearer {connection.api_key}"} if connection.api_key else {},
         timeout=httpx.Timeout(seconds, connect=connection.connect_timeout_s, pool=seconds),
         limits=httpx.Limits(max_connections=connection.max_connections),
         verify=_trusted(),
     )
+    wait_only_if_wanted(client)
+    return client
 
 
 @cache

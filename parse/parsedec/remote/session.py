@@ -6,7 +6,6 @@ There is no cache to keep: every request names all its tokens, and the server's 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
@@ -28,6 +27,7 @@ from parsedec.sampling import Sampler
 from parsedec.session import Session
 from parsedec.staged import JudgeRows, check_cuts
 from parsedec.types import Author, JudgePath, StopReason
+from parsedec.wanted import pause
 
 MOST_PROMPTS = 64  # in one request
 NOTHING = -1e9  # log-probability of what counts as impossible; finite, since judges refuse scores that are no numbers
@@ -182,7 +182,7 @@ class RemoteDecoder(Decoder):
                 longest_s = LONGEST_WAIT_S if author is Author.DRAFT else LONGEST_ASKED_S
                 wait = server.wait_after(error, waits, longest_s)
                 if wait is not None:
-                    time.sleep(wait)
+                    pause(wait)
                 elif author is Author.DRAFT:
                     if not isinstance(error, ServerRefused):  # what one request may not do, others may
                         server.note_lost()

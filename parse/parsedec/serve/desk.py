@@ -5,7 +5,8 @@ The engine is never called by two threads at a time, unless its models compute e
     batch    one thread, in which answers share the models' passes (`batch.Company`); they join and leave between passes
     threads  one thread an answer: for models on servers, which batch by themselves
 
-An answer that nobody waits for any more is dropped between two passes or pieces, and its caches with it.
+An answer that nobody waits for any more is dropped between two passes or pieces, or within a draft, and its caches with
+it (`wanted`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from parsedec.prompt import Prompt
 from parsedec.sampling import request_generator
 from parsedec.serve.refusals import OWN, Refusal, closing, given_up
 from parsedec.types import Delta, Result, Sampling
+from parsedec.wanted import Unwanted, unless
 
 log = logging.getLogger(__name__)
 LONGEST_WAIT = 60  # seconds; nobody is told to wait longer
@@ -86,8 +88,12 @@ class Job:
     began: float | None = None
     first: float | None = None  # when its first text stood
     outcome: Result | Exception | None = None
-    dropped: bool = False  # nobody reads its events any more
+    left: threading.Event = field(default_factory=threading.Event)  # nobody reads its events any more
     over: bool = False
+
+    @property
+    def dropped(self) -> bool:
+        return self.left.is_set()
 
     def tell(self, event: Event) -> None:
         """Hand an event over; to be called by the thread that writes the answer."""
@@ -242,7 +248,7 @@ class Desk:
 
     def drop(self, job: Job) -> None:
         """Nobody reads this job's events any more: it leaves the queue, or is ended where it is."""
-        job.dropped = True
+        job.left.set()
         with self._changed:
             waited = self._waiting.remove(job)
         if waited:
@@ -338,11 +344,14 @@ class Desk:
     def _answer(self, engine: Engine, job: Job) -> None:
         """Write one answer; whatever goes wrong is its last event."""
         try:
-            with contextlib.closing(_stream(engine, job.task)) as deltas:  # what it holds is freed, however it ends
+            # what it holds is freed, however it ends
+            with unless(job.left), contextlib.closing(_stream(engine, job.task)) as deltas:
                 for delta in deltas:
                     if job.dropped:
                         return
                     job.tell(delta)
+        except Unwanted:
+            pass
         except ParsedecError as error:
             if not isinstance(error, (Refusal, *OWN)):  # its reader is told nothing of what lies behind this server
                 log.error("a request failed: %s: %s", type(error).__name__, error)

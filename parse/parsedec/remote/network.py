@@ -1,0 +1,63 @@
+"""Waiting for a server's bytes, but no longer than the answer they are for is wanted.
+
+A server that hangs sends nothing, so a look between two pieces would come only with the time-out. httpx has no setting
+for that: the network below it (httpcore's) is wrapped, and waits in short slices.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from parsedec import wanted
+
+if TYPE_CHECKING:
+    import httpx
+
+SLICE_S = 0.1
+
+
+def wait_only_if_wanted(client: httpx.Client) -> None:
+    """Reads of this client end by `wanted.Unwanted`; the connection is then closed."""
+    for transport in (client._transport, *client._mounts.values()):  # the latter are for proxies
+        pool = getattr(transport, "_pool", None)
+        if pool is not None:
+            pool._network_backend = _Network(pool._network_backend)
+
+
+class _Network:
+    def __init__(self, network: Any) -> None:
+        self._network = network
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def connect_tcp(self, *args: Any, **options: Any) -> _Stream:
+        return _Stream(self._network.connect_tcp(*args, **options))
+
+
+class _Stream:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def start_tls(self, *args: Any, **options: Any) -> _Stream:
+        return _Stream(self._stream.start_tls(*args, **options))
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> Any:
+        """Up to `max_bytes`; a slice that brings none loses none."""
+        import httpcore
+
+        if timeout is None or not wanted.can_end():
+            return self._stream.read(max_bytes, timeout)
+        until = time.monotonic() + timeout
+        while True:
+            wanted.check()
+            left = max(0.001, until - time.monotonic())
+            try:
+                return self._stream.read(max_bytes, min(left, SLICE_S))
+            except httpcore.ReadTimeout:
+                if left <= SLICE_S:
+                    raise
