@@ -30,7 +30,7 @@ from parsedec.judge import Judge, LabelJudge
 from parsedec.meter import Meter, Tally
 from parsedec.model import LanguageModel
 from parsedec.outer import ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
-from parsedec.prompt import Prompt, check_length, token_ids
+from parsedec.prompt import Prompt, ReadPrompt, check_length, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, open_decoder
 from parsedec.sampling import Sampler, check_numbers, chosen_generator
@@ -302,8 +302,24 @@ class Parse:
 
     def open_drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
         """The draft model on one request; None where the outer level uses none. `ids`: the prompt in target tokens."""
-        if not self.outer.needs_draft or self.draft is None or self.draft_inner is None:
+        own = self._draft_ids(prompt, ids)
+        if own is None or self.draft is None or self.draft_inner is None:
             return None
+        recorded = self.judge_needs.draft_logprobs
+        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
+
+    def read(self, prompt: Prompt) -> ReadPrompt:
+        """The prompt in both models' tokens, to be given in its place. Long ones take seconds; this may be done in
+        another thread than the answers. Raises as `generate` does."""
+        ids = self.target_ids(prompt)
+        return ReadPrompt(ids, self._draft_ids(prompt, ids))
+
+    def _draft_ids(self, prompt: Prompt, ids: list[int]) -> list[int] | None:
+        """The prompt in the draft model's tokens; None where the outer level uses none. `ids`: in the target's."""
+        if not self.outer.needs_draft or self.draft is None:
+            return None
+        if isinstance(prompt, ReadPrompt):
+            return prompt.draft
         shared = self.target.same_vocabulary(self.draft)
         if token_ids(prompt):
             if not shared:
@@ -311,13 +327,10 @@ class Parse:
                     f"the prompt is given as token ids of {self.target.name}, but {self.draft.name} has "
                     "another vocabulary. Give text or messages, or use outer=none."
                 )
-            own = ids
-        elif shared and not self.draft.has_template:
-            own = ids  # a base model as draft: it can read the target's own prompt
-        else:
-            own = read_prompt(self.draft, prompt)
-        recorded = self.judge_needs.draft_logprobs
-        return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
+            return ids
+        if shared and not self.draft.has_template:
+            return ids  # a base model as draft: it can read the target's own prompt
+        return read_prompt(self.draft, prompt)
 
     def write_draft(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Draft:
         """The first draft of a request, as the outer level asks for it; nothing is judged. `ids` as in `open_drafter`.
@@ -341,6 +354,8 @@ class Parse:
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
+        if isinstance(prompt, ReadPrompt):
+            return prompt.target
         ids = token_ids(prompt) or read_prompt(self.target, prompt)
         wrong = [i for i in ids if not 0 <= i < self.target.vocab_size]
         if wrong:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -33,6 +32,7 @@ from parsedec.errors import ConfigError, ModelLoadError, first_line
 from parsedec.inference import inference, whole_numbers
 from parsedec.judge_card import JudgeCard as JudgeCard
 from parsedec.judge_card import read_judge_card
+from parsedec.tokens import plain_reader
 from parsedec.turns import turns_of
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BACKENDS = ("eager", "static", "auto")
 JUDGE_KERNELS = ("auto", "sdpa", "cascade", "flex")
-ENCODING = Lock()  # how control tokens are read is a state of the tokenizer, which requests in other threads share
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,8 +262,8 @@ class LanguageModel:
     def encode(self, text: str, *, plain: bool = False, whole: bool = False) -> list[int]:
         """Token ids of a piece of text. `plain`: control tokens spelt in it are only text. `whole`: it is all of an
         input, and gets what the tokenizer puts around one."""
-        with ENCODING:
-            return list(self.tokenizer.encode(text, add_special_tokens=whole, split_special_tokens=plain))
+        tokenizer = plain_reader(self.tokenizer) if plain else self.tokenizer
+        return list(tokenizer.encode(text, add_special_tokens=whole, split_special_tokens=plain))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of tokens; special ones are left out unless asked for."""

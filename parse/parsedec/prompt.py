@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,18 @@ from parsedec.errors import PromptError, shown
 from parsedec.model import LanguageModel
 from parsedec.types import Message
 
-Prompt = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any]  # the last as a tokenizer returns it
+
+@dataclass(frozen=True, slots=True)
+class ReadPrompt:
+    """A prompt in both models' tokens, as `Parse.read` gives it: a request then has nothing left to encode. `draft`:
+    None where no draft model reads it."""
+
+    target: list[int]
+    draft: list[int] | None
+
+
+# a mapping is what a tokenizer returns
+Prompt = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any] | ReadPrompt
 
 
 class NewTurn(list[Message]):

@@ -14,7 +14,8 @@ from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, joint, 
 from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost, TargetRefused
 from parsedec.prompt import NewTurn
 from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
-from parsedec.serve.desk import Desk, FairQueue, Job, Task
+from parsedec.serve.desk import Desk
+from parsedec.serve.jobs import FairQueue, Job, Task
 from parsedec.serve.refusals import Refusal, refusal
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.types import Author, Counters, PhaseTimes

@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from parsedec.model import LanguageModel
 from parsedec.serve.asked import Asked, ChatAsked, Defaults, TextAsked, tasks_of
-from parsedec.serve.desk import Desk, Engine, Event, Ticket
+from parsedec.serve.desk import Desk, Engine, Ticket
 from parsedec.serve.guard import Guard
+from parsedec.serve.jobs import Event
 from parsedec.serve.logprobs import Book
 from parsedec.serve.metrics import Metrics
 from parsedec.serve.refusals import Refusal, refusal
@@ -128,7 +129,8 @@ class Gateway:
         self._check_model(asked.model)
         tasks = tasks_of(asked, self.defaults)
         prompts = len(tasks) // (asked.n or 1)
-        ticket = self.desk.submit(tasks, _client(request))
+        client = _client(request)
+        ticket = self.desk.submit(await self.desk.read(tasks, client), client)
         book = Book(self._speaks) if self._speaks and tasks[0].top is not None else None
         reply = Reply(chat=chat, model=self.model, fingerprint=self.fingerprint, book=book)
         try:

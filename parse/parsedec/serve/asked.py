@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from parsedec.errors import ConfigError
 from parsedec.prompt import BareText, NewTurn, Prompt, is_unicode
-from parsedec.serve.desk import Task
+from parsedec.serve.jobs import Task
 from parsedec.serve.refusals import Refusal
 from parsedec.types import COLDEST, Limits, Sampling
 

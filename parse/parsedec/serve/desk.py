@@ -15,12 +15,10 @@ import asyncio
 import contextlib
 import logging
 import math
-import secrets
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -31,9 +29,9 @@ from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
 from parsedec.model import LanguageModel
 from parsedec.prompt import Prompt
-from parsedec.sampling import request_generator
-from parsedec.serve.refusals import OWN, Refusal, closing, given_up
-from parsedec.types import Delta, Result, Sampling
+from parsedec.serve.jobs import Event, FairQueue, Job, Task
+from parsedec.serve.refusals import OWN, Refusal, closing, given_up, refusal
+from parsedec.types import Delta, Sampling
 from parsedec.wanted import Unwanted, unless
 
 log = logging.getLogger(__name__)
@@ -55,57 +53,6 @@ class Engine(Protocol):
     ) -> Iterator[Delta]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One answer to be written, as `Parse.stream` takes it. `top`: so many log-probabilities are asked for besides each
-    token's own."""
-
-    prompt: Prompt
-    max_new_tokens: int
-    stop: Sequence[str] = ()
-    sampling: Sampling
-    seed: int | None = None
-    choice: int = 0
-    top: int | None = None
-
-    def generator(self) -> torch.Generator:
-        """The source of randomness of this choice; without a seed it is another one each time."""
-        return request_generator(secrets.randbits(62) if self.seed is None else self.seed, self.choice)
-
-
-Event = Delta | Exception  # an exception is the last one of its job
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """A task on its way. Its events go into the queue of its ticket, which is read in the event loop."""
-
-    task: Task
-    client: str
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[tuple[int, Event]]
-    came: float = field(default_factory=time.perf_counter)
-    began: float | None = None
-    first: float | None = None  # when its first text stood
-    outcome: Result | Exception | None = None
-    left: threading.Event = field(default_factory=threading.Event)  # nobody reads its events any more
-    over: bool = False
-
-    @property
-    def dropped(self) -> bool:
-        return self.left.is_set()
-
-    def tell(self, event: Event) -> None:
-        """Hand an event over; to be called by the thread that writes the answer."""
-        if isinstance(event, Exception):
-            self.outcome = self.outcome or event
-        else:
-            self.first = self.first or time.perf_counter()
-            self.outcome = event.result or self.outcome
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (self.task.choice, event))
-
-
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """The answers to one request, on their way."""
@@ -122,40 +69,6 @@ class Ticket:
         """Nobody waits for what is not finished yet."""
         for job in self.jobs:
             self.desk.drop(job)
-
-
-class FairQueue:
-    """Jobs by client: the client that was served longest ago is next, so many requests of one delay only its own."""
-
-    def __init__(self) -> None:
-        self._by_client: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def put(self, job: Job) -> None:
-        self._by_client.setdefault(job.client, deque()).append(job)
-        self._count += 1
-
-    def take(self) -> Job:
-        client, jobs = self._by_client.popitem(last=False)
-        job = jobs.popleft()
-        if jobs:
-            self._by_client[client] = jobs  # behind the others
-        self._count -= 1
-        return job
-
-    def remove(self, job: Job) -> bool:
-        """Take this job out; False if it does not wait."""
-        jobs = self._by_client.get(job.client, deque())
-        if job not in jobs:
-            return False
-        jobs.remove(job)
-        if not jobs:
-            del self._by_client[job.client]
-        self._count -= 1
-        return True
 
 
 class Desk:
@@ -205,30 +118,26 @@ class Desk:
     def alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
 
+    async def read(self, tasks: Sequence[Task], client: str) -> list[Task]:
+        """The tasks with their prompts read, in a thread of its own: a long one must not delay the answers of others.
+
+        Raises Refusal as `submit` does, before that, and for a prompt that cannot be run.
+        """
+        with self._changed:
+            self._check_room(len(tasks), client)
+        if not isinstance(self.engine, Parse):
+            return list(tasks)
+        try:
+            return await asyncio.to_thread(_with_read_prompts, self.engine, tasks)
+        except ParsedecError as error:
+            _log_failure(error)
+            raise refusal(error) from error
+
     def submit(self, tasks: Sequence[Task], client: str) -> Ticket:
         """Take all of these in, or none. Raises Refusal: 503 once the desk closes, 429 where there is no room."""
         loop = asyncio.get_running_loop()
         with self._changed:
-            if self.closed or not self.alive:
-                raise closing()
-            room = self._room(client)
-            if len(tasks) > self.at_once + self.queue:
-                raise Refusal(
-                    400,
-                    f"the request asks for {len(tasks)} answers; this server holds {self.at_once + self.queue} at a "
-                    "time. Ask for fewer.",
-                    code="too_many_choices",
-                    param="n",
-                )
-            if len(tasks) > room:
-                wait = math.ceil(self.mean_s * (len(self._jobs) + len(tasks) - self.queue) / self.at_once)
-                raise Refusal(
-                    429,
-                    f"{self.running} answers are being written and {self.waiting} wait; there is room for {room} more. "
-                    "Try again later.",
-                    code="rate_limit_exceeded",
-                    retry=min(max(1, wait), LONGEST_WAIT),
-                )
+            self._check_room(len(tasks), client)
             events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
             jobs = tuple(Job(task, client, loop, events) for task in tasks)
             for job in jobs:
@@ -236,6 +145,28 @@ class Desk:
             self._jobs.update(jobs)
             self._changed.notify_all()
         return Ticket(self, jobs, events)
+
+    def _check_room(self, count: int, client: str) -> None:
+        if self.closed or not self.alive:
+            raise closing()
+        room = self._room(client)
+        if count > self.at_once + self.queue:
+            raise Refusal(
+                400,
+                f"the request asks for {count} answers; this server holds {self.at_once + self.queue} at a time. Ask "
+                "for fewer.",
+                code="too_many_choices",
+                param="n",
+            )
+        if count > room:
+            wait = math.ceil(self.mean_s * (len(self._jobs) + count - self.queue) / self.at_once)
+            raise Refusal(
+                429,
+                f"{self.running} answers are being written and {self.waiting} wait; there is room for {room} more. Try "
+                "again later.",
+                code="rate_limit_exceeded",
+                retry=min(max(1, wait), LONGEST_WAIT),
+            )
 
     def _room(self, client: str) -> int:
         """How many more tasks of this client are let in. Whoever came first may fill the room, but not keep others out:
@@ -330,9 +261,9 @@ class Desk:
                 self._end(job)
             try:
                 for key, _ in company.advance():
-                    ended = next(job for job in seated if job is key)
-                    seated.remove(ended)
-                    self._end(ended)
+                    assert isinstance(key, Job)
+                    seated.remove(key)
+                    self._end(key)
             except Exception as error:  # a pass failed, e.g. for want of memory: those that waited cannot go on
                 log.exception("a pass failed; the %d answers in progress are given up", len(seated))
                 company.close()
@@ -353,8 +284,7 @@ class Desk:
         except Unwanted:
             pass
         except ParsedecError as error:
-            if not isinstance(error, (Refusal, *OWN)):  # its reader is told nothing of what lies behind this server
-                log.error("a request failed: %s: %s", type(error).__name__, error)
+            _log_failure(error)
             job.tell(error)
         except Exception as error:
             log.exception("a request failed")
@@ -365,6 +295,21 @@ def computes_here(engine: Engine) -> bool:
     """Whether the engine's models compute in this process, so that only one thread may run them."""
     models = [getattr(engine, name, None) for name in ("target", "draft")]
     return any(type(model) is LanguageModel for model in models)
+
+
+def _log_failure(error: ParsedecError) -> None:
+    """What its reader is told nothing of, since it lies behind this server."""
+    if not isinstance(error, (Refusal, *OWN)):
+        log.error("a request failed: %s: %s", type(error).__name__, error)
+
+
+def _with_read_prompts(engine: Parse, tasks: Sequence[Task]) -> list[Task]:
+    """Choices share their prompt, which is read once."""
+    read: dict[int, Prompt] = {}
+    for task in tasks:
+        if id(task.prompt) not in read:
+            read[id(task.prompt)] = engine.read(task.prompt)
+    return [replace(task, prompt=read[id(task.prompt)]) for task in tasks]
 
 
 def _stream(engine: Engine, task: Task) -> Generator[Delta]:

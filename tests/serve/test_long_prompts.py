@@ -1,0 +1,74 @@
+"""A prompt that is long to read delays its own answer and no other."""
+
+import threading
+import time
+
+import httpx
+import pytest
+
+import tiny
+from parsedec import Limits, Parse, load
+from parsedec.prompt import ReadPrompt
+from serving import listening
+
+HOLD_S = 5.0
+
+
+def body(text):
+    return {"model": "m", "messages": [{"role": "user", "content": text}]}
+
+
+@pytest.fixture
+def engine():
+    return Parse(tiny.model("llama"), tiny.model("llama", seed=5, layers=2))
+
+
+def test_a_read_prompt_has_the_same_answer_and_is_read_no_more(engine, monkeypatch):
+    expected, read = engine.generate("w1w2", max_new_tokens=8), engine.read("w1w2")
+    monkeypatch.setattr(type(engine.target), "encode", None)
+    assert isinstance(read, ReadPrompt)
+    assert engine.generate(read, max_new_tokens=8).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("run", ["batch", "threads"])
+def test_while_one_prompt_is_read_others_are_answered(engine, monkeypatch, run):
+    """The reader of a long one is held; it waits beside the answers, not among them."""
+    begun, plain = threading.Event(), type(engine.target).encode
+
+    def encode(self, text, **how):
+        if "w50" in text:
+            begun.set()
+            time.sleep(HOLD_S)
+        return plain(self, text, **how)
+
+    monkeypatch.setattr(type(engine.target), "encode", encode)
+    with listening(engine, limits=Limits(max_new_tokens=8), model="m", run=run) as (address, gateway):
+        url, answers = f"{address}/v1/chat/completions", []
+        ask = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body("w50"), timeout=60)))
+        ask.start()
+        assert begun.wait(30)
+        start = time.monotonic()
+        assert httpx.post(url, json=body("w1w2"), timeout=60).status_code == 200
+        assert time.monotonic() - start < HOLD_S / 2
+        ask.join()
+        assert answers[0].status_code == 200
+        too_long = httpx.post(url, json=body("w1" * 600), timeout=60)
+        assert (too_long.status_code, gateway.desk.running) == (400, 0)
+
+
+def test_threads_read_at_a_time_and_each_in_its_own_way():
+    """Control tokens are text where they are asked for as text, whatever others read meanwhile."""
+    model, wrong = load("zoo:target", device="cpu"), []
+    text = "12" + model.tokenizer.eos_token
+    expected = {plain: model.encode(text, plain=plain) for plain in (False, True)}
+    assert expected[False] != expected[True]
+
+    def read(plain):
+        wrong.extend(plain for _ in range(300) if model.encode(text, plain=plain) != expected[plain])
+
+    threads = [threading.Thread(target=read, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
