@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 import tiny
-from parsedec import Limits, Parse, load
+from parsedec import Limits, Parse
 from parsedec.prompt import ReadPrompt
 from serving import listening
 
@@ -54,21 +54,3 @@ def test_while_one_prompt_is_read_others_are_answered(engine, monkeypatch, run):
         assert answers[0].status_code == 200
         too_long = httpx.post(url, json=body("w1" * 600), timeout=60)
         assert (too_long.status_code, gateway.desk.running) == (400, 0)
-
-
-def test_threads_read_at_a_time_and_each_in_its_own_way():
-    """Control tokens are text where they are asked for as text, whatever others read meanwhile."""
-    model, wrong = load("zoo:target", device="cpu"), []
-    text = "12" + model.tokenizer.eos_token
-    expected = {plain: model.encode(text, plain=plain) for plain in (False, True)}
-    assert expected[False] != expected[True]
-
-    def read(plain):
-        wrong.extend(plain for _ in range(300) if model.encode(text, plain=plain) != expected[plain])
-
-    threads = [threading.Thread(target=read, args=(i % 2 == 0,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
