@@ -91,8 +91,9 @@ class Sampler:
         if self.settings.top_p < 1:
             order = logits.sort(dim=-1, descending=True)
             mass = order.values.softmax(-1)
-            # a token goes once those before it hold top_p already; the first always stays
+            # a token goes once those before it hold top_p already
             late = mass.cumsum(-1) - mass >= self.settings.top_p
+            late[..., 0] = False  # the first stays, even where top_p is 0 in float32
             logits = logits.masked_fill(torch.zeros_like(late).scatter(-1, order.indices, late), -torch.inf)
         return logits.log_softmax(-1)
 

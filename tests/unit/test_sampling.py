@@ -98,6 +98,13 @@ def test_same_seed_same_tokens(settings):
     assert not single or first == rows.argmax(-1).tolist()
 
 
+def test_the_first_token_stays_however_small_top_p_is():
+    """1e-46 is 0 in float32."""
+    sampler = seeded({"temperature": 1.0, "top_p": 1e-46})
+    assert sampler.log_distribution(logits()).exp().argmax(-1).tolist() == logits().argmax(-1).tolist()
+    assert sampler.pick(logits()[0]) == int(logits()[0].argmax())
+
+
 def test_tokens_that_are_filtered_out_are_never_drawn():
     row = logits(rows=1)[0]
     sampler = seeded(dict(temperature=3.0, top_k=4))
