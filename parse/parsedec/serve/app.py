@@ -250,4 +250,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = f"{request.method} {request.url.path[:200]}: {error.detail}."
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return await _refused(request, Refusal(error.status_code, said, code=code))
+    allow = (error.headers or {}).get("Allow")
+    return await _refused(request, Refusal(error.status_code, said, code=code, allow=allow))

@@ -25,13 +25,21 @@ class Refusal(ParsedecError):
     code    OpenAI's short name of the error
     param   the request's field that is wrong
     retry   seconds after which it may be tried again
+    allow   the methods its address has
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, retry: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.param, self.retry = status, code, param, retry
+        self.status, self.code, self.param, self.retry, self.allow = status, code, param, retry, allow
 
     @property
     def body(self) -> dict[str, Any]:
@@ -41,6 +49,7 @@ class Refusal(ParsedecError):
     @property
     def headers(self) -> dict[str, str]:
         headers = {"Retry-After": str(self.retry)} if self.retry is not None else {}
+        headers |= {"Allow": self.allow} if self.allow else {}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
