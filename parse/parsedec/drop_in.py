@@ -13,10 +13,12 @@ Shapes: P prompt tokens, padding included; A tokens of the answer.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -48,6 +50,7 @@ from parsedec.model import LanguageModel, load
 from parsedec.outer import Outer
 from parsedec.types import Delta, Result, Sampling
 
+log = logging.getLogger(__name__)
 MODES = ("greedy_search", "sample")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which Sampler applies them
 RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -259,12 +262,19 @@ def _arguments_of_generate(model: PreTrainedModel) -> Mapping[str, Any]:
     """The streamer and the assistant that `generate` was called with.
 
     transformers (up to 5.23 at least) hands neither to a callable: it passes on only what `_sample` has no name for.
-    They are read where they are, in the call that called us; a call from elsewhere has none.
+    They are read where they are, in the nearest call of the model's `generate` that led here.
     """
-    caller = sys._getframe(2)
-    if caller.f_code.co_name != "generate" or caller.f_locals.get("self") is not model:
-        return {}
-    return {name: caller.f_locals.get(name) for name in ("streamer", "assistant_model")}
+    caller: FrameType | None = sys._getframe(2)
+    while caller is not None:
+        if caller.f_code.co_name == "generate" and caller.f_locals.get("self") is model:
+            return {name: caller.f_locals.get(name) for name in ("streamer", "assistant_model")}
+        caller = caller.f_back
+    log.warning(
+        "hf_generate(…) was not called from the `generate` of its model in this thread, so a streamer or an "
+        "assistant_model that was given there is not known here: the streamer gets nothing. Give `generate` the object "
+        "itself as custom_generate, or call it with streamer=…"
+    )
+    return {}
 
 
 def _check_request(

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,6 +143,35 @@ def test_a_streamer_ends_when_a_request_is_refused():
     with pytest.raises(IncompatibleStack, match="RepetitionPenalty"):
         dropped_in(model, settings={"repetition_penalty": 1.2, "streamer": streamer})
     assert len(list(streamer)) >= 1  # it raises queue.Empty where nobody ends it
+
+
+def test_a_wrapped_one_finds_the_streamer_and_the_assistant(zoo, capsys):
+    target, _ = zoo
+    parse = hf_generate(target=target, inner=Ngram())
+    settings = {**asked(target), "max_new_tokens": 8, "do_sample": False}
+
+    def logged(*args, **options):
+        return (lambda: parse(*args, **options))()
+
+    target.hf.generate(custom_generate=parse, streamer=TextStreamer(target.tokenizer), **settings)
+    direct = capsys.readouterr().out
+    target.hf.generate(custom_generate=logged, streamer=TextStreamer(target.tokenizer), **settings)
+    assert capsys.readouterr().out == direct != ""
+    with pytest.raises(IncompatibleStack, match="assistant_model"):
+        target.hf.generate(custom_generate=logged, assistant_model=target.hf, **settings)
+
+
+def test_one_that_cannot_find_its_caller_says_so(zoo, caplog):
+    """A call from another thread than that of `generate`."""
+    target, _ = zoo
+    parse = hf_generate(target=target)
+
+    def elsewhere(*args, **options):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(parse, *args, **options).result()
+
+    target.hf.generate(custom_generate=elsewhere, **asked(target), max_new_tokens=2, do_sample=False)
+    assert "the streamer gets nothing" in caplog.text
 
 
 @pytest.mark.parametrize("inner", [None, Ngram()])
