@@ -66,6 +66,15 @@ def suffix_text(model: LanguageModel, question: str) -> str:
     return after
 
 
+def shows_role(model: LanguageModel, role: str) -> bool:
+    """Whether the model's template shows what a message of this role says; some leave out what they do not know."""
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        return PLACEHOLDER in _render(model, [*asked, {"role": role, "content": PLACEHOLDER}])
+    except ChatTemplateError:
+        return False
+
+
 def closing_token(model: LanguageModel) -> int:
     """The id with which the model's template closes an assistant turn; another of its end tokens if that is none."""
     if not model.end_ids:

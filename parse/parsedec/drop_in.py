@@ -48,7 +48,7 @@ from parsedec.judge import Judge
 from parsedec.judge_card import read_judge_card
 from parsedec.model import LanguageModel, load
 from parsedec.outer import Outer
-from parsedec.types import Delta, Result, Sampling
+from parsedec.types import Delta, Result, Sampling, warmth
 
 log = logging.getLogger(__name__)
 MODES = ("greedy_search", "sample")
@@ -351,7 +351,7 @@ def _sampling(processors: LogitsProcessorList, sampled: bool) -> Sampling:
     for processor in found:
         temperature = getattr(processor, "temperature", temperature)
         top_k, top_p = getattr(processor, "top_k", top_k), getattr(processor, "top_p", top_p)
-    return Sampling(temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
+    return Sampling(temperature=warmth(float(temperature)), top_k=int(top_k), top_p=float(top_p))
 
 
 def _end_ids(config: GenerationConfig) -> tuple[int, ...]:

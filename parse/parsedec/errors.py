@@ -29,6 +29,10 @@ class PromptError(ParsedecError):
     """A request cannot be run: empty, longer than the context, or in a form the model pair cannot share."""
 
 
+class PromptTooLong(PromptError):
+    """A prompt leaves no room for an answer in a model's context."""
+
+
 class ChatTemplateError(ParsedecError):
     """The tokenizer has no chat template, or it cannot express the turns the judge needs."""
 

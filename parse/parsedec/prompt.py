@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from parsedec.errors import PromptError, shown
+from parsedec.errors import PromptError, PromptTooLong, shown
 from parsedec.model import LanguageModel
 from parsedec.types import Message
 
@@ -104,9 +104,9 @@ def is_unicode(text: str) -> bool:
 
 
 def check_length(model: LanguageModel, ids: Sequence[int]) -> None:
-    """Raise PromptError where a prompt leaves no room for an answer."""
+    """Raise PromptTooLong where a prompt leaves no room for an answer."""
     if len(ids) >= model.context_limit:
-        raise PromptError(
+        raise PromptTooLong(
             f"the prompt has {len(ids)} tokens and leaves no room in the context of {model.name}, "
             f"{model.context_limit} tokens. Shorten it, or choose a model with a longer context."
         )

@@ -211,6 +211,11 @@ class Sampling:
         return self.temperature == 0
 
 
+def warmth(asked: float) -> float:
+    """The temperature that is meant: many say greedy by one that is nearly 0, at which logits would overflow."""
+    return 0.0 if 0 < asked < COLDEST else asked
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """When a request ends besides the model's end token. `max_new_tokens` counts ids, end token included."""

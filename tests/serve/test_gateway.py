@@ -190,8 +190,12 @@ WRONG = [
     ({**HELLO, "stop": [""]}, 400, "stop"),
     ({**HELLO, "messages": []}, 400, "messages"),
     ({**HELLO, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
-    ({**HELLO, "messages": [{"role": "user", "content": ""}]}, 400, None),
-    ({**HELLO, "messages": [{"role": "user", "content": "word " * 5000}], "stream": True}, 400, None),
+    ({**HELLO, "messages": [{"role": "user", "content": ""}]}, 400, "messages"),
+    ({**HELLO, "messages": [{"role": "user", "content": "word " * 5000}], "stream": True}, 400, "messages"),
+    ({**HELLO, "messages": [{"role": "banana", "content": "Hello"}]}, 400, "messages"),
+    ({**HELLO, "top_k": -2}, 400, "top_k"),
+    ({**HELLO, "repetition_penalty": 1.1}, 400, "repetition_penalty"),
+    ({**HELLO, "ignore_eos": True}, 400, "ignore_eos"),
     ({"messages": HELLO["messages"]}, 400, "model"),
 ]
 

@@ -114,7 +114,7 @@ def test_streamed_and_with_choices_they_are_the_same(client):
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"logprobs": True, "top_logprobs": 6}, "top_logprobs"), ({"top_logprobs": 2}, "top_logprobs"),
+    [({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"top_logprobs": 2}, "top_logprobs"),
      ({"logprobs": 3}, "logprobs")],
 )  # fmt: skip
 def test_wrong_ones_are_named(client, fields, param):

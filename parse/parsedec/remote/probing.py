@@ -170,7 +170,10 @@ def _labels(server: Server, can: Capabilities, prompt: Any, ids: Sequence[int], 
     """How the log-probabilities of two ids can be read."""
     tries = [replace(can, labels=Labels.BY_ID)]
     if not can.native:
-        tries += [replace(can, labels=Labels.TOP, top=n) for n in (top, *(n for n in TOPS if n < top))]
+        most = [replace(can, labels=Labels.TOP, top=n) for n in (top, *(n for n in TOPS if n < top))]
+        tries += most
+        if can.extensions:  # some take those settings where they change nothing, and cannot name tokens by their ids
+            tries += [replace(one, extensions=False) for one in most]
     for asking in tries:
         try:
             found = wire.labels(server, asking, [prompt], ids)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from parsedec.chat import shows_role
 from parsedec.model import LanguageModel
 from parsedec.serve.asked import Asked, ChatAsked, Defaults, TextAsked, tasks_of
 from parsedec.serve.desk import Desk, Engine, Ticket
@@ -90,6 +92,14 @@ class Gateway:
         return app
 
     async def chat(self, request: Request, asked: ChatAsked) -> Response:
+        if any(turn.role == "tool" for turn in asked.messages) and not self._shows_tools:
+            raise Refusal(
+                400,
+                "a message has the role 'tool', which the chat template of this model does not show. Put what the tool "
+                "said into a message of the user's.",
+                code="invalid_value",
+                param="messages",
+            )
         return await self._answer(request, asked, chat=True)
 
     async def complete(self, request: Request, asked: TextAsked) -> Response:
@@ -114,7 +124,12 @@ class Gateway:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "parsedec"}
+        model = {"id": self.model, "object": "model", "created": self.created, "owned_by": "parsedec"}
+        return model | ({"max_model_len": self._speaks.context_limit} if self._speaks else {})
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        return self._speaks is None or shows_role(self._speaks, "tool")
 
     def _check_model(self, name: str) -> None:
         if name != self.model:
@@ -130,7 +145,13 @@ class Gateway:
         tasks = tasks_of(asked, self.defaults)
         prompts = len(tasks) // (asked.n or 1)
         client = _client(request)
-        ticket = self.desk.submit(await self.desk.read(tasks, client), client)
+        try:
+            tasks = await self.desk.read(tasks, client)
+        except Refusal as refused:
+            if refused.status == 400 and refused.param is None:  # all else in the request was right
+                refused.param = "messages" if chat else "prompt"
+            raise
+        ticket = self.desk.submit(tasks, client)
         book = Book(self._speaks) if self._speaks and tasks[0].top is not None else None
         reply = Reply(chat=chat, model=self.model, fingerprint=self.fingerprint, book=book)
         try:
@@ -145,7 +166,7 @@ class Gateway:
                 return Response(status_code=LEFT)
             if isinstance(first[1], Exception):
                 raise refusal(first[1])
-            told = asked.stream_options is not None and asked.stream_options.include_usage
+            told = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             pieces = _events(ticket, reply, first, prompts if told else None)
             ticket, kept = Ticket(self.desk, (), ticket.events), ticket  # the stream drops it, not this function
             return EventStream(pieces, kept)
@@ -239,6 +260,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
     wrong = error.errors()[0]
     # pydantic adds the names of its own validators to the path, which is to lead to what the client sent
     where = [str(part) for part in wrong["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    kind = request.headers.get("content-type", "")
+    if "json" not in kind and wrong["loc"] == ("body",):  # it was not read at all
+        said = f"the header Content-Type is '{kind[:100]}'; expected application/json."
+        return await _refused(request, Refusal(400, said, code="invalid_content_type"))
     if wrong["type"] == "json_invalid":
         said = f"the body is no JSON: {wrong.get('ctx', {}).get('error', wrong['msg'])}."
         return await _refused(request, Refusal(400, said, code="invalid_json"))

@@ -16,30 +16,51 @@ from parsedec.errors import ConfigError
 from parsedec.prompt import BareText, NewTurn, Prompt, is_unicode
 from parsedec.serve.jobs import Task
 from parsedec.serve.refusals import Refusal
-from parsedec.types import COLDEST, Limits, Sampling
+from parsedec.types import Limits, Sampling, warmth
 
 MOST_STOPS = 16
-MOST_TOP = 5  # log-probabilities of other tokens
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # not supported; these values, and null, ask for nothing
+MOST_TOP, MOST_TOP_OF_CHATS = 5, 20  # log-probabilities of other tokens
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # OpenAI's and vLLM's, not supported; these values, and null, ask for nothing
+    "add_generation_prompt": (True,),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
     "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
     "reasoning_effort": (),
+    "repeat_penalty": (1,),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -54,13 +75,12 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
-Top = Annotated[StrictInt, Field(ge=0, le=MOST_TOP)]
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Part(BaseModel):
@@ -84,7 +104,7 @@ def _read_as_text(content: object) -> object:
 class Turn(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    role: Text
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Text | list[Part], BeforeValidator(_read_as_text)]
 
     def message(self) -> dict[str, Any]:
@@ -99,12 +119,12 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: StrictInt | None = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=0)] | None = None  # an addition to OpenAI's, as in other servers
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None  # as in other servers, where 0 and -1 switch it off
     n: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: Text | list[Text] | None = None
     seed: StrictInt | None = None
@@ -145,7 +165,7 @@ class ChatAsked(Asked):
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Top | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_TOP_OF_CHATS)] | None = None
 
     @property
     def top(self) -> int | None:
@@ -166,7 +186,7 @@ class TextAsked(Asked):
     """The body of /v1/completions: text that the model goes on with, or its token ids; one prompt or several."""
 
     prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
-    logprobs: Top | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_TOP)] | None = None
 
     @property
     def top(self) -> int | None:
@@ -244,17 +264,12 @@ def _stops(asked: str | list[str] | None, own: Sequence[str]) -> tuple[str, ...]
     return stops
 
 
-def _temperature(asked: float) -> float:
-    """Many clients say greedy by a temperature that is nearly 0, at which logits would overflow."""
-    return 0.0 if asked < COLDEST else asked
-
-
 def _sampling(asked: Asked, own: Sampling) -> Sampling:
     try:
         return Sampling(
-            temperature=own.temperature if asked.temperature is None else _temperature(float(asked.temperature)),
+            temperature=own.temperature if asked.temperature is None else warmth(float(asked.temperature)),
             top_p=own.top_p if asked.top_p is None else float(asked.top_p),
-            top_k=own.top_k if asked.top_k is None else asked.top_k,
+            top_k=own.top_k if asked.top_k is None else max(0, asked.top_k),
         )
     except ConfigError as error:
         raise Refusal(400, str(error), code="invalid_value", param="temperature") from error

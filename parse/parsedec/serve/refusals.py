@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parsedec.errors import ChatTemplateError, ParsedecError, PromptError, ServerError, ServerRefused
+from parsedec.errors import ChatTemplateError, ParsedecError, PromptError, PromptTooLong, ServerError, ServerRefused
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 INTERNAL = "The server failed on this request; its log says why. Other requests are not affected."
@@ -61,6 +61,8 @@ def refusal(error: Exception) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, PromptTooLong):
+        return Refusal(400, str(error), code="context_length_exceeded")
     if isinstance(error, OWN):
         return Refusal(400, str(error), code="invalid_request")
     if isinstance(error, ServerRefused) and error.status in ASKED and error.said:
