@@ -1,8 +1,10 @@
 """`parsedec serve` from its words to the server's settings; what is wrong is said before a model is loaded."""
 
+import asyncio
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,6 +14,8 @@ from omegaconf import OmegaConf
 import commands
 from parsedec import __main__ as command
 from parsedec.errors import ConfigError
+from parsedec.serve.app import Gateway
+from parsedec.serve.command import Server
 from parsedec.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,3 +107,13 @@ def test_a_mistake_ends_the_command_with_two(override, said, tmp_path):
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []  # a server writes nothing
+
+
+def test_who_asks_is_not_taken_from_a_header():
+    """Fairness is between addresses where there are no keys, and anybody can write X-Forwarded-For."""
+    slow = SimpleNamespace(stream=None)
+    server = Server(Gateway(slow, ServeSettings()))
+    try:
+        assert (server.config.proxy_headers, server.config.ws) == (False, "none")
+    finally:
+        asyncio.run(server.gateway.desk.drain(0))

@@ -50,6 +50,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                proxy_headers=False,  # anyone on this machine could take a client's turn by another name
+                ws="none",
                 timeout_graceful_shutdown=AFTER_DRAIN,
                 h11_max_incomplete_event_size=64 * 1024,
             )

@@ -18,7 +18,9 @@ class ServeSettings:
 
     host, port          where it listens; port 0: any free one
     model               the name clients call the engine by; None: the target's
-    api_key             "env": clients must send one of the keys in PARSEDEC_API_KEY, separated by commas; None: no key
+    api_key             "env": clients must send one of the keys in PARSEDEC_API_KEY, separated by commas; None: no key.
+                        A client is who has a key, or else an address as the connection tells it: X-Forwarded-For is not
+                        believed, so behind a proxy all are one client unless they have keys
     at_once             answers written at a time
     run                 "batch": passes of the models are shared; "threads": a thread each, for models on servers;
                         "auto": whichever fits the models
