@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,8 @@ PAGE_HEADERS = {  # one file that talks to its own server and to nothing else
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+GRACE_S = 0.5  # after it a stream begins, whether or not there is text
+TAKEN = ": the request was taken\n\n"  # a comment, where no chunk can say it
 LEFT = 499  # nobody reads it; what proxies log for a client that went away
 
 
@@ -154,39 +157,36 @@ class Gateway:
         ticket = self.desk.submit(tasks, client)
         book = Book(self._speaks) if self._speaks and tasks[0].top is not None else None
         reply = Reply(chat=chat, model=self.model, fingerprint=self.fingerprint, book=book)
-        try:
+        with ExitStack() as dropping:
+            dropping.callback(ticket.drop)
             if not asked.stream:
                 results = await _unless_gone(request, _collected(ticket, reply))
                 if results is None:
                     return Response(status_code=LEFT)
                 return JSONResponse(reply.whole(results, prompts))
-            # what is wrong with a request is known with the first event: it can still be told by the status
-            first = await _unless_gone(request, ticket.next())
+            # what goes wrong soon can still be told by the status
+            first = await _unless_gone(request, _soon(ticket))
             if first is None:
                 return Response(status_code=LEFT)
-            if isinstance(first[1], Exception):
-                raise refusal(first[1])
-            told = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-            pieces = _events(ticket, reply, first, prompts if told else None)
-            ticket, kept = Ticket(self.desk, (), ticket.events), ticket  # the stream drops it, not this function
-            return EventStream(pieces, kept)
-        finally:
-            ticket.drop()
+            for _, told in first:
+                if isinstance(told, Exception):
+                    raise refusal(told)
+            counted = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+            pieces = _events(ticket, reply, first, prompts if counted else None)
+            return EventStream(pieces, dropping.pop_all())
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; when the reader is gone, or all is said, the ticket is dropped."""
+    """Server-sent events; `closing` is closed when the reader is gone, or all is said."""
 
-    def __init__(self, pieces: AsyncIterator[str], ticket: Ticket) -> None:
+    def __init__(self, pieces: AsyncIterator[str], closing: ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(pieces, media_type="text/event-stream", headers=headers)
-        self.ticket = ticket
+        self.closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with self.closing:
             await super().__call__(scope, receive, send)
-        finally:
-            self.ticket.drop()
 
 
 async def _collected(ticket: Ticket, reply: Reply) -> list[Result]:
@@ -202,11 +202,25 @@ async def _collected(ticket: Ticket, reply: Reply) -> list[Result]:
     return [results[i] for i in sorted(results)]
 
 
-async def _events(ticket: Ticket, reply: Reply, first: tuple[int, Event], usage: int | None) -> AsyncIterator[str]:
+async def _soon(ticket: Ticket) -> list[tuple[int, Event]]:
+    """The first event, if there is one soon."""
+    try:
+        return [await asyncio.wait_for(ticket.next(), GRACE_S)]
+    except TimeoutError:
+        return []
+
+
+async def _events(
+    ticket: Ticket, reply: Reply, first: list[tuple[int, Event]], usage: int | None
+) -> AsyncIterator[str]:
     """The stream: each choice's chunks, and `usage` of that many prompts at the end if it was asked for."""
     results: dict[int, Result] = {}
     opened: set[int] = set()
-    index, told = first
+    if not first:  # the reader is told that its request was taken
+        opened = {job.task.choice for job in ticket.jobs}
+        openings = [opening for index in sorted(opened) if (opening := reply.first(index))]
+        yield "".join(map(event, openings)) or TAKEN
+    index, told = first[0] if first else await ticket.next()
     while not isinstance(told, Exception):
         opening = reply.first(index) if index not in opened else None
         opened.add(index)
