@@ -149,12 +149,12 @@ def test_parts_of_text_are_text(content, text):
 def test_parts_of_a_clients_message_are_joined_by_the_engine(tiny_target):
     parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
     turns = [{"role": "developer", "content": parts[:1]}, {"role": "user", "content": parts}]
-    ((prompt, bare),) = ChatAsked(model="m", messages=turns).prompts()
+    (prompt,) = ChatAsked(model="m", messages=turns).prompts()
     joined = [{"role": "system", "content": "w1 "}, {"role": "user", "content": "w1 w2"}]
-    assert (messages_of(prompt), bare) == (joined, False)
+    assert messages_of(prompt) == joined
     engine = Parse(tiny_target)
     assert engine.target_ids(prompt) == engine.target_ids(joined)
-    ((nothing, _),) = ChatAsked(model="m", messages=[{"role": "user", "content": []}]).prompts()
+    (nothing,) = ChatAsked(model="m", messages=[{"role": "user", "content": []}]).prompts()
     with pytest.raises(PromptError, match="the prompt is empty"):
         engine.generate(nothing)
 
