@@ -20,6 +20,7 @@ from typing import Any
 from parsedec.errors import ParsedecError
 from parsedec.experiment import claims, replay, table
 from parsedec.experiment.record import is_run, read_record, write_text
+from parsedec.experiment.summary import again
 from parsedec.experiment.trace import write_trace
 
 Json = dict[str, Any]
@@ -36,7 +37,8 @@ def read_all(given: list[Path]) -> list[Found]:
             raise ParsedecError(f"there is no record.json below {path}. Expected the folder of a run or of a sweep.")
         for one in below:
             try:
-                found[one] = whole(read_record(one), one)
+                record = whole(read_record(one), one)
+                found[one] = again(record) if is_run(record) else record
             except ParsedecError as error:
                 if one in given:
                     raise

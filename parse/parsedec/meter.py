@@ -69,8 +69,8 @@ class Tally:
 class Meter:
     """Seconds spent in prefill, draft, judge and decode of one request.
 
-    clock  whose seconds are counted; in a batch a request's own ones (`fibers`). Only the time to the first token is
-           always plain time, others' turns included
+    clock  whose seconds are counted; in a batch a request's own ones (`fibers`). Only the times to the first token and
+           to the end are always plain time, others' turns included
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -129,12 +129,13 @@ class Meter:
 
     def times(self) -> PhaseTimes:
         wall = self.now() - self._start
-        first = time.perf_counter() - self._began if self._first_token is None else self._first_token
+        elapsed = time.perf_counter() - self._began
         return PhaseTimes(
             prefill_s=self._phases["prefill"],
             draft_s=self._phases["draft"],
             judge_s=self._phases["judge"],
             decode_s=self._phases["decode"],
             wall_s=wall,
-            first_token_s=first,
+            first_token_s=elapsed if self._first_token is None else self._first_token,
+            elapsed_s=elapsed,
         )

@@ -309,7 +309,7 @@ class PhaseTimes:
     """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims.
 
     In a batch a request is charged what it computed alone and, by rows, its share of the passes made with others: the
-    seconds of all requests add up to the batch's. Only `first_token_s` is the time that had passed.
+    seconds of all requests add up to the batch's. Only `first_token_s` and `elapsed_s` are time that had passed.
     """
 
     prefill_s: float
@@ -318,6 +318,7 @@ class PhaseTimes:
     decode_s: float
     wall_s: float
     first_token_s: float  # until the first token that is sure to stand
+    elapsed_s: float | None = None  # until the answer was complete; alone it is `wall_s`. None: was not taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,7 @@ def assert_as_alone(engine, given, size=4, **options):
         batch = engine.generate_batch(given, size=size, **options)
     assert [comparable(r) for r in batch.results] == [comparable(r) for r in alone]
     assert sum(r.times.wall_s for r in batch.results) <= batch.wall_s
+    assert all(r.times.wall_s <= r.times.elapsed_s + 1e-3 and r.times.elapsed_s <= batch.wall_s for r in batch.results)
     return batch, joint.count / single.count
 
 

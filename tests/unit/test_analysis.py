@@ -1,5 +1,6 @@
 """The analysis of a record against figures worked out by hand, plain forwards and scipy-free references."""
 
+import copy
 import itertools
 import json
 import math
@@ -24,8 +25,8 @@ from parsedec.experiment.analysis import (
     work,
 )
 from parsedec.experiment.runner import Arm, Settings, run_arms
-from parsedec.experiment.summary import attended, compare, mcnemar, summarise, wilson
-from parsedec.experiment.table import markdown
+from parsedec.experiment.summary import again, attended, compare, mcnemar, summarise, wilson
+from parsedec.experiment.table import markdown, sections
 from parsedec.tasks.base import Problem, Score, is_later_turn
 from parsedec.types import Limits, Sampling
 
@@ -95,6 +96,27 @@ def test_latencies_are_quantiles_over_requests():
     for q in (50, 95, 99):
         assert summary[f"latency_s_p{q}"] == pytest.approx(np.percentile(walls, q))
         assert summary[f"first_token_s_p{q}"] == pytest.approx(np.percentile(walls, q) / 10)
+
+
+def test_what_a_request_is_charged_for_in_a_batch_is_not_its_latency():
+    """Its seconds are a share; what passed until the answer is known from now on, and not of older records."""
+    old = [answered(str(i), wall=1.0 + i) for i in range(4)]
+    new = copy.deepcopy(old)
+    for i, one in enumerate(new):
+        one["result"]["times"]["elapsed_s"] = 10.0 + i
+    found = {(name, batch): summarise(requests, batch=batch)["latency_s_p50"]
+             for name, requests in (("old", old), ("new", new)) for batch in (1, 4)}  # fmt: skip
+    assert found == {("old", 1): 2.5, ("old", 4): None, ("new", 1): 11.5, ("new", 4): 11.5}
+    assert summarise([*new, old[0]], batch=4)["latency_s_p50"] is None, "a mixture of both would be of neither"
+    assert summarise(old, batch=4)["first_token_s_p50"] == 0.25
+
+    record = {"config": {"batch": 4}, "summary": summarise(old), "arms": [arm_of("a", old, "outer=none")]}
+    made = again(record)
+    assert made["arms"][0]["summary"] == made["summary"] == summarise(old, batch=4)
+    ((_, heads, (cells,), note),) = sections(made)
+    assert cells[heads.index("latency p50 / p95 / p99, s")] == "-"
+    assert "among the 4 answered at a time" in note
+    assert "at a time" not in sections(record | {"config": {}})[0][3]
 
 
 class Echo:

@@ -8,6 +8,7 @@ import html
 import json
 import re
 import runpy
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,15 @@ def test_latencies_are_quantiles_over_the_stored_requests(report, record):
             assert int(found[arm["name"]]["n"]) == len(times)
             for q in (5, 50, 95, 99):
                 assert float(found[arm["name"]][f"p{q}"]) == pytest.approx(np.quantile(times, q / 100))
+
+
+def test_shares_of_a_batchs_seconds_are_not_drawn_as_waits(record):
+    point = speed.points(record)[0]
+    titles = [figure.name for figure in speed.pictures([replace(point, batch=4)], None, "p")]
+    assert "p-first" in titles
+    assert "p-latency" not in titles
+    assert "p-latency" in [figure.name for figure in speed.pictures([point], None, "p")]
+    assert [p.batch for p in speed.points(record | {"config": {"batch": 4}})] == [4] * len(record["arms"])
 
 
 def test_accuracy_and_speed_are_those_of_the_record(report, record):

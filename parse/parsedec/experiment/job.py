@@ -63,7 +63,8 @@ def run_job(
     def save(status: str) -> None:
         nonlocal record, saved
         # the bootstrap takes longer than a request on small models: not between the requests that are timed
-        record = head | {"status": status} | _results(arms, models, None if status == "running" else baseline)
+        compared = None if status == "running" else baseline
+        record = head | {"status": status} | _results(arms, models, compared, settings.batch)
         if leading():
             write_record(record, folder / "record.json")
         saved = time.monotonic()
@@ -217,13 +218,13 @@ def _settings(cfg: DictConfig) -> Settings:
     )
 
 
-def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None) -> dict[str, Any]:
+def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None, batch: int) -> dict[str, Any]:
     listed = [
         {
             "name": arm.name,
             "description": arm.description,
             "models": models[arm.name],
-            "summary": summarise(arm.requests),
+            "summary": summarise(arm.requests, batch=batch),
             "requests": arm.requests,
         }
         for arm in arms

@@ -7,7 +7,7 @@ and test is over problems: the answers to one are taken together.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -31,11 +31,12 @@ SUMMED = {  # summary key -> where a request's result has it
 }
 
 
-def summarise(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(requests: Sequence[dict[str, Any]], *, batch: int = 1) -> dict[str, Any]:
     """Sums over the requests that have a result.
 
     accuracy   over all that were scored, errors counting as wrong; its interval takes a problem's answers as one
-    latency, first_token   seconds until the answer and until its first sure token: quantiles over requests
+    latency, first_token   seconds until the answer and until its first sure token: quantiles over requests. Latency is
+               None where `batch` requests shared their seconds and nobody took the time that passed (`latencies`)
     target_pairs, draft_pairs   query-key pairs of attention, estimated from the stored counts (`attended`)
     tau        tokens committed per verified tree: the accepted guesses, and the target's own token behind them. Summed,
                then divided. None where nothing was ever guessed
@@ -64,11 +65,35 @@ def summarise(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary["tau"] = (trees + sum(summary["accepted_by_depth"])) / trees if trees and guessed else None
     summary["tokens_per_s"] = summary["new_tokens"] / summary["wall_s"] if summary["wall_s"] else None
     summary["kept_share"] = summary["kept_draft_tokens"] / summary["draft_tokens"] if summary["draft_tokens"] else None
-    for name, key in (("first_token_s", "first_token_s"), ("latency_s", "wall_s")):
-        taken = [result["times"][key] for result in results]
+    firsts = [result["times"]["first_token_s"] for result in results]
+    for name, taken in (("first_token_s", firsts), ("latency_s", latencies(results, batch))):
         summary |= {f"{name}_p{q}": float(np.percentile(taken, q)) if taken else None for q in (50, 95, 99)}
     summary["judge_paths"] = sorted({result["judge_path"] for result in results if result["judge_path"]})
     return summary
+
+
+def latencies(results: Sequence[Mapping[str, Any]], batch: int) -> list[float]:
+    """Seconds until each answer was complete. Results from before `elapsed_s` was taken have only their share of a
+    batch's seconds: that is all there is to know where they were answered alone, and no latency otherwise. Then: []."""
+    elapsed = [result["times"].get("elapsed_s") for result in results]
+    if None in elapsed:
+        return [result["times"]["wall_s"] for result in results] if batch == 1 else []
+    return elapsed
+
+
+def again(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's record with the summaries of its arms made again from its requests: an earlier version counted otherwise.
+
+    The whole of a summary, not what it lacks: figures of one table are made the same way.
+    """
+    batch = batch_of(record)
+    arms = [arm | {"summary": summarise(arm["requests"], batch=batch)} for arm in record["arms"]]
+    return {**record, "arms": arms} | ({"summary": arms[0]["summary"]} if "summary" in record else {})
+
+
+def batch_of(record: Mapping[str, Any]) -> int:
+    """Requests that were answered at a time."""
+    return int((record.get("config") or {}).get("batch") or 1)
 
 
 def attended(result: dict[str, Any], rows: str) -> float:

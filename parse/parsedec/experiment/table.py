@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from parsedec.experiment.analysis import predict, rows_per_tree, token_ceiling, work
+from parsedec.experiment.summary import batch_of
 
 DEEPEST = 8  # levels shown; a record holds all of them
 OFFERED = 0.95  # the share of trees that reached a level is shown where it is below this
@@ -109,9 +110,13 @@ WORK: Section = (
     ("device time", _device_seconds),
 )
 WORK_CAPTION = (
-    "n = {n}. GFLOP per answered request: 2 x parameters x rows and attention, rows counted, from the models' sizes; "
-    "an inner speculator's head or model is not among them. Device time: wall-clock times devices, all requests. "
-    "Neither is known of models on servers."
+    "n = {n}. {batched}GFLOP per answered request: 2 x parameters x rows and attention, rows counted, from the models' "
+    "sizes; an inner speculator's head or model is not among them. Device time: wall-clock times devices, all "
+    "requests. Neither is known of models on servers."
+)
+BATCHED = (
+    "Latency is the time that passed for a request among the {batch} answered at a time, not its share of their "
+    "seconds, which is all that is known where - stands. "
 )
 ANALYSIS: Section = (
     ("speed-up in time", _measured),
@@ -230,7 +235,9 @@ def sections(record: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         if entropy
         else "no entropy was measured."
     )
-    chosen = [("Latency and work", WORK, WORK_CAPTION.format(n=n))]
+    batch = batch_of(record)
+    batched = BATCHED.format(batch=batch) if batch > 1 else ""
+    chosen = [("Latency and work", WORK, WORK_CAPTION.format(n=n, batched=batched))]
     if record.get("comparison"):
         chosen.append(("Cost model and ceilings", ANALYSIS, ANALYSIS_CAPTION.format(n=n, entropy=source)))
     return [

@@ -17,7 +17,8 @@ from parsedec.advice import report as advice
 from parsedec.calibration import report as calibration
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
-from parsedec.experiment.record import read_record
+from parsedec.experiment.record import is_run, read_record
+from parsedec.experiment.summary import again
 
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+): (?P<heads>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -31,7 +32,8 @@ class Figures:
 
     def record(self, name: str) -> dict[str, Any]:
         if name not in self._read:
-            self._read[name] = read_record(self.records / name / "record.json")
+            record = read_record(self.records / name / "record.json")
+            self._read[name] = again(record) if is_run(record) else record
         return self._read[name]
 
     def table(self, name: str, heads: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from parsedec.experiment.analysis import predict
-from parsedec.experiment.summary import resampled
+from parsedec.experiment.summary import batch_of, latencies, resampled
 from parsedec.reporting.curves import depth_figure, threshold_figure
 from parsedec.reporting.figure import (
     COLOURS,
@@ -42,13 +42,15 @@ DEEPEST = 10  # segments of the map; later ones share the last
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """An arm: its name, what the record has of it, its row of the comparison, the threshold it ran with."""
+    """An arm: its name, what the record has of it, its row of the comparison, the threshold it ran with, and how many
+    requests were answered at a time."""
 
     name: str
     arm: Json
     gain: Json | None = None
     expected: Json | None = None
     threshold: float | None = None
+    batch: int = 1
 
     @property
     def summary(self) -> Json:
@@ -72,6 +74,7 @@ def points(record: Json) -> list[Point]:
             gain=gains.get(arm["name"]),
             expected=predict(dict(record), arm) if sized and gains else None,
             threshold=threshold_of(record, arm),
+            batch=batch_of(record),
         )
         for arm in record["arms"]
         if any(request.get("result") for request in arm["requests"])
@@ -112,8 +115,9 @@ def pictures(found: Sequence[Point], baseline: str | None, prefix: str) -> list[
         lambda: kept(found, prefix),
         lambda: positions(found, prefix),
         lambda: times(found, prefix),
-        lambda: waits(found, prefix, "latency", "How long an answer took", "wall_s", "until the answer was complete"),
-        lambda: waits(found, prefix, "first", "How long until the first words", "first_token_s",
+        lambda: waits(found, prefix, "latency", "How long an answer took", _until_complete,
+                      "until the answer was complete"),
+        lambda: waits(found, prefix, "first", "How long until the first words", _until_first,
                       "until the first token that could no longer change"),
         lambda: depths(found, prefix),
     )  # fmt: skip
@@ -264,11 +268,24 @@ def times(found: Sequence[Point], prefix: str) -> Figure:
     )
 
 
-def waits(found: Sequence[Point], prefix: str, name: str, title: str, key: str, until: str) -> Figure:
+def _until_complete(point: Point) -> list[float]:
+    return latencies([result for _, result in point.results], point.batch)
+
+
+def _until_first(point: Point) -> list[float]:
+    return [result["times"]["first_token_s"] for _, result in point.results]
+
+
+def waits(
+    found: Sequence[Point], prefix: str, name: str, title: str, taken_of: Callable[[Point], list[float]], until: str
+) -> Figure | None:
+    """Quantiles of seconds; nothing where no arm has any."""
     rows: list[list[Cell]] = []
     for point in found:
-        taken = [result["times"][key] for _, result in point.results]
-        rows.append([point.name, len(taken), *(float(q) for q in np.percentile(taken, QUANTILES))])
+        if taken := taken_of(point):
+            rows.append([point.name, len(taken), *(float(q) for q in np.percentile(taken, QUANTILES))])
+    if not rows:
+        return None
     return Figure(
         name=f"{prefix}-{name}",
         title=title,
