@@ -18,6 +18,7 @@ from parsedec.advice.verdict import (
     best_parse,
     blind,
     conclude,
+    falls,
     headline,
     luck_of_choice,
     separations,
@@ -309,6 +310,10 @@ def test_the_rehearsals_accuracy_is_of_what_was_scored_for_both():
     assert found["change"] == pytest.approx(2 / 4 - 3 / 4)
     assert found["interval"][0] < found["change"] < found["interval"][1]
     assert accuracy_change(requests(target), requests([None] * 6)) is None
+    failed = [one if i != 4 else one | {"correct": False, "result": None} for i, one in enumerate(requests(arm))]
+    found = accuracy_change(requests(target), failed)
+    assert (found["requests"], found["change"]) == (4, pytest.approx(1 / 4 - 3 / 4)), "not answered is not right"
+    assert falls(found, Demands(gain=1.0, spoilt=0.4))
     record = {
         "rehearsed": {"accuracy": {"once": {"requests": 4, "change": -0.25, "interval": [-1, 0.5]}, "twice": None}}
     }

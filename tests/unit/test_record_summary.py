@@ -21,6 +21,7 @@ from parsedec.experiment.claim import release
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, read_record, to_json, write_record
 from parsedec.experiment.summary import compare, summarise, wilson
 from parsedec.experiment.table import columns, markdown, rows, terminal
+from parsedec.experiment.trace import arm_views
 from parsedec.meter import Tally
 from parsedec.types import Author, Sampling, Span
 
@@ -451,7 +452,7 @@ def test_answers_that_no_program_scores_are_neither_right_nor_wrong():
     arm += [request("r", 10, 1.0, correct=True), request("s", 10, 1.0, correct=None)]
     got = compare(baseline, arm)
     assert (got["accuracy_change"], got["better"], got["worse"], got["mcnemar_p"]) == (1.0, 1, 0, 1.0)
-    assert (got["requests"], got["accuracy_change_low"]) == (6, 1.0)
+    assert (got["requests"], got["scored"], got["accuracy_change_low"]) == (6, 1, 1.0)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -476,5 +477,32 @@ def test_comparison_is_over_requests_both_answered():
     got = compare([*baseline, FAILED, alone], [FAILED, *reversed(arm)])
     assert got["requests"] == 6
     assert got["speedup"] == pytest.approx(2.0)
-    assert compare([FAILED], [FAILED]) is None
+    assert (got["scored"], got["problems"]) == (7, 6)
+    assert compare([FAILED | {"correct": None}], [FAILED]) is None
     assert compare([], arm) is None
+
+
+def test_what_an_arm_cannot_answer_it_has_not_got_right():
+    """As in its own accuracy: 90 of 100 right, and of the same ones 40 where 50 failed."""
+    baseline = [request(str(i), 10, 1.0, correct=i % 10 > 0) for i in range(100)]
+    arm = [request(str(i), 10, 0.5, correct=i % 10 > 0) if i < 50 else FAILED | {"id": str(i)} for i in range(100)]
+    arm[3] |= {"correct": False}
+    got = compare(baseline, arm)
+    assert got["accuracy_change"] == pytest.approx(summarise(arm)["accuracy"] - summarise(baseline)["accuracy"])
+    assert got["accuracy_change"] == pytest.approx(-0.46)
+    assert got["accuracy_change_high"] < -0.3
+    assert (got["better"], got["worse"], got["scored"]) == (0, 46, 100)
+    assert got["mcnemar_p"] < 1e-9
+    assert (got["requests"], got["problems"], got["time_ratio"]) == (50, 50, pytest.approx(2.0))
+
+
+def test_an_arm_that_answers_nothing_has_no_speed_and_is_wrong():
+    baseline = [request(str(i), 10, 1.0) for i in range(20)]
+    failed = [FAILED | {"id": str(i), "prompt": "p"} for i in range(20)]
+    got = compare(baseline, failed)
+    assert (got["requests"], got["scored"], got["accuracy_change"], got["worse"]) == (0, 20, -1.0, 20)
+    assert {got[f"{ratio}{end}"] for ratio in ("speedup", "time_ratio") for end in ("", "_low", "_high")} == {None}
+    record = record_of(target=baseline, other=failed) | {"comparison": [{"arm": "other"} | got]}
+    cells = dict(zip([name for name, _ in columns(record)], rows(record)[1][1:], strict=True))
+    assert (cells["speed-up in tok/s"], cells["in time"], cells["McNemar p"]) == ("-", "-", "1.9e-06 (+0 -20)")
+    assert arm_views(record["arms"], record["comparison"])[1]["gain"] is None

@@ -234,7 +234,7 @@ class Advisor:
         found = compare(done["target"], done["once"])
         answered = {r["id"] for r in done["target"] if r["result"]} & {r["id"] for r in done["once"] if r["result"]}
         both = [i for i, trial in enumerate(self.predictor.trials) if trial.id in answered]
-        if found is None or not both:
+        if found is None or found["time_ratio"] is None or not both:
             return None
         taken = sum(first.seconds[i] for i in both)
         return {
@@ -253,7 +253,7 @@ class Advisor:
         done, rows = self._run("check", arms, problems), []
         for name, one in expected.items():
             measured = compare(done["target"], done[name])
-            if measured is None:
+            if measured is None or measured["time_ratio"] is None:
                 raise ConfigError(f"no problem of the check could be answered by both the target and {one.arm.label}.")
             rows.append({
                 "arm": one.arm.label, "advised": one is verdict.recommended, "predicted": one.speedup,
@@ -336,12 +336,12 @@ class Advisor:
 
 def accuracy_change(target: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The arm's share of right answers less the target's, on the requests that were scored for both, with its 95 %
-    interval; None where there is none."""
-    scored = [[one for one in runs if one.get("correct") is not None] for runs in (target, arm)]
-    if (found := compare(*scored)) is None:
+    interval; None where there is none. What could not be answered is not right."""
+    found = compare(target, arm)
+    if found is None or not found["scored"]:
         return None
     low, high = found["accuracy_change_low"], found["accuracy_change_high"]
-    return {"requests": found["requests"], "change": found["accuracy_change"], "interval": [low, high]}
+    return {"requests": found["scored"], "change": found["accuracy_change"], "interval": [low, high]}
 
 
 def _complete(record: dict[str, Any]) -> bool:

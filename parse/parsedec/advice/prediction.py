@@ -240,7 +240,7 @@ def observed(
     target  requests of the target alone, own: of the arm
     """
     found, summary = compare(target, own), summarise(own)
-    if found is None:
+    if found is None or found["time_ratio"] is None:
         return replace(one, arm=arm)
     answered = sum(1 for request in own if request.get("result"))
     return replace(

@@ -217,7 +217,8 @@ def _speedups(record: Json) -> Iterator[Claim]:
 def against(run: Json, arm: str, than: str) -> dict[str, Any] | None:
     """One arm of the replay against another, on the requests both answered; None where there are none."""
     first, second = _arm(run, than), _arm(run, arm)
-    return None if first is None or second is None else compare(first["requests"], second["requests"])
+    row = None if first is None or second is None else compare(first["requests"], second["requests"])
+    return None if row is None or row["speedup"] is None else row
 
 
 def _added(record: Json) -> Iterator[Claim]:

@@ -20,7 +20,7 @@ from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.problems import digest, digests, read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance, write_record
 from parsedec.experiment.runner import Arm, Settings, run_arms
-from parsedec.experiment.summary import compare, summarise
+from parsedec.experiment.summary import comparison, summarise
 from parsedec.experiment.trace import write_trace
 from parsedec.ranks import leading
 from parsedec.remote.model import RemoteModel
@@ -232,10 +232,9 @@ def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None, 
     results: dict[str, Any] = {"arms": listed}
     if len(arms) == 1:
         results["summary"] = listed[0]["summary"]
-    first = next((arm for arm in arms if arm.name == baseline), None)
-    if first is not None:
-        rows = [(arm.name, compare(first.requests, arm.requests)) for arm in arms if arm is not first]
-        results |= {"baseline": baseline, "comparison": [{"arm": name, **row} for name, row in rows if row]}
+    requests = {arm.name: arm.requests for arm in arms}
+    if baseline in requests:
+        results |= {"baseline": baseline, "comparison": comparison(requests, baseline)}
     return results
 
 

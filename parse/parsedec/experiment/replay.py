@@ -55,7 +55,7 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
     for arm in record["arms"]:
         summary, row, best = arm["summary"], against.get(arm["name"]), ceiling(arm, costs)
         each = summary["wall_s"] / summary["new_tokens"] if summary["new_tokens"] else None
-        share = row["speedup"] / best if row and best else None
+        share = row["speedup"] / best if row and row["speedup"] is not None and best else None
         made.append(
             [
                 arm["name"],
@@ -116,5 +116,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     bars = [
         Bar(row["arm"], row["speedup"], row["speedup_low"], row["speedup_high"], ceiling(arms[row["arm"]], costs))
         for row in record.get("comparison", [])
+        if row["speedup"] is not None
     ]
     draw_bars(bars, record["title"], f"tokens per second over the arm '{record['baseline']}'", "ceiling", path)

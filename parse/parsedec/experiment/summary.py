@@ -7,11 +7,15 @@ and test is over problems: the answers to one are taken together.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Pair = tuple[dict[str, Any], dict[str, Any]]  # the same request, answered by the baseline and by an arm
 
 SUMMED = {  # summary key -> where a request's result has it
     "target_calls": ("counters", "target_calls"),
@@ -82,13 +86,20 @@ def latencies(results: Sequence[Mapping[str, Any]], batch: int) -> list[float]:
 
 
 def again(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's record with the summaries of its arms made again from its requests: an earlier version counted otherwise.
-
-    The whole of a summary, not what it lacks: figures of one table are made the same way.
-    """
+    """A run's record with its summaries and its comparison made again from its requests: an earlier version counted
+    otherwise. All of them, not what they lack: figures of one table are made the same way."""
     batch = batch_of(record)
     arms = [arm | {"summary": summarise(arm["requests"], batch=batch)} for arm in record["arms"]]
-    return {**record, "arms": arms} | ({"summary": arms[0]["summary"]} if "summary" in record else {})
+    found = {**record, "arms": arms} | ({"summary": arms[0]["summary"]} if "summary" in record else {})
+    if "comparison" in record:
+        found["comparison"] = comparison({arm["name"]: arm["requests"] for arm in arms}, record["baseline"])
+    return found
+
+
+def comparison(arms: Mapping[str, Sequence[dict[str, Any]]], baseline: str) -> list[dict[str, Any]]:
+    """A row (`compare`) for every arm that can be paired with the baseline; arms: name -> requests."""
+    rows = [(name, compare(arms[baseline], own)) for name, own in arms.items() if name != baseline]
+    return [{"arm": name, **row} for name, row in rows if row]
 
 
 def batch_of(record: Mapping[str, Any]) -> int:
@@ -135,35 +146,79 @@ def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
 def compare(
     baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any] | None:
-    """An arm against the baseline on the requests both answered, with 95 % bootstrap intervals, paired by problem.
+    """An arm against the baseline, with 95 % bootstrap intervals, paired by problem; None where nothing can be paired.
 
     speedup           ratio of tokens per second, all tokens over all wall-clock seconds
     time_ratio        baseline's seconds over the arm's, for the same requests
     accuracy_change   arm minus baseline, in share of the requests that both were scored on; None if there are none
     better, worse     problems the arm gets right more, or less, often than the baseline; mcnemar_p: how often a fair
                       coin splits them so unevenly (McNemar's exact test, two-sided), None if nothing was scored
+
+    Speed is of the `requests` that both answered, on so many `problems`; None where there are none. Rightness is of the
+    `scored` ones, answered or not: what an arm cannot answer it has not got right.
     """
-    first = {_asked(request): request for request in baseline if request.get("result")}
-    problems: dict[str, list[tuple[float, ...]]] = {}
-    for request in arm:
-        if request.get("result") and (other := first.get(_asked(request))):
-            problems.setdefault(request["id"], []).append(_pair(other, request))
-    if not problems:
+    first = {_asked(request): request for request in baseline}
+    pairs = [(other, request) for request in arm if (other := first.get(_asked(request)))]
+    answered = [pair for pair in pairs if all(request.get("result") for request in pair)]
+    scored = [pair for pair in pairs if all(request.get("correct") is not None for request in pair)]
+    if not answered and not scored:
         return None
-    rows = np.array([np.sum(answers, axis=0) for answers in problems.values()])  # [n, 8]
-    draws = resampled(len(rows), seed, resamples)
-    samples = np.stack([_ratios(rows[draw].sum(0)) for draw in draws])  # [resamples, 3]
-    scored, names = bool(rows[:, 7].any()), ("speedup", "time_ratio", "accuracy_change")
-    kinds = names if scored else names[:2]
-    low, high = np.nanpercentile(samples[:, : len(kinds)], [2.5, 97.5], axis=0)
-    estimate = _ratios(rows.sum(0))
-    better, worse = int((rows[:, 5] > rows[:, 2]).sum()), int((rows[:, 5] < rows[:, 2]).sum())
-    out: dict[str, Any] = {"requests": int(rows[:, 6].sum()), "problems": len(rows)}
-    out |= {"better": better, "worse": worse, "mcnemar_p": mcnemar(better, worse) if scored else None}
-    out |= {f"{name}{end}": None for name in names for end in ("", "_low", "_high")}
-    for i, name in enumerate(kinds):
-        out |= {name: float(estimate[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
-    return out
+    speed, right = _by_problem(answered, _work), _by_problem(scored, _rightness)  # [n, 4], [m, 3]
+    better, worse = (int((right[:, 1] * sign > right[:, 0] * sign).sum()) for sign in (1, -1))
+    return {
+        "requests": len(answered),
+        "problems": len(speed),
+        "scored": len(scored),
+        **_with_interval("speedup", speed, _speedup, resamples, seed),
+        **_with_interval("time_ratio", speed, _time_ratio, resamples, seed),
+        **_with_interval("accuracy_change", right, _change, resamples, seed),
+        "better": better,
+        "worse": worse,
+        "mcnemar_p": mcnemar(better, worse) if scored else None,
+    }
+
+
+def _by_problem(pairs: Sequence[Pair], facts: Callable[[Pair], tuple[float, ...]]) -> Floats:
+    """Facts of pairs, summed over the answers to each problem: [problems, facts]; [0, 2] of no pairs."""
+    problems: dict[str, list[tuple[float, ...]]] = {}
+    for pair in pairs:
+        problems.setdefault(pair[1]["id"], []).append(facts(pair))
+    return np.array([np.sum(answers, axis=0) for answers in problems.values()]) if problems else np.zeros((0, 2))
+
+
+def _work(pair: Pair) -> tuple[float, ...]:
+    """Tokens and seconds of both."""
+    results = [request["result"] for request in pair]
+    return tuple(fact for result in results for fact in (len(result["tokens"]), result["times"]["wall_s"]))
+
+
+def _rightness(pair: Pair) -> tuple[float, ...]:
+    """Whether each is right, and 1."""
+    return (*(float(request["correct"]) for request in pair), 1.0)
+
+
+def _speedup(sums: Floats) -> float:
+    tokens_a, wall_a, tokens_b, wall_b = sums
+    return float(tokens_b / wall_b / (tokens_a / wall_a))
+
+
+def _time_ratio(sums: Floats) -> float:
+    return float(sums[1] / sums[3])
+
+
+def _change(sums: Floats) -> float:
+    return float((sums[1] - sums[0]) / sums[2])
+
+
+def _with_interval(
+    name: str, rows: Floats, ratio: Callable[[Floats], float], resamples: int, seed: int
+) -> dict[str, float | None]:
+    """The ratio of sums over problems, rows [n, facts], and its interval; None of no problems."""
+    found: list[float | None] = [None] * 3
+    if len(rows):
+        samples = [ratio(rows[draw].sum(0)) for draw in resampled(len(rows), seed, resamples)]
+        found = [ratio(rows.sum(0)), *map(float, np.percentile(samples, [2.5, 97.5]))]
+    return {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
 
 
 def mcnemar(better: int, worse: int) -> float:
@@ -174,23 +229,6 @@ def mcnemar(better: int, worse: int) -> float:
 
 def _asked(request: dict[str, Any]) -> tuple[str, int | None]:
     return request["id"], request.get("seed")
-
-
-def _pair(baseline: dict[str, Any], arm: dict[str, Any]) -> tuple[float, ...]:
-    """Tokens, seconds and rightness of both, 1, and whether both were scored; an open-ended answer is neither right
-    nor wrong."""
-    scored = all(request.get("correct") is not None for request in (baseline, arm))
-    facts: list[float] = []
-    for request in (baseline, arm):
-        result = request["result"]
-        facts += [len(result["tokens"]), result["times"]["wall_s"], float(scored and bool(request["correct"]))]
-    return (*facts, 1.0, float(scored))
-
-
-def _ratios(sums: np.ndarray) -> np.ndarray:
-    tokens_a, wall_a, right_a, tokens_b, wall_b, right_b, _, scored = sums
-    change = (right_b - right_a) / scored if scored else np.nan
-    return np.array([tokens_b / wall_b / (tokens_a / wall_a), wall_a / wall_b, change])
 
 
 def sum_by_depth(counts: Sequence[Sequence[int]]) -> list[int]:

@@ -37,7 +37,11 @@ def _tau(summary: dict[str, Any], _: dict[str, Any] | None) -> str:
 
 def _ratio(name: str) -> Callable[[dict[str, Any], dict[str, Any] | None], str]:
     def cell(_: dict[str, Any], row: dict[str, Any] | None) -> str:
-        return "-" if row is None else f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+        return (
+            "-"
+            if row is None or row[name] is None
+            else f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+        )
 
     return cell
 

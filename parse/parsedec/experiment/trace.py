@@ -232,6 +232,7 @@ def card_views(arms: Sequence[Json]) -> list[dict[str, Any]]:
 
 def arm_views(arms: Sequence[Json], comparison: Sequence[Json]) -> list[dict[str, Any]]:
     """The rows of the summary table. Speed-ups share one axis that contains 1; `axis` is per cent of it."""
+    comparison = [row for row in comparison if row["speedup"] is not None]
     ends = [1.0, *(float(row[end]) for row in comparison for end in ("speedup_low", "speedup_high"))]
     lo, length = min(ends), max(max(ends) - min(ends), 1e-9)
     gains = {row["arm"]: row for row in comparison}
@@ -269,6 +270,7 @@ def page_view(record: Json) -> dict[str, Any]:
         "status": record["status"],
         "facts": list(filter(None, facts)),
         "compared": bool(record.get("comparison")),
+        "baseline": record.get("baseline", arms[0]["name"] if arms else None),
         "arms": arm_views(arms, record.get("comparison") or ()),
         "cards": card_views(arms),
         "folded": {

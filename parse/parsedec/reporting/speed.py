@@ -65,7 +65,7 @@ class Point:
 
 def points(record: Json) -> list[Point]:
     """The arms of a record that answered something."""
-    gains = {row["arm"]: row for row in record.get("comparison") or ()}
+    gains = {row["arm"]: row for row in record.get("comparison") or () if row["speedup"] is not None}
     sized = all("models" in arm for arm in record["arms"])  # the cost model asks for the models' sizes
     return [
         Point(
