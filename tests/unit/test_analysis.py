@@ -58,7 +58,7 @@ def test_mcnemar_is_taken_over_paired_problems():
     right = [(True, True), (True, False), (False, True), (False, True), (False, False), (False, True)]
     base = [answered(str(i), correct=a) for i, (a, _) in enumerate(right)]
     arm = [answered(str(i), correct=b) for i, (_, b) in enumerate(right)]
-    row = compare(base, arm, resamples=50)
+    row = compare(base, arm)
     assert (row["better"], row["worse"], row["problems"]) == (3, 1, 6)
     assert row["mcnemar_p"] == pytest.approx(2 * (1 + 4) / 16)
 
@@ -69,7 +69,7 @@ def test_several_answers_to_a_problem_are_one_draw():
     facts = [(str(i), rng.uniform(1, 3), rng.random() < 0.7, rng.random() < 0.8) for i in range(25)]
     once = [[answered(name, wall=wall / k, correct=(a, b)[k - 1]) for name, wall, a, b in facts] for k in (1, 2)]
     often = [[dict(request, seed=seed) for request in arm for seed in range(4)] for arm in once]
-    single, several = compare(*once, resamples=200), compare(*often, resamples=200)
+    single, several = compare(*once), compare(*often)
     for count in ("requests", "scored"):
         assert several.pop(count) == 4 * single.pop(count)
     assert several == pytest.approx(single)
@@ -80,7 +80,7 @@ def test_several_answers_to_a_problem_are_one_draw():
 def test_seeds_are_paired_with_themselves():
     base = [answered("a", wall=w, seed=s) for s, w in ((0, 1.0), (1, 3.0))]
     arm = [answered("a", wall=w, seed=s) for s, w in ((1, 1.0), (2, 50.0))]
-    row = compare(base, arm, resamples=20)
+    row = compare(base, arm)
     assert (row["requests"], row["time_ratio"]) == (1, pytest.approx(3.0))
 
 
@@ -294,7 +294,7 @@ def comparison(inner="inner=none", alone=True):
         tokens=101, wall=5.0, decode=2.0, draft=1.5, judge=0.3, path="packed", draft_tokens=100, kept_draft_tokens=61,
         judge_passes=1, judge_rows=120)], f"outer=parse {inner}", draft="small")  # fmt: skip
     arms = [base, fast, parse] + [draft] * alone
-    rows = [{"arm": arm["name"], **compare(base["requests"], arm["requests"], resamples=20)} for arm in arms[1:]]
+    rows = [{"arm": arm["name"], **compare(base["requests"], arm["requests"])} for arm in arms[1:]]
     return {"arms": arms, "baseline": "target", "comparison": rows}, parse
 
 

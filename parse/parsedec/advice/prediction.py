@@ -24,6 +24,7 @@ from parsedec.boundary import BoundaryRule
 from parsedec.calibration.decisions import Pair, decide, kept_tokens, prefix_losses
 from parsedec.calibration.samples import Sample
 from parsedec.experiment.analysis import expected_seconds
+from parsedec.experiment.intervals import jackknifed
 from parsedec.experiment.summary import compare, resampled, summarise
 
 Floats = NDArray[np.float64]
@@ -67,7 +68,7 @@ class ArmChoice:
 class Expected:
     """What is to be expected of an arm.
 
-    speedup      the target's seconds over the arm's, with a 95 % interval (bootstrap over problems)
+    speedup      the target's seconds over the arm's, with a 95 % interval (`jackknifed` over problems)
     seconds      of the arm by problem [n], as predicted
     kept_share   of the drafts' tokens, their end tokens included
     spoils       whether something wrong is kept, by problem [n]; empty without drafts
@@ -77,7 +78,7 @@ class Expected:
 
     arm: ArmChoice
     speedup: float
-    interval: tuple[float, float]
+    interval: tuple[float | None, float | None]
     seconds: tuple[float, ...]
     kept_share: float | None = None
     spoils: tuple[bool, ...] = ()
@@ -221,11 +222,11 @@ class Predictor:
     def _expected(self, arm: ArmChoice, seconds: Floats, draft: Floats, judge: Floats) -> Expected:
         parts = {"prefill": self.prefill, "draft": draft, "judge": judge}
         parts["decode"] = seconds - self.prefill - draft - judge
-        low, high = np.percentile(self.resampled(tuple(seconds)), [2.5, 97.5])
+        speedup, low, high = jackknifed(np.stack([self.target, seconds], axis=1), lambda sums: sums[0] / sums[1])
         return Expected(
             arm=arm,
-            speedup=float(self.target.sum() / seconds.sum()),
-            interval=(float(low), float(high)),
+            speedup=speedup,
+            interval=(low, high),
             seconds=tuple(float(s) for s in seconds),
             parts={name: float(part.mean()) for name, part in parts.items()},
         )
@@ -243,11 +244,12 @@ def observed(
     if found is None or found["time_ratio"] is None:
         return replace(one, arm=arm)
     answered = sum(1 for request in own if request.get("result"))
+    low, high = (None if end is None else end / luck for end in (found["time_ratio_low"], found["time_ratio_high"]))
     return replace(
         one,
         arm=arm,
         speedup=found["time_ratio"] / luck,
-        interval=(found["time_ratio_low"] / luck, found["time_ratio_high"] / luck),
+        interval=(low, high),
         kept_share=summary["kept_share"],
         parts={phase: summary[f"{phase}_s"] / answered for phase in one.parts},
         rehearsed=found["problems"],

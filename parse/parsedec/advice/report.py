@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from parsedec.experiment.intervals import with_interval
 from parsedec.experiment.nodes import conf_folder
 from parsedec.experiment.record import write_text
 from parsedec.experiment.summary import wilson
@@ -118,10 +119,9 @@ def alone(record: Mapping[str, Any]) -> list[Json]:
 
 
 def _arm_row(arm: Json, n: int) -> list[str]:
-    low, high = arm["interval"]
     parts = [f"{1000 * arm['parts'][name]:.1f}" for name in ("draft", "judge", "decode")]
     kept = "-" if arm["kept_share"] is None else f"{100 * arm['kept_share']:.0f} %"
-    return [arm["label"], f"{arm['speedup']:.2f} [{low:.2f}, {high:.2f}]", kept, _spoilt(arm["spoilt"], n), *parts]
+    return [arm["label"], with_interval(arm["speedup"], *arm["interval"]), kept, _spoilt(arm["spoilt"], n), *parts]
 
 
 def _spoilt(share: float | None, n: int) -> str:
@@ -196,7 +196,7 @@ def check_rows(record: Json) -> list[list[str]]:
         kept = "-" if row["kept_share"] is None else f"{100 * row['kept_share']:.0f} %"
         change = row["accuracy_change"]
         rows.append([
-            row["arm"], *(f"{x:.2f} [{low:.2f}, {high:.2f}]" for x, low, high in (said, seen)),
+            row["arm"], with_interval(*said), with_interval(*seen),
             f"{100 * row['error']:+.0f} %{close}", f"{row['tokens_speedup']:.2f}",
             "-" if change is None else f"{100 * change:+.1f} points", kept])  # fmt: skip
     return rows
@@ -208,7 +208,7 @@ def note(record: Json) -> str:
     shown = "prefixes" if record["verdict"]["prefixes"] else "complete drafts; wrong prefixes cannot be told here"
     return (
         f"Tier: {tier(record)}. n = {record['costs']['problems']}, seed {config['seed']}, at most "
-        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (bootstrap over problems; Wilson). "
+        f"{config['max_new_tokens']} new tokens; speed-ups in time, 95 % intervals (jackknife over problems; Wilson). "
         "An arm: segmenter, threshold, inner level, loop. Spoilt: requests the target alone gets right and of which "
         f"something wrong is kept ({shown}). Milliseconds a request. The best, its loops and the best inner level "
         f"alone are as they ran{_where(record)}, the others as costs predict; what the best owes to having been "

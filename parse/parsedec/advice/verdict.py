@@ -11,6 +11,7 @@ import numpy as np
 from parsedec.advice.prediction import Expected, Predictor
 from parsedec.calibration.figures import judged, separation
 from parsedec.calibration.risk import upper_bound
+from parsedec.experiment.intervals import with_interval
 
 NEAR = 0.02  # arms this close in speed are told apart by what they spoil
 CONFIDENCE = 0.95  # of the bound on what an arm spoils
@@ -179,9 +180,10 @@ def headline(verdict: Verdict) -> str:
     """The advice in a sentence or two."""
     one = verdict.recommended
     low, high = one.interval
-    said = f"{one.speedup:.2f} [{low:.2f}, {high:.2f}] times the target's speed is to be expected."
+    said = f"{with_interval(one.speedup, low, high)} times the target's speed is to be expected."
     if verdict.helps:
-        unsure = " The interval reaches below 1: take more prompts (n=…)." if low < 1 else ""
+        unsure = " The interval reaches below 1: take more prompts (n=…)." if low is not None and low < 1 else ""
+        unsure = " There are too few prompts for an interval: take more (n=…)." if low is None else unsure
         return f"PARSE helps this pair: {said}{unsure}"
     if one.arm.inner != "none":
         return f"PARSE will not help this pair; inner={one.arm.inner} alone does: {said}"

@@ -1,7 +1,7 @@
 """What was to be shown on a GPU beside what was measured: a line per claim, made from the record of `gpu`.
 
 Wanted numbers are settings (`wanted` in conf/gpu.yaml); a line without one only tells what was measured. Of ratios the
-spread is the 95 % paired bootstrap interval over requests, of passes the range of the repeats.
+spread is the 95 % paired interval over requests, of fewer than `FEWEST` the range of theirs, as of repeated passes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Group
 from parsedec.experiment import floors, replay, table
 from parsedec.experiment.analysis import token_seconds
 from parsedec.experiment.floors import GIB, JudgeSize
+from parsedec.experiment.intervals import FEWEST
 from parsedec.experiment.record import read_record
 from parsedec.experiment.summary import compare
 
@@ -215,10 +216,18 @@ def _speedups(record: Json) -> Iterator[Claim]:
 
 
 def against(run: Json, arm: str, than: str) -> dict[str, Any] | None:
-    """One arm of the replay against another, on the requests both answered; None where there are none."""
+    """One arm of the replay against another, on the requests both answered; None where there are none. Of too few
+    for an interval, its ends are the least and the most that a request says."""
     first, second = _arm(run, than), _arm(run, arm)
     row = None if first is None or second is None else compare(first["requests"], second["requests"])
-    return None if row is None or row["speedup"] is None else row
+    if first is None or second is None or row is None or row["speedup"] is None:
+        return None
+    alone = [one for request in second["requests"] if (one := compare(first["requests"], [request]))]
+    for name in ("speedup", "time_ratio"):
+        if row[f"{name}_low"] is None:
+            ratios = [one[name] for one in alone if one[name] is not None]
+            row |= {f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
+    return row
 
 
 def _added(record: Json) -> Iterator[Claim]:
@@ -301,7 +310,8 @@ def caption(record: Json) -> str:
     return (
         f"Tier: {table.tier(record)}. {dtype}, batch 1, {config['context']} tokens of context, answers of "
         f"{config['max_new_tokens']}, of {hf['max_new_tokens']} for {hf['arm']}; n: repeats of a pass, or requests. "
-        "Spread: range of the repeats, or 95 % paired bootstrap interval. Ceiling: of the device for a pass, the "
+        f"Spread: range of the repeats, or 95 % paired interval, of fewer than {FEWEST} requests their range. "
+        "Ceiling: of the device for a pass, the "
         f"analytic one for an arm. {without}{table.origin(record)}"
     )
 

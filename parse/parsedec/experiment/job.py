@@ -62,7 +62,7 @@ def run_job(
 
     def save(status: str) -> None:
         nonlocal record, saved
-        # the bootstrap takes longer than a request on small models: not between the requests that are timed
+        # summaries and intervals take longer than a request on small models: not between the requests that are timed
         compared = None if status == "running" else baseline
         record = head | {"status": status} | _results(arms, models, compared, settings.batch)
         if leading():

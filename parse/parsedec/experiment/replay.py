@@ -18,6 +18,7 @@ from rich.table import Table
 
 from parsedec.experiment import table
 from parsedec.experiment.analysis import token_seconds
+from parsedec.experiment.intervals import FEWEST
 from parsedec.experiment.plot import Bar, draw_bars
 
 INNER = "inner=eagle3_random"
@@ -77,7 +78,7 @@ def caption(record: dict[str, Any]) -> str:
         f"Milliseconds a token without the prompt: {seconds}. Ceiling: tokens x target / (drafted x draft + judge + "
         "rewritten x target, each at its speed with its speculator). Arms hf_*: Hugging Face's own loops, eager. "
         f"n = {record['arms'][0]['summary']['requests']}, at most {config['max_new_tokens']} new tokens; 95 % paired "
-        f"bootstrap intervals. {table.origin(record)}"
+        f"intervals, from {FEWEST} on. {table.origin(record)}"
     )
 
 

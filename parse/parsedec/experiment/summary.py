@@ -12,9 +12,9 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from parsedec.experiment.intervals import Floats, jackknifed
+
 Pair = tuple[dict[str, Any], dict[str, Any]]  # the same request, answered by the baseline and by an arm
 
 SUMMED = {  # summary key -> where a request's result has it
@@ -143,10 +143,8 @@ def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
-def compare(
-    baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], *, resamples: int = 2000, seed: int = 0
-) -> dict[str, Any] | None:
-    """An arm against the baseline, with 95 % bootstrap intervals, paired by problem; None where nothing can be paired.
+def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """An arm against the baseline, with 95 % intervals, paired by problem; None where nothing can be paired.
 
     speedup           ratio of tokens per second, all tokens over all wall-clock seconds
     time_ratio        baseline's seconds over the arm's, for the same requests
@@ -154,7 +152,8 @@ def compare(
     better, worse     problems the arm gets right more, or less, often than the baseline; mcnemar_p: how often a fair
                       coin splits them so unevenly (McNemar's exact test, two-sided), None if nothing was scored
 
-    Speed is of the `requests` that both answered, on so many `problems`; None where there are none. Rightness is of the
+    Speed is of the `requests` that both answered, on so many `problems`; None where there are none, and of fewer than
+    `intervals.FEWEST` without an interval. Rightness is of the
     `scored` ones, answered or not: what an arm cannot answer it has not got right.
     """
     first = {_asked(request): request for request in baseline}
@@ -169,9 +168,9 @@ def compare(
         "requests": len(answered),
         "problems": len(speed),
         "scored": len(scored),
-        **_with_interval("speedup", speed, _speedup, resamples, seed),
-        **_with_interval("time_ratio", speed, _time_ratio, resamples, seed),
-        **_with_interval("accuracy_change", right, _change, resamples, seed),
+        **_with_interval("speedup", speed, _speedup),
+        **_with_interval("time_ratio", speed, _time_ratio),
+        **_change(right),
         "better": better,
         "worse": worse,
         "mcnemar_p": mcnemar(better, worse) if scored else None,
@@ -206,19 +205,23 @@ def _time_ratio(sums: Floats) -> float:
     return float(sums[1] / sums[3])
 
 
-def _change(sums: Floats) -> float:
-    return float((sums[1] - sums[0]) / sums[2])
-
-
-def _with_interval(
-    name: str, rows: Floats, ratio: Callable[[Floats], float], resamples: int, seed: int
-) -> dict[str, float | None]:
+def _with_interval(name: str, rows: Floats, ratio: Callable[[Floats], float]) -> dict[str, float | None]:
     """The ratio of sums over problems, rows [n, facts], and its interval; None of no problems."""
+    found = jackknifed(rows, ratio) if len(rows) else (None, None, None)
+    return {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
+
+
+def _change(rows: Floats, seed: int = 0) -> dict[str, float | None]:
+    """The change of accuracy and its interval; None of no problems."""
     found: list[float | None] = [None] * 3
     if len(rows):
-        samples = [ratio(rows[draw].sum(0)) for draw in resampled(len(rows), seed, resamples)]
-        found = [ratio(rows.sum(0)), *map(float, np.percentile(samples, [2.5, 97.5]))]
-    return {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
+        samples = [_difference(rows[draw].sum(0)) for draw in resampled(len(rows), seed)]
+        found = [_difference(rows.sum(0)), *map(float, np.percentile(samples, [2.5, 97.5]))]
+    return {f"accuracy_change{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
+
+
+def _difference(sums: Floats) -> float:
+    return float((sums[1] - sums[0]) / sums[2])
 
 
 def mcnemar(better: int, worse: int) -> float:

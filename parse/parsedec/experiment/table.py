@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from parsedec.experiment.analysis import predict, rows_per_tree, token_ceiling, work
+from parsedec.experiment.intervals import FEWEST, with_interval
 from parsedec.experiment.summary import batch_of
 
 DEEPEST = 8  # levels shown; a record holds all of them
@@ -37,11 +38,9 @@ def _tau(summary: dict[str, Any], _: dict[str, Any] | None) -> str:
 
 def _ratio(name: str) -> Callable[[dict[str, Any], dict[str, Any] | None], str]:
     def cell(_: dict[str, Any], row: dict[str, Any] | None) -> str:
-        return (
-            "-"
-            if row is None or row[name] is None
-            else f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
-        )
+        if row is None or row[name] is None:
+            return "-"
+        return with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
     return cell
 
@@ -204,8 +203,9 @@ def caption(record: dict[str, Any]) -> str:
     shared = f"Answered {batch} at a time; seconds are the requests' shares. " if batch > 1 else ""
     return (
         f"Tier: {tier(record)}. {said}, at most {config['max_new_tokens']} "
-        "new tokens; 95 % intervals (Wilson; paired bootstrap for speed-ups). In time: the baseline's seconds over the "
-        f"arm's for the same requests. {shared}{origin(record)}"
+        "new tokens; 95 % intervals (Wilson; of speed-ups Student's, paired, of the logarithm with the jackknife's "
+        f"error, from {FEWEST} problems on). In time: the baseline's seconds over the arm's for the same requests. "
+        f"{shared}{origin(record)}"
     )
 
 

@@ -233,14 +233,14 @@ def card_views(arms: Sequence[Json]) -> list[dict[str, Any]]:
 def arm_views(arms: Sequence[Json], comparison: Sequence[Json]) -> list[dict[str, Any]]:
     """The rows of the summary table. Speed-ups share one axis that contains 1; `axis` is per cent of it."""
     comparison = [row for row in comparison if row["speedup"] is not None]
-    ends = [1.0, *(float(row[end]) for row in comparison for end in ("speedup_low", "speedup_high"))]
+    ends = [1.0, *(float(x) for row in comparison for x in _marks(row).values())]
     lo, length = min(ends), max(max(ends) - min(ends), 1e-9)
     gains = {row["arm"]: row for row in comparison}
     views = []
     for arm in arms:
         summary, gain = arm["summary"], gains.get(arm["name"])
         drafted = summary.get("draft_tokens")
-        marks = {"one": 1.0} | ({x: float(gain[x]) for x in ("speedup_low", "speedup", "speedup_high")} if gain else {})
+        marks = {"one": 1.0} | (_marks(gain) if gain else {})
         views.append(
             {
                 "name": arm["name"],
@@ -252,6 +252,11 @@ def arm_views(arms: Sequence[Json], comparison: Sequence[Json]) -> list[dict[str
             }
         )
     return views
+
+
+def _marks(row: Json) -> dict[str, float]:
+    """The speed-up and the ends of its interval, if it has one."""
+    return {x: float(row[x]) for x in ("speedup_low", "speedup", "speedup_high") if row[x] is not None}
 
 
 def page_view(record: Json) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from parsedec.advice import report as advice
 from parsedec.calibration import report as calibration
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
+from parsedec.experiment.intervals import with_interval
 from parsedec.experiment.record import is_run, read_record
 from parsedec.experiment.summary import again
 
@@ -61,7 +62,7 @@ class Figures:
 
     def speed(self, name: str, arm: str) -> str:
         row = self.compared(name, arm)
-        return f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+        return with_interval(row["speedup"], row["speedup_low"], row["speedup_high"])
 
     def change(self, name: str, arm: str) -> str:
         """How much more often an arm is right than the baseline, in points."""

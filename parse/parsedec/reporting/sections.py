@@ -160,7 +160,9 @@ def in_short(record: Json, points: Sequence[speed.Point]) -> list[str]:
 
 def _against(point: speed.Point, what: str, baseline: str) -> str:
     gain: Mapping[str, Any] = point.gain or {}
-    quick = f"{gain['time_ratio']:.2f} times [{gain['time_ratio_low']:.2f}, {gain['time_ratio_high']:.2f}] as fast"
+    quick = f"{gain['time_ratio']:.2f} times as fast"
+    if gain["time_ratio_low"] is not None:
+        quick = f"{gain['time_ratio']:.2f} times [{gain['time_ratio_low']:.2f}, {gain['time_ratio_high']:.2f}] as fast"
     text = f"{what}, {point.name} was fastest: it answered the same {gain['requests']} questions {quick} as {baseline}"
     if gain["accuracy_change"] is not None and point.summary["accuracy"] is not None:
         change, low, high = (100 * gain[f"accuracy_change{end}"] for end in ("", "_low", "_high"))

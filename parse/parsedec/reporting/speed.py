@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from parsedec.experiment.analysis import predict
-from parsedec.experiment.summary import batch_of, latencies, resampled
+from parsedec.experiment.intervals import ratio_interval, share_interval
+from parsedec.experiment.summary import batch_of, latencies
 from parsedec.reporting.curves import depth_figure, threshold_figure
 from parsedec.reporting.figure import (
     COLOURS,
@@ -89,20 +90,6 @@ def threshold_of(record: Json, arm: Json) -> float | None:
     boundary = (record.get("config") or {}).get("boundary") or {}
     found = settings.get("boundary.threshold", boundary.get("threshold"))
     return None if found in (None, "null") else float(found)
-
-
-def ratio_interval(pairs: Sequence[tuple[str, float, float]], seed: int = 0) -> tuple[float | None, ...]:
-    """(sum of a / sum of b, low, high) of (problem, a, b): 95 %, bootstrap over problems."""
-    sums: dict[str, np.ndarray] = {}
-    for problem, above, below in pairs:
-        sums[problem] = sums.get(problem, np.zeros(2)) + np.array([above, below])
-    rows = np.array(list(sums.values())).reshape(-1, 2)  # [n, 2]
-    if not rows[:, 1].sum():
-        return (None, None, None)
-    drawn = rows[resampled(len(rows), seed)].sum(1)  # [resamples, 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.nanpercentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-    return tuple(float(x) for x in (rows[:, 0].sum() / rows[:, 1].sum(), low, high))
 
 
 def pictures(found: Sequence[Point], baseline: str | None, prefix: str) -> list[Figure]:
@@ -221,7 +208,7 @@ def kept(found: Sequence[Point], prefix: str) -> Figure | None:
     rows: list[list[Cell]] = []
     for point in found:
         drafted = [(key, r["counters"]["kept_draft_tokens"], r["counters"]["draft_tokens"]) for key, r in point.results]
-        share = ratio_interval(drafted)
+        share = share_interval(drafted)
         if share[0] is not None:
             rows.append([point.name, len(drafted), point.summary["draft_tokens"], point.summary["kept_draft_tokens"],
                          *share])  # fmt: skip
@@ -366,7 +353,7 @@ def thresholds(found: Sequence[Point], prefix: str) -> Figure | None:
         counts = [(key, r["counters"]["kept_draft_tokens"], r["counters"]["draft_tokens"]) for key, r in point.results]
         for name, value in (
             ("accuracy", [point.summary["accuracy"], *(point.summary["accuracy_interval"] or (None, None))]),
-            ("kept share", list(ratio_interval(counts))),
+            ("kept share", list(share_interval(counts))),
         ):
             if value[0] is not None:
                 rows.append([name, point.threshold, *value, point.name, len(counts)])

