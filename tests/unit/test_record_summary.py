@@ -450,8 +450,10 @@ def test_accuracy_change_is_paired():
     arm = [request(str(i), 10, 1.0, correct=i < 8) for i in range(10)]
     got = compare(baseline, arm)
     assert got["accuracy_change"] == pytest.approx(0.3)
-    assert 0 <= got["accuracy_change_low"] < 0.3 < got["accuracy_change_high"] <= 0.7
-    assert compare(baseline, baseline)["accuracy_change_high"] == 0.0
+    assert -0.1 < got["accuracy_change_low"] < 0, "three coins fall alike every fourth time"
+    assert 0.3 < got["accuracy_change_high"] <= 0.7
+    alike = compare(baseline, baseline)  # all agree, which ten problems may do by chance
+    assert -alike["accuracy_change_low"] == alike["accuracy_change_high"] == pytest.approx(3.841 / 13.841, abs=1e-3)
 
 
 def test_answers_that_no_program_scores_are_neither_right_nor_wrong():
@@ -466,7 +468,8 @@ def test_answers_that_no_program_scores_are_neither_right_nor_wrong():
     arm += [request("r", 10, 1.0, correct=True), request("s", 10, 1.0, correct=None)]
     got = compare(baseline, arm)
     assert (got["accuracy_change"], got["better"], got["worse"], got["mcnemar_p"]) == (1.0, 1, 0, 1.0)
-    assert (got["requests"], got["scored"], got["accuracy_change_low"]) == (6, 1, 1.0)
+    assert (got["requests"], got["scored"]) == (6, 1)
+    assert -0.6 < got["accuracy_change_low"] < 0, "one pair says little"
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

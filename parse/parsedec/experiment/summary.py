@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from parsedec.experiment.intervals import Floats, jackknifed
+from parsedec.experiment.intervals import Floats, jackknifed, paired_change
 
 Pair = tuple[dict[str, Any], dict[str, Any]]  # the same request, answered by the baseline and by an arm
 
@@ -162,7 +162,7 @@ def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -
     scored = [pair for pair in pairs if all(request.get("correct") is not None for request in pair)]
     if not answered and not scored:
         return None
-    speed, right = _by_problem(answered, _work), _by_problem(scored, _rightness)  # [n, 4], [m, 3]
+    speed, right = _by_problem(answered, _work), _by_problem(scored, _rightness)  # [n, 4], [m, 5]
     better, worse = (int((right[:, 1] * sign > right[:, 0] * sign).sum()) for sign in (1, -1))
     return {
         "requests": len(answered),
@@ -192,8 +192,9 @@ def _work(pair: Pair) -> tuple[float, ...]:
 
 
 def _rightness(pair: Pair) -> tuple[float, ...]:
-    """Whether each is right, and 1."""
-    return (*(float(request["correct"]) for request in pair), 1.0)
+    """Whether each is right, whether the arm alone is, the baseline alone, and 1."""
+    first, second = (bool(request["correct"]) for request in pair)
+    return tuple(map(float, (first, second, second > first, first > second, True)))
 
 
 def _speedup(sums: Floats) -> float:
@@ -211,17 +212,14 @@ def _with_interval(name: str, rows: Floats, ratio: Callable[[Floats], float]) ->
     return {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
 
 
-def _change(rows: Floats, seed: int = 0) -> dict[str, float | None]:
-    """The change of accuracy and its interval; None of no problems."""
-    found: list[float | None] = [None] * 3
+def _change(rows: Floats) -> dict[str, float | None]:
+    """The change of accuracy and its interval, rows as of `_rightness`; None of no problems."""
+    found: tuple[float | None, ...] = (None, None, None)
     if len(rows):
-        samples = [_difference(rows[draw].sum(0)) for draw in resampled(len(rows), seed)]
-        found = [_difference(rows.sum(0)), *map(float, np.percentile(samples, [2.5, 97.5]))]
+        gained, lost, answers = rows.sum(0)[2:].tolist()
+        n = len(rows)  # answers to one problem are no problems of their own
+        found = ((gained - lost) / answers, *paired_change(gained * n / answers, lost * n / answers, n))
     return {f"accuracy_change{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
-
-
-def _difference(sums: Floats) -> float:
-    return float((sums[1] - sums[0]) / sums[2])
 
 
 def mcnemar(better: int, worse: int) -> float:
