@@ -314,6 +314,29 @@ def test_prediction_takes_the_inner_level_from_the_arm_that_runs_it_alone():
     assert said["rho_of"] == "fast"
 
 
+DRAFT_INNER = "inner=pard inner@draft.inner=pard draft.inner.model=zoo:pard"
+
+
+def test_no_prediction_from_a_draft_arm_without_the_inner_level_that_drafts_here():
+    record, parse = comparison(inner=DRAFT_INNER)
+    assert predict(record, parse) is None
+    ((_, heads, cells, _),) = [section for section in sections(record | {"config": {}}) if "ceiling" in section[1]]
+    found = dict(zip(heads, next(row for row in cells if row[0] == "parse"), strict=True))
+    assert (found["cost model"], found["ceiling"]) == ("-", "-")
+
+
+@pytest.mark.parametrize("spelt", ["outer=none inner@draft.inner=pard draft.inner.model=zoo:pard",
+                                   "outer=none inner=pard inner.model=zoo:pard"])  # fmt: skip
+def test_prediction_from_the_draft_arm_with_the_same_inner_level(spelt):
+    record, parse = comparison(inner=DRAFT_INNER)
+    quick = arm_of("quick", [answered(tokens=101, wall=0.6, decode=0.5)], spelt, target="small")
+    said = predict(record | {"arms": [*record["arms"], quick]}, parse)
+    assert said["ceiling"] == pytest.approx(20), "0.005 s a token, not the 0.01 s of the draft model without it"
+    assert (said["draft_of"], said["rho_of"]) == ("draft arm", "fast")
+    plain, without = comparison()
+    assert predict(plain | {"arms": [*plain["arms"][:3], quick]}, without) is None, "nor the other way round"
+
+
 def test_prediction_without_such_arms_takes_the_arms_own_paces():
     record, parse = comparison(inner="inner=eagle3", alone=False)
     said = predict(record, parse)

@@ -159,13 +159,19 @@ def predict(record: Json, arm: Json) -> Json | None:
     speedup   the baseline's seconds over the predicted ones, for the same requests; `ceiling` t_target / t_draft
     draft_of  "draft arm": t_draft is the draft model's alone; "own": this arm's, where it runs nowhere alone
     rho_of    likewise for the inner level: another arm with the same one and no outer level, or this arm's own decoding
+
+    None for arms it says nothing of, among them one whose draft model runs alone, but not with the inner level it has
+    here: its own pace would stand among those of arms that only draft.
     """
     summary = arm["summary"]
     base = next((other for other in record["arms"] if other["name"] == record.get("baseline")), None)
     if base is None or base is arm or not summary["judge_paths"] or not summary["draft_tokens"]:
         return None
     target_s = token_seconds(base["summary"])
-    alone = next((other for other in record["arms"] if _is_draft_of(other, arm)), None)
+    drafts = [other for other in record["arms"] if _is_draft_of(other, arm)]
+    alone = next((other for other in drafts if _draft_inner(other) == _draft_inner(arm)), None)
+    if drafts and alone is None:
+        return None
     draft_s = token_seconds(alone["summary"]) if alone else summary["draft_s"] / summary["draft_tokens"]
     if not target_s or not draft_s:
         return None
@@ -183,6 +189,15 @@ def predict(record: Json, arm: Json) -> Json | None:
     }
 
 
+def _draft_inner(arm: Json) -> list[str]:
+    """The settings of the inner level with which an arm drafts; of an arm of the draft model alone, of its own."""
+    words = [word.replace("inner@draft.inner", "inner").replace("draft.inner", "inner") for word in
+             arm["description"].split() if word.startswith(("inner@draft.inner", "draft.inner"))]  # fmt: skip
+    if not words and not arm["models"]["draft"]:
+        words = [word for word in arm["description"].split() if word.startswith("inner")]
+    return sorted(word for word in words if word != "inner=none")
+
+
 def _is_draft_of(other: Json, arm: Json) -> bool:
     """Whether `other` is the draft model of `arm` in the target's place."""
     facts, mine = other.get("models"), arm.get("models")
@@ -196,7 +211,9 @@ def _is_inner_of(other: Json, arm: Json) -> bool:
     if not facts or not mine or facts["target"] != mine["target"] or "outer=none" not in other["description"].split():
         return False
     theirs, ours = (
-        sorted(setting for setting in one["description"].split() if setting.startswith(("inner", "acceptance")))
+        sorted(
+            setting for setting in one["description"].split() if setting.startswith(("inner=", "inner.", "acceptance"))
+        )
         for one in (other, arm)
     )
     return theirs == ours
