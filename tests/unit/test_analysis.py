@@ -337,6 +337,21 @@ def test_prediction_from_the_draft_arm_with_the_same_inner_level(spelt):
     assert predict(plain | {"arms": [*plain["arms"][:3], quick]}, without) is None, "nor the other way round"
 
 
+def test_prediction_is_over_the_requests_that_all_of_its_arms_answered():
+    """A long one that only the baseline answers is time that the arm did not take."""
+    record, parse = comparison()
+    long, drafted = (answered("b", tokens=1001, wall=1000 * pace + 0.2, decode=1000 * pace) for pace in (0.1, 0.01))
+    failed = {"id": "b", "prompt": "p", "correct": False, "error": "PromptError: too long", "result": None}
+    base, fast, _, draft = record["arms"]
+    arms = [arm_of(arm["name"], [*arm["requests"], one], arm["description"],
+                   arm["models"]["draft"] and arm["models"]["draft"]["name"], arm["models"]["target"]["name"])
+            for arm, one in ((base, long), (fast, long), (parse, failed), (draft, drafted))]  # fmt: skip
+    assert predict(record | {"arms": arms}, arms[2])["speedup"] == pytest.approx(predict(record, parse)["speedup"])
+    nothing = arm_of("parse", [failed], parse["description"], draft="small")
+    nothing["summary"] = parse["summary"]
+    assert predict(record | {"arms": [*arms[:2], nothing, draft]}, nothing) is None
+
+
 def test_prediction_without_such_arms_takes_the_arms_own_paces():
     record, parse = comparison(inner="inner=eagle3", alone=False)
     said = predict(record, parse)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from parsedec.engine import Parse
+from parsedec.experiment.summary import asked, summarise
 from parsedec.model import LanguageModel
 from parsedec.reference import plain_logits
 from parsedec.remote.model import RemoteModel
@@ -175,18 +176,32 @@ def predict(record: Json, arm: Json) -> Json | None:
     draft_s = token_seconds(alone["summary"]) if alone else summary["draft_s"] / summary["draft_tokens"]
     if not target_s or not draft_s:
         return None
-    written = summary["new_tokens"] - summary["kept_draft_tokens"]
     inner = next((other for other in record["arms"] if _is_inner_of(other, arm)), None)
-    inner_s = token_seconds(inner["summary"]) if inner else summary["decode_s"] / max(1, written)
-    prefill = base["summary"]["prefill_s"] + (alone["summary"]["prefill_s"] if alone else 0.0)
-    drafting = summary["draft_tokens"] * draft_s
-    seconds = expected_seconds(prefill, drafting, summary["judge_s"], float(written), inner_s or 0.0)
+    own_s = summary["decode_s"] / max(1, summary["new_tokens"] - summary["kept_draft_tokens"])
+    inner_s = token_seconds(inner["summary"]) if inner else own_s
+    if (same := _same_requests([base, arm, *([alone] if alone else [])])) is None:
+        return None
+    prefill = same[0]["prefill_s"] + (same[2]["prefill_s"] if alone else 0.0)
+    written = float(same[1]["new_tokens"] - same[1]["kept_draft_tokens"])
+    drafting = same[1]["draft_tokens"] * draft_s
+    seconds = expected_seconds(prefill, drafting, same[1]["judge_s"], written, inner_s or 0.0)
     return {
-        "speedup": base["summary"]["wall_s"] / seconds,
+        "speedup": same[0]["wall_s"] / seconds,
         "ceiling": target_s / draft_s,
         "draft_of": "draft arm" if alone else "own",
         "rho_of": inner["name"] if inner else "own",
     }
+
+
+def _same_requests(arms: Sequence[Json]) -> list[Json] | None:
+    """Summaries of the arms over the requests that all of them answered; None where there are none."""
+    answered = [{asked(request) for request in arm["requests"] if request.get("result")} for arm in arms]
+    shared = set.intersection(*answered)
+    if not shared:
+        return None
+    if all(own == shared for own in answered):
+        return [arm["summary"] for arm in arms]
+    return [summarise([request for request in arm["requests"] if asked(request) in shared]) for arm in arms]
 
 
 def _draft_inner(arm: Json) -> list[str]:

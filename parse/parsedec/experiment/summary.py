@@ -156,8 +156,8 @@ def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -
     `intervals.FEWEST` without an interval. Rightness is of the
     `scored` ones, answered or not: what an arm cannot answer it has not got right.
     """
-    first = {_asked(request): request for request in baseline}
-    pairs = [(other, request) for request in arm if (other := first.get(_asked(request)))]
+    first = {asked(request): request for request in baseline}
+    pairs = [(other, request) for request in arm if (other := first.get(asked(request)))]
     answered = [pair for pair in pairs if all(request.get("result") for request in pair)]
     scored = [pair for pair in pairs if all(request.get("correct") is not None for request in pair)]
     if not answered and not scored:
@@ -228,7 +228,8 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / (1 << n))
 
 
-def _asked(request: dict[str, Any]) -> tuple[str, int | None]:
+def asked(request: Mapping[str, Any]) -> tuple[str, int | None]:
+    """What makes a request of one arm the same as one of another."""
     return request["id"], request.get("seed")
 
 
