@@ -62,9 +62,8 @@ def run_job(
 
     def save(status: str) -> None:
         nonlocal record, saved
-        # summaries and intervals take longer than a request on small models: not between the requests that are timed
-        compared = None if status == "running" else baseline
-        record = head | {"status": status} | _results(arms, models, compared, settings.batch)
+        against = None if status == "running" else baseline  # a comparison takes time: not between timed requests
+        record = head | {"status": status} | _results(arms, models, against, settings.batch)
         if leading():
             write_record(record, folder / "record.json")
         saved = time.monotonic()

@@ -153,8 +153,8 @@ def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -
                       coin splits them so unevenly (McNemar's exact test, two-sided), None if nothing was scored
 
     Speed is of the `requests` that both answered, on so many `problems`; None where there are none, and of fewer than
-    `intervals.FEWEST` without an interval. Rightness is of the
-    `scored` ones, answered or not: what an arm cannot answer it has not got right.
+    `intervals.FEWEST` without an interval. Rightness is of the `scored` ones, answered or not: what an arm cannot
+    answer it has not got right.
     """
     first = {asked(request): request for request in baseline}
     pairs = [(other, request) for request in arm if (other := first.get(asked(request)))]
