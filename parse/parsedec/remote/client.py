@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from parsedec.errors import ConfigError, ServerError, ServerRefused
-from parsedec.event_lines import EventLines
+from parsedec.remote.event_lines import EventLines
 from parsedec.remote.network import wait_only_if_wanted
 from parsedec.wanted import pause
 

@@ -18,10 +18,11 @@ SLICE_S = 0.1
 
 
 def wait_only_if_wanted(client: httpx.Client) -> None:
-    """Reads of this client end by `wanted.Unwanted`; the connection is then closed."""
-    for transport in (client._transport, *client._mounts.values()):  # the latter are for proxies
-        pool = getattr(transport, "_pool", None)
-        if pool is not None:
+    """Reads of this client end by `wanted.Unwanted`; the connection is then closed. With an httpx that keeps these
+    elsewhere nothing is changed: reads then end with their time-out."""
+    transports = [getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()]  # those for proxies
+    for pool in (getattr(transport, "_pool", None) for transport in transports):
+        if pool is not None and hasattr(pool, "_network_backend"):
             pool._network_backend = _Network(pool._network_backend)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 from parsedec.errors import ParsedecError
-from parsedec.event_lines import EventLines
+from parsedec.remote.event_lines import EventLines
 
 MEGABYTE = 2**20
 PATIENCE = httpx.Timeout(600, connect=60)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parsedec.event_lines import EventLines
+from parsedec.remote.event_lines import EventLines
 
 STREAM = "data: a\u2028b\r\n\r\ndata: c\x85\x0b\x0c\x1cd\rdata: é\n\ndata: end".encode()
 LINES = ["data: a\u2028b", "data: c\x85\x0b\x0c\x1cd", "data: é", "data: end"]
