@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from parsedec.errors import ConfigError, ParsedecError, require_texts
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
+from parsedec.experiment.claim import release
 from parsedec.experiment.cli import progress
 from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.problems import digest, digests, read_now, refuse_other_problems
@@ -43,6 +44,16 @@ def run_job(
     answers are to problems that are not asked any more or are others now.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
+    try:
+        return _run_job(cfg, folder, make_arms, baseline)
+    except BaseException:
+        release(folder / "record.json")  # it writes no more
+        raise
+
+
+def _run_job(
+    cfg: DictConfig, folder: Path, make_arms: Callable[[], Sequence[Arm]], baseline: str | None
+) -> dict[str, Any]:
     earlier = earlier_record(folder / "record.json", plain(cfg), cfg.resume, free=["task.n", "baseline"])
     if earlier and _complete(earlier, plain(cfg)) and _as_asked(earlier, cfg, folder / "record.json"):
         log.info("%s is finished already, with the same configuration: skipped", folder / "record.json")
