@@ -444,11 +444,11 @@ def test_times_add_up_and_overlap_is_counted_once(tiny_target, tiny_draft, monke
     judged, step = tiny.ScriptedJudge.score, drafter.Writing.step
 
     def slow(self, *arguments):
-        time.sleep(0.02)
+        time.sleep(0.05)
         return judged(self, *arguments)
 
     def slow_step(self):
-        time.sleep(0.006)
+        time.sleep(0.02)
         return step(self)
 
     monkeypatch.setattr(tiny.ScriptedJudge, "score", slow)
@@ -459,11 +459,11 @@ def test_times_add_up_and_overlap_is_counted_once(tiny_target, tiny_draft, monke
     )
     for result in (in_turn, beside):
         (done,) = result.rounds
-        assert done.draft_s >= 24 * 0.006
+        assert done.draft_s >= 24 * 0.02
         assert done.draft_s == pytest.approx(result.times.draft_s)
         assert done.judge_s == pytest.approx(result.times.judge_s)
         assert result.times.wall_s >= done.draft_s + done.judge_s
-    assert in_turn.times.judge_s >= 6 * 0.02
+    assert in_turn.times.judge_s >= 6 * 0.05
     assert beside.times.judge_s < 0.5 * in_turn.times.judge_s
     assert beside.times.wall_s < in_turn.times.wall_s
 
