@@ -232,9 +232,16 @@ class DraftVerification(ABC):
         work.target.tally.judge_rows += sum(p.rows for p in passes)
 
     def _judged(
-        self, draft: Draft, cuts: Sequence[int], scores: Sequence[float | None], passes: Sequence[Scores], kept: int
+        self,
+        draft: Draft,
+        cuts: Sequence[int],
+        scores: Sequence[float | None],
+        passes: Sequence[Scores],
+        kept: int,
+        whole: bool,
     ) -> Round:
-        """The round of a judged draft of which `kept` tokens stand. `passes` read the same rows or more."""
+        """The round of a judged draft of which `kept` tokens stand, or that is the answer. `passes` read the same rows
+        or more."""
         starts = [0, *cuts[:-1]]
         logprobs = passes[-1].draft_logprobs
         return Round(
@@ -242,6 +249,7 @@ class DraftVerification(ABC):
             judged_tokens=len(draft.tokens),
             kept_tokens=kept,
             draft_ended=draft.ended,
+            accepted_whole=whole,
             segments=tuple(
                 Segment(text=draft.piece(start, stop), tokens=stop - start, score=score, kept=start < kept)
                 for start, stop, score in zip(starts, cuts, scores, strict=True)
@@ -300,7 +308,7 @@ class PrefixVerification(DraftVerification):
                 work.target.session.keep_draft(cut)
                 work.target.note_refused(draft.tokens[cut:])
             kept = work.answer.extend([*draft.tokens[:cut], *([self.end_token] if whole else [])], Author.DRAFT)
-            done = replace(self._judged(draft, cuts, scores, passes, len(kept)), accepted_whole=whole)
+            done = self._judged(draft, cuts, scores, passes, len(kept), whole)
         done = timed(done, work.meter, before)
         self._count_draft(work, len(draft.tokens) + draft.ended, done)
         if kept:

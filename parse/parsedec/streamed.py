@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from parsedec.boundary import BoundaryRule, FirstFailure, Smoothed
-from parsedec.drafter import Writing
+from parsedec.drafter import NOTHING, Writing
 from parsedec.errors import ConfigError
 from parsedec.judge import Judge, Scores, judged
 from parsedec.lanes import Beside, InTurn, Lane
@@ -60,7 +60,7 @@ class Judging:
     chunk: int
     rows: int
     session: Session
-    asked: Draft = field(default_factory=lambda: Draft((), "", (), ended=False))  # what the passes made so far read
+    asked: Draft = NOTHING  # what the passes made so far read
     cuts: list[int] = field(default_factory=list)  # of all passes made so far
     scores: list[float] = field(default_factory=list)
     passes: list[Scores] = field(default_factory=list)
@@ -239,8 +239,8 @@ class StreamedVerification(DraftVerification):
             cuts = judging.cuts[: len(scores)]
             unread = [len(draft.tokens)] if len(draft.tokens) > read else []  # written, never judged
             scored = [*scores, *([None] * len(unread))]
-            done = self._judged(draft, cuts + unread, scored, judging.passes, handed + len(taken))
-            done = replace(done, judged_tokens=read, accepted_whole=whole)
+            done = self._judged(draft, cuts + unread, scored, judging.passes, handed + len(taken), whole)
+            done = replace(done, judged_tokens=read)
             self._count_passes(work, judging.passes)
         done = timed(done, work.meter, before)
         self._count_draft(work, len(draft.tokens) + draft.ended, done)

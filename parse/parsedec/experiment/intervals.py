@@ -10,7 +10,7 @@ of the problems shows: below `FEWEST` there is no interval, and one of 10 is sti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,25 +87,25 @@ def _least_change(gained: float, lost: float, n: int) -> float:
 
 def ratio_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | None, ...]:
     """(sum of a / sum of b, low, high) of (problem, a, b), over problems; None for what there is not."""
-    rows = _by_problem(pairs)
+    rows = by_problem(((problem, (a, b)) for problem, a, b in pairs), 2)
     return jackknifed(rows, lambda sums: sums[0] / sums[1]) if rows[:, 1].sum() else (None, None, None)
 
 
 def share_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | None, ...]:
     """The same of a share, a being a part of b: the interval is that of its odds, so that it stays between 0 and 1."""
-    rows = _by_problem(pairs)
+    rows = by_problem(((problem, (a, b)) for problem, a, b in pairs), 2)
     if not rows[:, 1].sum():
         return (None, None, None)
     _, *ends = jackknifed(rows, lambda sums: sums[0] / (sums[1] - sums[0]))
     return (float(rows[:, 0].sum() / rows[:, 1].sum()), *(end if end is None else end / (1 + end) for end in ends))
 
 
-def _by_problem(pairs: Sequence[tuple[str, float, float]]) -> Floats:
-    """[n, 2], the answers to a problem summed."""
+def by_problem(answers: Iterable[tuple[str, Sequence[float]]], facts: int) -> Floats:
+    """[n, facts], those of all answers (problem, facts) to a problem summed."""
     sums: dict[str, Floats] = {}
-    for problem, above, below in pairs:
-        sums[problem] = sums.get(problem, np.zeros(2)) + np.array([above, below], dtype=float)
-    return np.array(list(sums.values())).reshape(-1, 2)
+    for problem, own in answers:
+        sums[problem] = sums.get(problem, np.zeros(facts)) + np.array(own, dtype=float)
+    return np.array(list(sums.values())).reshape(-1, facts)
 
 
 def with_interval(value: float, low: float | None, high: float | None, digits: int = 2) -> str:

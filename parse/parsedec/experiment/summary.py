@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from parsedec.experiment.intervals import Floats, jackknifed, paired_change
+from parsedec.experiment.intervals import Floats, by_problem, jackknifed, paired_change
 
 Pair = tuple[dict[str, Any], dict[str, Any]]  # the same request, answered by the baseline and by an arm
 
@@ -162,7 +162,8 @@ def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -
     scored = [pair for pair in pairs if all(request.get("correct") is not None for request in pair)]
     if not answered and not scored:
         return None
-    speed, right = _by_problem(answered, _work), _by_problem(scored, _rightness)  # [n, 4], [m, 5]
+    speed = by_problem(((pair[1]["id"], _work(pair)) for pair in answered), 4)
+    right = by_problem(((pair[1]["id"], _rightness(pair)) for pair in scored), 5)
     better, worse = (int((right[:, 1] * sign > right[:, 0] * sign).sum()) for sign in (1, -1))
     return {
         "requests": len(answered),
@@ -175,14 +176,6 @@ def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -
         "worse": worse,
         "mcnemar_p": mcnemar(better, worse) if scored else None,
     }
-
-
-def _by_problem(pairs: Sequence[Pair], facts: Callable[[Pair], tuple[float, ...]]) -> Floats:
-    """Facts of pairs, summed over the answers to each problem: [problems, facts]; [0, 2] of no pairs."""
-    problems: dict[str, list[tuple[float, ...]]] = {}
-    for pair in pairs:
-        problems.setdefault(pair[1]["id"], []).append(facts(pair))
-    return np.array([np.sum(answers, axis=0) for answers in problems.values()]) if problems else np.zeros((0, 2))
 
 
 def _work(pair: Pair) -> tuple[float, ...]:

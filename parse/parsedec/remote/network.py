@@ -26,39 +26,37 @@ def wait_only_if_wanted(client: httpx.Client) -> None:
             pool._network_backend = _Network(pool._network_backend)
 
 
-class _Network:
-    def __init__(self, network: Any) -> None:
-        self._network = network
+class _Wrapped:
+    """What httpcore made, but for what is defined here."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
+        return getattr(self._made, name)
 
+
+class _Network(_Wrapped):
     def connect_tcp(self, *args: Any, **options: Any) -> _Stream:
-        return _Stream(self._network.connect_tcp(*args, **options))
+        return _Stream(self._made.connect_tcp(*args, **options))
 
 
-class _Stream:
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
+class _Stream(_Wrapped):
     def start_tls(self, *args: Any, **options: Any) -> _Stream:
-        return _Stream(self._stream.start_tls(*args, **options))
+        return _Stream(self._made.start_tls(*args, **options))
 
     def read(self, max_bytes: int, timeout: float | None = None) -> Any:
         """Up to `max_bytes`; a slice that brings none loses none."""
         import httpcore
 
         if timeout is None or not wanted.can_end():
-            return self._stream.read(max_bytes, timeout)
+            return self._made.read(max_bytes, timeout)
         until = time.monotonic() + timeout
         while True:
             wanted.check()
             left = max(0.001, until - time.monotonic())
             try:
-                return self._stream.read(max_bytes, min(left, SLICE_S))
+                return self._made.read(max_bytes, min(left, SLICE_S))
             except httpcore.ReadTimeout:
                 if left <= SLICE_S:
                     raise

@@ -14,7 +14,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,14 @@ async def _client(
         seen.outcomes["own" if text == alone[prompt] else "anothers" if others else "other"] += 1
 
 
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """The lines of a streamed answer that are not empty."""
+    lines = EventLines()
+    async for part in answer.aiter_bytes():
+        for line in filter(None, lines.push(part)):
+            yield line
+
+
 async def _ask(client: httpx.AsyncClient, load: Load, prompt: str, leaves: bool = False) -> tuple[str, float, int]:
     """(text, when its first piece came, tokens) of a streamed answer. Raises for one that is not whole."""
     body = {"model": load.model, "messages": [{"role": "user", "content": prompt}], "stream": True,
@@ -138,21 +146,19 @@ async def _ask(client: httpx.AsyncClient, load: Load, prompt: str, leaves: bool 
         if answer.status_code != 200:
             await answer.aread()
             raise ParsedecError(f"status {answer.status_code}: {answer.text[:200]}")
-        lines = EventLines()
-        async for part in answer.aiter_bytes():
-            for line in filter(None, lines.push(part)):
-                if leaves and text:
-                    return text, first, 0
-                if line == b"data: [DONE]" and finish:
-                    return text, first, tokens
-                event = json.loads(line.removeprefix(b"data: "))
-                if "error" in event:
-                    raise ParsedecError(event["error"]["message"])
-                for choice in event["choices"]:
-                    text += choice["delta"].get("content", "")
-                    first = first or (time.perf_counter() if text else 0.0)
-                    finish = choice["finish_reason"] or finish
-                tokens = event.get("usage", {}).get("completion_tokens", tokens)
+        async for line in _lines(answer):
+            if leaves and text:
+                return text, first, 0
+            if line == b"data: [DONE]" and finish:
+                return text, first, tokens
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise ParsedecError(event["error"]["message"])
+            for choice in event["choices"]:
+                text += choice["delta"].get("content", "")
+                first = first or (time.perf_counter() if text else 0.0)
+                finish = choice["finish_reason"] or finish
+            tokens = event.get("usage", {}).get("completion_tokens", tokens)
     raise ParsedecError("the stream ended before the answer did")
 
 

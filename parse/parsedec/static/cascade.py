@@ -141,14 +141,16 @@ def merged(parts: Sequence[Part]) -> Tensor:
     return total.to(parts[0][0].dtype)
 
 
-def joined(q: Tensor, k: Tensor, v: Tensor, text: Part, suffix: int, scale: float) -> Tensor:
-    """Rows of probes q [R, A, d] against their own k and v [R, G, d], with what they have seen of the text: [R, A, d].
-
-    text  [R * g, G, d] and [R * g, G], as `_packed` rows
-    """
+def seen_of_itself(q: Tensor, k: Tensor, v: Tensor, suffix: int, scale: float) -> Part:
+    """Rows of probes q [R, A, d] against their own k and v [R, G, d]: [R, A, d] and [R, A]."""
     out, weight = _own(q, k, v, suffix, scale)
-    own = out.permute(2, 0, 1, 3).flatten(1, 2), weight.permute(2, 0, 1).flatten(1, 2)  # [R, A, d], [R, A]
-    group = q.shape[1] // k.shape[1]
+    return out.permute(2, 0, 1, 3).flatten(1, 2), weight.permute(2, 0, 1).flatten(1, 2)
+
+
+def joined(text: Part, own: Part) -> Tensor:
+    """What rows of probes have seen of the text, [R * g, G, d] and [R * g, G] as `_packed`, with what they see of
+    themselves, [R, A, d] and [R, A]: [R, A, d]."""
+    group = len(text[0]) // len(own[0])
     return merged([(_unpacked(text[0], group), _unpacked(text[1], group)), own])
 
 
@@ -226,7 +228,7 @@ class Pages:
             else:
                 sizes = self.suffix, self.suffix
                 own = _flash(q[n:], k[n:], v[n:], self.starts, self.starts, sizes, scale, causal=True)
-                out[n:] = merged([(_unpacked(text[0], group), _unpacked(text[1], group)), own])
+                out[n:] = joined(text, own)
         return out.flatten(1)
 
 

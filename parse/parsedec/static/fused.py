@@ -191,7 +191,7 @@ def right(
         own, (gate, up) = states.clone().index_copy_(3, slots, tight), both.chunk(2, -1)
         made = [q, own, q, tight, x + more, before(x + more), x, before(x), silu(gate) * up]
         made += [attention(q, states[0], states[1], mask, False, scale) for q, mask, _ in reads]
-        made.append(cascade.joined(probes, own_k, own_v, text, suffix, scale))
+        made.append(cascade.joined(text, cascade.seen_of_itself(probes, own_k, own_v, suffix, scale)))
         return torch.cat([part.flatten() for part in made])
 
     return agrees("the static backend runs without kernels of its own", ours, torchs, kernels.FAILS)
