@@ -100,6 +100,13 @@ def model(family="llama", *, seed=0, layers=4, dtype=torch.float32, attention=No
     return LanguageModel.wrap(hf.to(dtype), tokenizer(), name=f"tiny {family}", context_limit=context_limit)
 
 
+def saved(model, folder):
+    """The folder, as text, with the model's tokenizer and configuration: what `connect` reads of it."""
+    model.tokenizer.save_pretrained(folder)
+    model.hf.config.save_pretrained(folder)
+    return str(folder)
+
+
 def with_end_token(target, token):
     """The same model, closing its answers with another token."""
     other = dataclasses.replace(target)

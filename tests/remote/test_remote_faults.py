@@ -28,10 +28,7 @@ FAST = {"retries": 2, "backoff_s": 0.01, "read_timeout_s": 1.5, "connect_timeout
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("spoken")
-    tiny.tokenizer().save_pretrained(folder)
-    tiny.model("llama").hf.config.save_pretrained(folder)
-    return str(folder)
+    return tiny.saved(tiny.model("llama"), tmp_path_factory.mktemp("spoken"))
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,8 @@ MODEL = "tiny"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(address, gateway, target's server, {prompt: its text}); the first prompt's answer has two authors"""
-    folder = str(tmp_path_factory.mktemp("spoken"))
-    tiny.tokenizer().save_pretrained(folder)
     target, draft = tiny.model("llama"), tiny.model("llama", seed=5, layers=2)
-    target.hf.config.save_pretrained(folder)
+    folder = tiny.saved(target, tmp_path_factory.mktemp("spoken"))
     outer = PrefixVerification(judge=tiny.ScriptedJudge(seed=1), segmenter=EveryTokens(delta=4),
                                boundary=FirstFailure(threshold=0.3, full_threshold=0.9))  # fmt: skip
     local = Parse(target, draft, outer=outer)

@@ -43,10 +43,8 @@ def left_at_once(address, gateway, stream, began):
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("spoken"))
-    tiny.tokenizer().save_pretrained(folder)
     target, draft = tiny.model("llama"), tiny.model("llama", seed=5, layers=2)
-    target.hf.config.save_pretrained(folder)
+    folder = tiny.saved(target, tmp_path_factory.mktemp("spoken"))
     with FakeServer(target) as first, FakeServer(draft) as second:
         waits = {"read_timeout_s": LONG_S, "retries": 5, "backoff_s": 8.0}
         engine = Parse(*(connect(server.url, tokenizer=folder, **waits) for server in (first, second)), outer=outer())
