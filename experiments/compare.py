@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     from parsedec.experiment.job import refuse_nothing_answered, run_comparison
     from parsedec.experiment.record import write_text
     from parsedec.experiment.table import markdown, terminal
-    from parsedec.ranks import leading
+    from parsedec.models.ranks import leading
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     with announced(folder / "record.json"):

@@ -30,11 +30,11 @@ def measure(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from parsedec import Parse, TargetOnly
-    from parsedec.chat import prompt_ids
     from parsedec.experiment import overhead
     from parsedec.experiment.build import build_engine, build_target
     from parsedec.experiment.cli import progress
     from parsedec.experiment.nodes import check_local
+    from parsedec.text.chat import prompt_ids
 
     check_local(cfg)
     model = build_target(cfg)

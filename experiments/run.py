@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     from parsedec.experiment.cli import announced, stderr
     from parsedec.experiment.job import refuse_nothing_answered
     from parsedec.experiment.table import terminal
-    from parsedec.ranks import leading
+    from parsedec.models.ranks import leading
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     with announced(folder / "record.json"):

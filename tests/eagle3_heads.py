@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 import tiny
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec_adapters.eagle3 import EagleHead, HeadConfig
 from parsedec_adapters.eagle3.head import ConcatCache
 

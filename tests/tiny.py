@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parsedec.judge import LabelJudge
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}{{ '<|end|>' }}{% endfor %}"

@@ -22,13 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from parsedec.backends import open_session
-from parsedec.checkpoints import Version, version_of
 from parsedec.errors import ConfigError, IncompatibleStack, require_number
-from parsedec.model import LanguageModel, load
+from parsedec.models.checkpoints import Version, version_of
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.sampling import Sampler
-from parsedec.session import Session
-from parsedec.text import common_prefix
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.session import Session
+from parsedec.text.spelling import common_prefix
 from parsedec.types import Needs, Outcome, Seen, Tree
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parsedec.errors import IncompatibleStack, require_number
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.models.turns import share_turns
 from parsedec.sampling import Sampler
-from parsedec.selftest import check_decoding
-from parsedec.turns import share_turns
+from parsedec.sessions.selftest import check_decoding
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import DraftModel, DraftState
 

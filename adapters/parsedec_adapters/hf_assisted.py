@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from parsedec import kv
 from parsedec.errors import IncompatibleStack, require_number
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.models.turns import turns_of
 from parsedec.peers import clean_settings, seeded, settings
 from parsedec.sampling import Sampler
-from parsedec.text import common_prefix
-from parsedec.turns import turns_of
+from parsedec.sessions import kv
+from parsedec.text.spelling import common_prefix
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import drafting_model, fitted
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from parsedec.checkpoints import find_file, read_tensors, write_tensors
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import LanguageModel
+from parsedec.models.checkpoints import find_file, read_tensors, write_tensors
+from parsedec.models.language_model import LanguageModel
 
 FORMAT = "parsedec-parallel-head-1"
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from parsedec.errors import IncompatibleStack, require_number
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.parallel_head import HeadConfig, ParallelHead, load_head

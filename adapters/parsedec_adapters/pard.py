@@ -27,11 +27,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from parsedec.backends import open_session
 from parsedec.errors import IncompatibleStack, require_number
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
-from parsedec.session import Session
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.session import Session
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import drafting_model, extended, fitted
 

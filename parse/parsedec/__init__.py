@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parsedec.acceptance import Siblings as Siblings
     from parsedec.acceptance import Traversal as Traversal
     from parsedec.acceptance import Typical as Typical
-    from parsedec.batch import BatchResult as BatchResult
+    from parsedec.batching.batch import BatchResult as BatchResult
     from parsedec.boundary import BoundaryRule as BoundaryRule
     from parsedec.boundary import FirstFailure as FirstFailure
     from parsedec.boundary import LongestValid as LongestValid
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from parsedec.loop import Loop as Loop
     from parsedec.loop import Once as Once
     from parsedec.loop import Rounds as Rounds
-    from parsedec.model import LanguageModel as LanguageModel
-    from parsedec.model import load as load
+    from parsedec.models.language_model import LanguageModel as LanguageModel
+    from parsedec.models.language_model import load as load
     from parsedec.outer import Outer as Outer
     from parsedec.outer import PrefixVerification as PrefixVerification
     from parsedec.outer import TargetOnly as TargetOnly
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from parsedec.segmenters import Segmenter as Segmenter
     from parsedec.segmenters import Sentences as Sentences
     from parsedec.streamed import StreamedVerification as StreamedVerification
+    from parsedec.text.prompt import BareText as BareText
+    from parsedec.text.prompt import NewTurn as NewTurn
     from parsedec.types import Delta as Delta
     from parsedec.types import Limits as Limits
     from parsedec.types import Needs as Needs
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
 # What a stack is built of, and what it gives: module -> names
 _MODULES = {
     "acceptance": "Acceptance Nucleus Siblings Traversal Typical",
-    "batch": "BatchResult",
+    "batching.batch": "BatchResult",
     "boundary": "BoundaryRule FirstFailure LongestValid Smoothed",
     "drop_in": "hf_generate",
     "engine": "Parse",
@@ -81,10 +83,11 @@ _MODULES = {
     "judge": "CombinedJudge ConfidenceJudge DigitJudge Judge JudgeNeeds "
     "LabelJudge LogprobJudge PassJudge ProbeJudge Reading Scores",
     "loop": "Loop Once Rounds",
-    "model": "LanguageModel load",
+    "models.language_model": "LanguageModel load",
     "outer": "Outer PrefixVerification TargetOnly",
     "segmenters": "CodeStatements EveryTokens Lines Paragraphs PatternSegmenter Segmenter Sentences",
     "streamed": "StreamedVerification",
+    "text.prompt": "BareText NewTurn",
     "types": "Delta Limits Needs Outcome Result Sampling Seen StopReason Tree",
 }
 _HOMES = {name: home for home, names in _MODULES.items() for name in names.split()}

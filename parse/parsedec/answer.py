@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from parsedec.model import LanguageModel
-from parsedec.text import TextStream, token_ends
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.spelling import TextStream, token_ends
 from parsedec.types import Author, Limits, Span, StopReason
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from parsedec import wanted
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
+from parsedec.batching import wanted
 from parsedec.inner import InnerSpeculator
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import open_decoder
 from parsedec.sampling import Sampler
-from parsedec.text import Draft, GrowingDraft, carried, common_prefix
+from parsedec.text.spelling import Draft, GrowingDraft, carried, common_prefix
 from parsedec.types import Author, Limits, StopReason
 
 NOTHING = Draft((), "", (), ended=False)

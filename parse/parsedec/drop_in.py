@@ -40,13 +40,13 @@ from transformers import (
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from parsedec.acceptance import Acceptance
-from parsedec.checkpoints import Checkpoint
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, IncompatibleStack, PromptError
 from parsedec.inner import InnerSpeculator
 from parsedec.judge import Judge
-from parsedec.judge_card import read_judge_card
-from parsedec.model import LanguageModel, load
+from parsedec.models.checkpoints import Checkpoint
+from parsedec.models.judge_card import read_judge_card
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.outer import Outer
 from parsedec.types import Delta, Result, Sampling, warmth
 

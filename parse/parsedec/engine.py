@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from parsedec import ranks
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
-from parsedec.batch import Batch, BatchResult
-from parsedec.chat import read_prompt
+from parsedec.batching.batch import Batch, BatchResult
+from parsedec.batching.fibers import clock
 from parsedec.drafter import Drafter
 from parsedec.errors import (
     ConfigError,
@@ -23,20 +22,21 @@ from parsedec.errors import (
     TargetRefused,
     require_number,
 )
-from parsedec.fibers import clock
 from parsedec.gate import GateHistory
 from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.judge import Judge, LabelJudge
 from parsedec.meter import Meter, Tally
-from parsedec.model import LanguageModel
+from parsedec.models import ranks
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import ChecksStack, DraftVerification, Outer, PrefixVerification, TargetOnly, Work
-from parsedec.prompt import Prompt, ReadPrompt, check_length, token_ids
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import check_inner, open_decoder
 from parsedec.sampling import Sampler, check_numbers, chosen_generator
-from parsedec.selftest import check_decoding
+from parsedec.sessions.selftest import check_decoding
 from parsedec.stack import bind_inner, check_draft, check_models, check_parts, judge_needs
-from parsedec.text import Draft, StopText, TextStream
+from parsedec.text.chat import read_prompt
+from parsedec.text.prompt import Prompt, ReadPrompt, check_length, token_ids
+from parsedec.text.spelling import Draft, StopText, TextStream
 from parsedec.types import Author, Delta, Limits, Result, Sampling, StopReason
 
 
@@ -115,8 +115,8 @@ class Parse:
 
         prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are: a
                     list, a tensor, or what the tokenizer returns. A last message of the assistant's is gone on with,
-                    and the result has what follows it; `parsedec.prompt.NewTurn(messages)` opens a turn behind it,
-                    and `parsedec.prompt.BareText(text)` is gone on with as it is, in no chat template
+                    and the result has what follows it; `parsedec.NewTurn(messages)` opens a turn behind it,
+                    and `parsedec.BareText(text)` is gone on with as it is, in no chat template
         seed        of sampled decoding: the text is the one that run.py writes with it for the first problem of a task
         generator   in place of a seed a source of randomness, on the CPU; greedy decoding needs neither
 

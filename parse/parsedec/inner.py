@@ -13,14 +13,14 @@ from torch import Tensor
 
 from parsedec.acceptance import Acceptance, Siblings
 from parsedec.answer import Answer
-from parsedec.backends import open_session
 from parsedec.errors import shown
-from parsedec.inference import inference
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler, checked_token
-from parsedec.session import Session
-from parsedec.staged import token_logprobs
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.inference import inference
+from parsedec.sessions.session import Session
+from parsedec.sessions.staged import token_logprobs
 from parsedec.types import Author, Needs, Outcome, Seen, Shown, StopReason, Tree
 
 

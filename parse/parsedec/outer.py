@@ -14,7 +14,6 @@ from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from parsedec.answer import Answer
 from parsedec.boundary import BoundaryRule, FirstFailure
-from parsedec.chat import closing_token
 from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack, require_number, require_part
 from parsedec.gate import Always, Gate, GateHistory
@@ -22,9 +21,10 @@ from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.judge import Judge, LabelJudge, Scores, judged
 from parsedec.loop import Loop, Once
 from parsedec.meter import Meter
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.segmenters import FirstSegment, Lines, Segmenter
-from parsedec.text import Draft
+from parsedec.text.chat import closing_token
+from parsedec.text.spelling import Draft
 from parsedec.types import Author, Round, Segment
 
 Written = tuple[Author, list[int]]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from parsedec.errors import ConfigError, require_number
-from parsedec.model import LanguageModel
-from parsedec.text import Draft, GrowingDraft
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.spelling import Draft, GrowingDraft
 
 
 @dataclass(frozen=True, kw_only=True)

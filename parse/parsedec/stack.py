@@ -6,7 +6,7 @@ from parsedec.acceptance import Acceptance
 from parsedec.errors import ChatTemplateError, ConfigError, IncompatibleStack, require_part, shown
 from parsedec.inner import InnerSpeculator
 from parsedec.judge import JudgeNeeds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import SLOTS, AsksJudge, Outer
 from parsedec.remote.stack import check_judge
 

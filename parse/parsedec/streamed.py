@@ -29,8 +29,8 @@ from parsedec.judge import Judge, Scores, judged
 from parsedec.lanes import Beside, InTurn, Lane
 from parsedec.outer import DraftVerification, Work, Written, drafter_of, spent, timed
 from parsedec.segmenters import Segmenter
-from parsedec.session import Session
-from parsedec.text import Draft
+from parsedec.sessions.session import Session
+from parsedec.text.spelling import Draft
 from parsedec.types import Author, Round
 
 FINAL = (FirstFailure, Smoothed)  # rules that a later score cannot make change what they said of earlier ones

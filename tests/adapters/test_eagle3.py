@@ -17,7 +17,7 @@ from parsedec.loop import Rounds
 from parsedec.outer import PrefixVerification
 from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Outcome, Sampling, Seen, StopReason
 from parsedec_adapters.eagle3 import Eagle3, load_head, save_head
 

@@ -13,7 +13,7 @@ import eagle3_heads
 import tiny
 from parsedec import Parse, Sampling, TargetOnly
 from parsedec.sampling import Sampler, request_generator
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Outcome, Seen
 from parsedec_adapters.eagle3 import Eagle3, tree
 from parsedec_adapters.eagle3.graphed import drafting_of

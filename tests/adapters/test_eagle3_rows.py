@@ -6,7 +6,7 @@ import torch
 import eagle3_heads
 import tiny
 from parsedec.sampling import Sampler
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Sampling
 from parsedec_adapters.eagle3 import Eagle3
 from parsedec_adapters.eagle3.rows import FEW, Sight, Store, causal_mask

@@ -13,7 +13,7 @@ import tiny
 from every_draw import relative
 from parsedec import Parse, Sampling, StopReason, TargetOnly
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import SELECTS_LAYERS, LanguageModel
+from parsedec.models.language_model import SELECTS_LAYERS, LanguageModel
 from parsedec.peers import HfGenerate, clean_settings, settings
 from parsedec.sampling import Sampler
 from parsedec.types import Outcome, Seen

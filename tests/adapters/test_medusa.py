@@ -15,7 +15,7 @@ from parsedec import Parse, PrefixVerification, TargetOnly
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.loop import Rounds
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Seen
 from parsedec_adapters.medusa import (
     Medusa,

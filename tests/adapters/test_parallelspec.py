@@ -13,7 +13,7 @@ from parallel_heads import inputs, new_head, teach
 from parsedec import Parse, Sampling, TargetOnly
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.sampling import Sampler
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Seen
 from parsedec_adapters.parallel_head import HeadConfig, ParallelHead, load_head, save_head
 from parsedec_adapters.parallelspec import ParallelSpec, best_paths

@@ -17,7 +17,7 @@ from parsedec.calibration.outcomes import Outcomes
 from parsedec.calibration.risk import Goal
 from parsedec.calibration.samples import Sample, right_prefixes
 from parsedec.tasks.base import Score
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 
 
 def sample(name, right, scores, **more):

@@ -24,10 +24,10 @@ from parsedec.experiment.build import build_draft_alone, build_engine, build_sam
 from parsedec.experiment.kinds import require_kinds
 from parsedec.experiment.nodes import draft_node, target_node
 from parsedec.gate import GateHistory
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.sampling import Sampler
 from parsedec.tasks import OpenEnded
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.types import Sampling, Tree
 from parsedec_adapters.eagle3 import save_head
 from parsedec_adapters.medusa import save_heads

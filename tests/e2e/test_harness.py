@@ -270,7 +270,7 @@ def test_request_that_cannot_be_run_costs_no_other(lm):
 
 def test_draft_model_with_another_vocabulary_reads_prompts_for_itself():
     """A prompt as rendered is in the target's tokens; the draft model has the messages, or the bare text."""
-    from parsedec.model import LanguageModel, load
+    from parsedec.models.language_model import LanguageModel, load
 
     lm = ParsedecLM(Parse(tiny.model("llama"), load("zoo:draft", device="cpu")))
     assert isinstance(lm.model, LanguageModel)

@@ -13,8 +13,8 @@ import commands
 import tiny
 from fake_hub import FakeHub
 from parsedec import Parse, TargetOnly, load
-from parsedec.checkpoints import Checkpoint, find_checkpoint, in_zoo
 from parsedec.errors import ModelLoadError
+from parsedec.models.checkpoints import Checkpoint, find_checkpoint, in_zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 COINS = "Tom has {} coins. Ana gives Tom 30 coins. Tom loses 5 coins. How many coins does Tom have now?"

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from parsedec import Parse, TargetOnly
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import JudgePath
 from parsedec_adapters.draft_model import DraftModel
 

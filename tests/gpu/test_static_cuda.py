@@ -11,9 +11,9 @@ import eagle3_heads
 import tiny
 from medusa_heads import taught_heads
 from parsedec import Parse, Sampling, TargetOnly
-from parsedec.backends import open_session
 from parsedec.sampling import Sampler, request_generator
-from parsedec.session import Session
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.session import Session
 from parsedec.static import cascade
 from parsedec.static.attention import attention, hidden
 from parsedec.static.session import StaticSession, machine_of

@@ -16,7 +16,7 @@ from parallel_heads import new_head
 from parsedec import Parse, TargetOnly
 from parsedec.inner import NoSpeculation
 from parsedec.sampling import Sampler
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Outcome, Sampling, Seen
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.eagle3 import Eagle3

@@ -14,15 +14,15 @@ from transformers import DynamicCache
 
 import tiny
 from parsedec import Parse, PrefixVerification, Result, TargetOnly
-from parsedec.backends import runs_static
-from parsedec.batch import in_company
+from parsedec.batching.batch import in_company
+from parsedec.batching.joint import joint_obstacle
 from parsedec.boundary import FirstFailure
 from parsedec.errors import JudgeError, PassFailed, PromptError
 from parsedec.inner import NoSpeculation
-from parsedec.joint import joint_obstacle
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.backends import runs_static
+from parsedec.sessions.session import Session
 from parsedec.static.session import machine_of
 
 NEW = 20
@@ -228,8 +228,8 @@ def test_whoever_ends_the_program_ends_a_batch(tiny_target, error):
 def test_processes_that_share_a_model_do_not_part(tiny_target, monkeypatch):
     """A request may have failed in one of them alone, and the others would wait for its passes for ever."""
     engine = Parse(tiny_target, inner=Head())
-    monkeypatch.setattr("parsedec.ranks.check_same", lambda model, what: None)
-    monkeypatch.setattr("parsedec.ranks.share_generator", lambda model, generator: None)
+    monkeypatch.setattr("parsedec.models.ranks.check_same", lambda model, what: None)
+    monkeypatch.setattr("parsedec.models.ranks.share_generator", lambda model, generator: None)
     monkeypatch.setitem(tiny_target.__dict__, "shared", True)
     with pytest.raises(RuntimeError, match="no room for my head"):
         engine.generate_batch([[8, 7], [POISON, 7], [9, 7]], size=1, max_new_tokens=NEW)

@@ -15,19 +15,19 @@ import torch
 import tiny
 from eagle3_heads import random_head
 from parsedec import Parse, PrefixVerification, Result, Sampling, StopReason, TargetOnly
-from parsedec.backends import runs_static
-from parsedec.batch import PATIENCE, in_company
+from parsedec.batching.batch import PATIENCE, in_company
+from parsedec.batching.fibers import current
+from parsedec.batching.joint import joint_obstacle
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError, PromptError
 from parsedec.experiment.runner import Arm, Settings, run_arms
-from parsedec.fibers import current
 from parsedec.gate import Never
-from parsedec.joint import joint_obstacle
 from parsedec.loop import Rounds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.peers import HfGenerate
 from parsedec.sampling import request_generator
 from parsedec.segmenters import EveryTokens
+from parsedec.sessions.backends import runs_static
 from parsedec.static.session import machine_of
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic

@@ -20,7 +20,7 @@ import tiny
 from parsedec import LabelJudge, Parse, PrefixVerification, Sampling, TargetOnly, hf_generate, load
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError, IncompatibleStack, PromptError
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.segmenters import EveryTokens
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.ngram import Ngram

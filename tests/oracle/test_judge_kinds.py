@@ -12,7 +12,6 @@ import oracle.test_streamed as streaming
 import tiny
 from medusa_heads import taught_heads
 from parsedec import Parse, PrefixVerification, load
-from parsedec.backends import open_session
 from parsedec.boundary import FirstFailure
 from parsedec.drafter import Drafter
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
@@ -30,10 +29,11 @@ from parsedec.meter import Tally
 from parsedec.peers import Cascade, SpecReason
 from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.session import Session
 from parsedec.static.session import StaticSession
 from parsedec.streamed import StreamedVerification
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.types import JudgePath, Sampling
 from parsedec_adapters.medusa import Medusa
 from parsedec_adapters.ngram import Ngram

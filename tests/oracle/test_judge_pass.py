@@ -13,8 +13,8 @@ import tiny
 from parsedec import masks
 from parsedec.errors import IncompatibleStack, JudgeError
 from parsedec.judge import LabelJudge
-from parsedec.selftest import probe_error
-from parsedec.session import Session
+from parsedec.sessions.selftest import probe_error
+from parsedec.sessions.session import Session
 from parsedec.types import JudgePath
 
 GENERATOR = torch.Generator().manual_seed(11)

@@ -19,12 +19,12 @@ from parsedec.boundary import FirstFailure, LongestValid
 from parsedec.errors import JudgeError, LogitsError, PromptError
 from parsedec.gate import Adaptive, Never
 from parsedec.loop import Once, Rounds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.streamed import StreamedVerification
-from parsedec.text import carried
+from parsedec.text.spelling import carried
 from parsedec.types import Author, JudgePath, Limits, Sampling
 from parsedec_adapters.draft_model import DraftModel
 
@@ -288,7 +288,7 @@ def test_outer_none_is_the_inner_level(tiny_target):
 
 
 def draft_of(model, tokens):
-    from parsedec.text import Draft
+    from parsedec.text.spelling import Draft
 
     return Draft.of(model, tokens, ended=True)
 

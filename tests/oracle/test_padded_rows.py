@@ -10,9 +10,9 @@ import torch
 import tiny
 from every_draw import largest_error, relative
 from parsedec import Parse, PrefixVerification, Sampling, StopReason, TargetOnly
-from parsedec.backends import open_session, runs_static
 from parsedec.loop import Rounds
 from parsedec.segmenters import EveryTokens
+from parsedec.sessions.backends import open_session, runs_static
 from parsedec.streamed import StreamedVerification
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.hf_assisted import HfAssisted

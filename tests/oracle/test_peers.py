@@ -15,7 +15,7 @@ import tiny
 from parsedec import Parse, StopReason
 from parsedec.errors import ConfigError
 from parsedec.loop import Rounds
-from parsedec.model import JudgeCard, LanguageModel
+from parsedec.models.language_model import JudgeCard, LanguageModel
 from parsedec.peers import Cascade, EqualText, LabelEquivalence, LookaheadReasoning, SameNumber, SpecReason
 from parsedec.peers.equivalence import Sameness
 from parsedec.segmenters import EveryTokens, Lines, Segmenter

@@ -9,11 +9,11 @@ import torch
 
 import tiny
 from parsedec import LabelJudge, Parse, TargetOnly
-from parsedec.backends import runs_static
+from parsedec.batching.joint import joint_obstacle
 from parsedec.errors import IncompatibleStack
-from parsedec.findings import short_of_memory
-from parsedec.joint import joint_obstacle
-from parsedec.selftest import check_decoding
+from parsedec.models.findings import short_of_memory
+from parsedec.sessions.backends import runs_static
+from parsedec.sessions.selftest import check_decoding
 from parsedec.static.session import StaticSession
 from parsedec.types import JudgePath
 

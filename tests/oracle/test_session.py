@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from parsedec.errors import IncompatibleStack, PromptError
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import JudgePath, Tree
 
 ATOL = 1e-4

@@ -27,10 +27,10 @@ from parsedec.gate import Adaptive, Never
 from parsedec.inner import Decoder
 from parsedec.lanes import Beside
 from parsedec.loop import Once, Rounds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import request_generator
 from parsedec.segmenters import EveryTokens, Lines
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.streamed import ONE_MODEL, RECODED, StreamedVerification
 from parsedec.types import Author, JudgePath, Sampling
 from parsedec_adapters.draft_model import DraftModel

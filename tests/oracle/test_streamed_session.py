@@ -12,8 +12,8 @@ import torch
 
 import tiny
 from parsedec.segmenters import CodeStatements, EveryTokens, Lines, Paragraphs, Sentences
-from parsedec.session import Session
-from parsedec.text import Draft
+from parsedec.sessions.session import Session
+from parsedec.text.spelling import Draft
 from parsedec.types import JudgePath
 
 GENERATOR = torch.Generator().manual_seed(11)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fake_server import FakeServer
 from parsedec import Parse
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote import connect
 from parsedec.remote.capabilities import TokensBack
 from parsedec.remote.probing import TEXT

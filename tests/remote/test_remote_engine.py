@@ -15,7 +15,7 @@ from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError, ServerError
 from parsedec.gate import Adaptive
 from parsedec.loop import Rounds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote import RemoteModel, connect
 from parsedec.remote.capabilities import Labels, TokensBack
 from parsedec.segmenters import EveryTokens

@@ -35,7 +35,7 @@ from parsedec.remote import connect
 from parsedec.remote.session import NOTHING, RemoteSession, least
 from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.types import JudgePath, Sampling, StopReason
 
 NEW = 24
@@ -264,7 +264,7 @@ def test_batches_are_answered_one_request_after_another(serve, pair):
 
 
 def test_errors_of_a_batch_keep_what_they_hold():
-    from parsedec.batch import _named
+    from parsedec.batching.batch import _named
 
     named = _named(ServerRefused("no such thing", 404), 3)
     assert (type(named), str(named), named.status) == (ServerRefused, "request 3: no such thing", 404)

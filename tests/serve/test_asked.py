@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from parsedec import Limits, Parse, hf_generate
-from parsedec.chat import shows_role
+from parsedec.text.chat import shows_role
 from serving import listening
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "w1w2"}]}

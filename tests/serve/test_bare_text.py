@@ -7,10 +7,10 @@ import pytest
 
 import tiny
 from parsedec import Limits, Parse
-from parsedec.chat import bare_ids
 from parsedec.errors import PromptError
-from parsedec.model import LanguageModel
-from parsedec.prompt import BareText
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.chat import bare_ids
+from parsedec.text.prompt import BareText
 from serving import listening
 
 TEXT = "w5w6w7"

@@ -10,14 +10,15 @@ import httpx
 import pytest
 
 import tiny
-from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, joint, load
+from parsedec import Delta, Limits, Parse, Result, Sampling, StopReason, load
+from parsedec.batching import joint
 from parsedec.errors import JudgeError, PromptError, ServerRefused, TargetLost, TargetRefused
-from parsedec.prompt import NewTurn
 from parsedec.serve.asked import ChatAsked, Defaults, tasks_of
 from parsedec.serve.desk import Desk
 from parsedec.serve.jobs import FairQueue, Job, Task
 from parsedec.serve.refusals import Refusal, refusal
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
+from parsedec.text.prompt import NewTurn
 from parsedec.types import Author, Counters, PhaseTimes
 from serving import listening, process
 

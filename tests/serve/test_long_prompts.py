@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from parsedec import Limits, Parse
-from parsedec.prompt import ReadPrompt
+from parsedec.text.prompt import ReadPrompt
 from serving import listening
 
 HOLD_S = 30.0  # at most

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from parsedec.chat import prompt_ids
+from parsedec.text.chat import prompt_ids
 from serving import process
 
 openai = pytest.importorskip("openai", reason="the official client; pip install -e '.[dev]'")

@@ -16,11 +16,11 @@ import torch
 
 from parsedec import LabelJudge, Parse, PrefixVerification
 from parsedec.boundary import FirstFailure
-from parsedec.chat import prompt_ids
 from parsedec.errors import TargetLost
 from parsedec.remote.session import RemoteSession
 from parsedec.segmenters import Lines
-from parsedec.session import Session
+from parsedec.sessions.session import Session
+from parsedec.text.chat import prompt_ids
 from parsedec.types import Author
 
 pytestmark = pytest.mark.server

@@ -18,7 +18,7 @@ from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError, Prom
 from parsedec.gate import Adaptive
 from parsedec.loop import Rounds
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import JudgePath
 from parsedec_adapters.draft_model import DraftModel
 from parsedec_adapters.ngram import Ngram

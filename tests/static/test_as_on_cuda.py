@@ -9,11 +9,11 @@ import cuda_graphs
 import eagle3_heads
 import tiny
 from parsedec import LabelJudge, Parse, PrefixVerification, Sampling, TargetOnly
-from parsedec.backends import runs_static
 from parsedec.boundary import FirstFailure
 from parsedec.loop import Rounds
 from parsedec.sampling import request_generator
 from parsedec.segmenters import EveryTokens
+from parsedec.sessions.backends import runs_static
 from parsedec.static import session as static
 from parsedec.static.graphs import Graphs
 from parsedec.static.steps import Steps

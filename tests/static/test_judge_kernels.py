@@ -13,9 +13,9 @@ import oracle.test_judge_pass as judging
 import static.test_static_session as backend
 import tiny
 from parsedec import masks
-from parsedec import session as eager
 from parsedec.errors import ConfigError
-from parsedec.session import Session
+from parsedec.sessions import session as eager
+from parsedec.sessions.session import Session
 from parsedec.static import cascade, flex
 from parsedec.static import judging as kernels
 from parsedec.static.attention import Rows

@@ -17,9 +17,9 @@ import tiny
 from every_draw import relative
 from medusa_heads import taught_heads
 from parsedec import Parse, TargetOnly, load
-from parsedec.backends import open_session, runs_static
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.session import Session
+from parsedec.sessions.backends import open_session, runs_static
+from parsedec.sessions.session import Session
 from parsedec.static import session as static
 from parsedec.static.memory import FIRST_CAPACITY, Lease, Pool
 from parsedec.static.session import StaticSession

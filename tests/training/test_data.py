@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from parsedec.errors import ConfigError, OutputExistsError
-from parsedec.model import load
+from parsedec.models.language_model import load
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic, first_wrong_line, solution
 from parsedec.training import drafts, generation
 from parsedec.training.answers import clean, injected, mark

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from parsedec.boundary import FirstFailure
 from parsedec.engine import Parse
-from parsedec.model import load
+from parsedec.models.language_model import load
 from parsedec.outer import PrefixVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.training.evaluation import Judged, auc, calibrate, evaluate, localisation

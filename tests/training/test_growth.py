@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from parsedec.errors import ConfigError
-from parsedec.model import load
+from parsedec.models.language_model import load
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.training.generation import prompts
 from parsedec.training.growth import freeze, grown, renew

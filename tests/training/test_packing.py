@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from parsedec.errors import IncompatibleStack
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.training.packing import IGNORED, RIGHT, WRONG, Answer, Packer, Row
 
 ANSWERS = (

@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 
 from parsedec import Parse, PrefixVerification, load
 from parsedec.calibration.sources import Answers, Checker, Question, Steps, prompt_digests, refuse_known
-from parsedec.chat import prompt_ids
 from parsedec.errors import ConfigError, IncompatibleStack, OutputExistsError
 from parsedec.experiment.record import read_record
 from parsedec.judge import ProbeJudge, judging_session
@@ -21,6 +20,7 @@ from parsedec.segmenters import Lines
 from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.steps import read_steps
+from parsedec.text.chat import prompt_ids
 from parsedec.training.prefixes import from_steps, from_task, with_logprobs
 from parsedec.training.probe_job import labelled, train_probes
 from parsedec.training.probes import (

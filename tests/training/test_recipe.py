@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import configs
 from parsedec.errors import ConfigError, OutputExistsError
-from parsedec.model import load
+from parsedec.models.language_model import load
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
 from parsedec.training import run_recipe

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 import commands
 import parsedec.training.tokenizer as recipe
-from parsedec.chat import closing_token, label_tokens, prompt_ids, suffix_text
 from parsedec.errors import ConfigError, OutputExistsError
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.tasks import ZooArithmetic, ZooLists, zoo_arithmetic, zoo_lists
+from parsedec.text.chat import closing_token, label_tokens, prompt_ids, suffix_text
 from parsedec.training.tokenizer import CARD, SPECIAL, learn, tokenizer_of, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

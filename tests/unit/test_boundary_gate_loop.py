@@ -13,7 +13,7 @@ from parsedec.boundary import FirstFailure, LongestValid, Smoothed, log_odds
 from parsedec.errors import ConfigError
 from parsedec.gate import Adaptive, Always, GateHistory, Never
 from parsedec.loop import Once, Rounds
-from parsedec.model import JudgeCard
+from parsedec.models.language_model import JudgeCard
 
 RULES = [FirstFailure, LongestValid, Smoothed]
 probabilities = st.floats(0, 1)

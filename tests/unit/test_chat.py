@@ -8,11 +8,11 @@ import pytest
 import parsedec
 import tiny
 from parsedec import Parse, load
-from parsedec.chat import label_tokens, prompt_ids, suffix_text
 from parsedec.errors import ChatTemplateError, ConfigError, JudgeError
 from parsedec.judge import LabelJudge
-from parsedec.model import JudgeCard
-from parsedec.prompt import NewTurn, messages_of
+from parsedec.models.language_model import JudgeCard
+from parsedec.text.chat import label_tokens, prompt_ids, suffix_text
+from parsedec.text.prompt import NewTurn, messages_of
 
 ZOO = parsedec.load("zoo:target", device="cpu")
 QUESTION = "Is all of it right?\nAnswer Correct or Incorrect."

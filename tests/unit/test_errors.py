@@ -25,7 +25,7 @@ from parsedec.experiment.runner import Arm
 from parsedec.inner import NoSpeculation
 from parsedec.judge import LabelJudge
 from parsedec.loop import Rounds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import PrefixVerification, TargetOnly
 from parsedec.types import Needs
 from parsedec_adapters.draft_model import DraftModel

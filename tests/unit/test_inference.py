@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parsedec.inference import inference, whole_numbers
+from parsedec.sessions.inference import inference, whole_numbers
 
 
 def test_a_call_runs_in_inference_mode_and_leaves_it_as_it_was():

@@ -9,7 +9,7 @@ import pytest
 import commands
 from parsedec.errors import ConfigError
 from parsedec.experiment import judging
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.training.prefixes import Marked
 
 

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf, open_dict
 import tiny
 from parsedec import Parse, PrefixVerification, load, write_trace
 from parsedec.advice.job import divided
-from parsedec.checkpoints import in_zoo
 from parsedec.errors import (
     ConfigError,
     IncompatibleStack,
@@ -33,13 +32,14 @@ from parsedec.experiment.runner import Arm
 from parsedec.inner import NoSpeculation
 from parsedec.judge import LabelJudge, Scores
 from parsedec.loop import Rounds
+from parsedec.models.checkpoints import in_zoo
 from parsedec.peers import Cascade, LabelEquivalence, LookaheadReasoning, SpecReason
-from parsedec.prompt import messages_of
 from parsedec.segmenters import EveryTokens, Lines
 from parsedec.serve import command
 from parsedec.serve.asked import ChatAsked
 from parsedec.streamed import StreamedVerification
 from parsedec.tasks import OpenEnded
+from parsedec.text.prompt import messages_of
 from parsedec.training.probe_job import train_probes
 from parsedec.types import JudgePath, Limits, Sampling, Tree
 from parsedec_adapters.draft_model import DraftModel

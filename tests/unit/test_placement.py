@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from parsedec import load
-from parsedec.backends import runs_static
-from parsedec.checkpoints import in_zoo
 from parsedec.errors import ConfigError
-from parsedec.placement import multiplies
+from parsedec.models.checkpoints import in_zoo
+from parsedec.models.placement import multiplies
+from parsedec.sessions.backends import runs_static
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def checkpoint(tmp_path):
 def test_that_of_the_checkpoint_where_the_processor_has_it(monkeypatch, checkpoint, caplog):
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
         caplog.clear()
-        monkeypatch.setattr("parsedec.placement.multiplies", lambda device, dtype, has=has: has)
+        monkeypatch.setattr("parsedec.models.placement.multiplies", lambda device, dtype, has=has: has)
         assert load(checkpoint, device="cpu").dtype is expected
         assert ("is computed in float32 and takes 0.0 GB" in caplog.text) is not has
         assert ("dtype=bfloat16 computes in it" in caplog.text) is not has
@@ -42,7 +42,7 @@ def test_a_precision_is_a_name_or_torchs_object(checkpoint, dtype):
 
 
 def test_what_is_quantised_or_spread_stays_as_it_is(monkeypatch, checkpoint):
-    monkeypatch.setattr("parsedec.placement.multiplies", lambda device, dtype: False)
+    monkeypatch.setattr("parsedec.models.placement.multiplies", lambda device, dtype: False)
     assert load(checkpoint, device_map="cpu").dtype is torch.bfloat16
     monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
     assert load(checkpoint, device="cpu").dtype is torch.bfloat16

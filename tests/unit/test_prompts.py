@@ -8,7 +8,7 @@ from transformers import BatchEncoding
 import tiny
 from parsedec import Parse
 from parsedec.errors import ConfigError, PromptError, shown
-from parsedec.prompt import messages_of, token_ids
+from parsedec.text.prompt import messages_of, token_ids
 
 MADE = {
     "list": list,

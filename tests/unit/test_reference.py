@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import tiny
-from parsedec.model import LanguageModel
-from parsedec.reference import excess, plain_logits, random_tokens
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.reference import excess, plain_logits, random_tokens
 from parsedec.static.session import StaticSession
 
 FULL = 5120  # hidden size of the model whose depth this one has

@@ -24,7 +24,7 @@ from parsedec.segmenters import (
     Sentences,
     statement_ends,
 )
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 
 CHARACTERS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 BYTES = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from parsedec.errors import ConfigError
-from parsedec.model import load
+from parsedec.models.language_model import load
 from parsedec.tasks import Problem, Task, ZooLists, zoo_base
 from parsedec.tasks.zoo_base import LEADS, SPLITS
 from parsedec.tasks.zoo_lists import STEPS, TOLD, draw_problem, first_wrong_line, solution, split_of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import parsedec
 from parsedec.answer import Answer
-from parsedec.text import Draft, StopText, TextStream, common_prefix, token_ends
+from parsedec.text.spelling import Draft, StopText, TextStream, common_prefix, token_ends
 from parsedec.types import Author, Limits, StopReason
 
 MODEL = parsedec.load("zoo:draft", device="cpu")  # its vocabulary spells any byte

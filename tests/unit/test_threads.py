@@ -10,9 +10,9 @@ from parsedec.errors import OutputExistsError
 from parsedec.experiment import threads
 from parsedec.experiment.record import earlier_record, write_record
 from parsedec.experiment.threads import quickest, set_threads, settle_threads, settled_threads, time_threads
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 
 
 @pytest.fixture(autouse=True)

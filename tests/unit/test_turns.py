@@ -8,7 +8,7 @@ import weakref
 import pytest
 from torch import nn
 
-from parsedec.turns import share_turns, turns_of
+from parsedec.models.turns import share_turns, turns_of
 
 
 def started(*calls):

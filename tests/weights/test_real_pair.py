@@ -8,9 +8,9 @@ import torch
 
 from parsedec import LabelJudge, Parse, PrefixVerification, TargetOnly, load
 from parsedec.boundary import FirstFailure
-from parsedec.chat import prompt_ids
 from parsedec.segmenters import EveryTokens
-from parsedec.session import Session
+from parsedec.sessions.session import Session
+from parsedec.text.chat import prompt_ids
 from parsedec.types import JudgePath
 
 FOLDER = Path(os.environ.get("PARSEDEC_MODELS", "models"))

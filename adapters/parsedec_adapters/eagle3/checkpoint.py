@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parsedec.checkpoints import find_file, read_tensors, write_tensors
 from parsedec.errors import IncompatibleStack
+from parsedec.models.checkpoints import find_file, read_tensors, write_tensors
 from parsedec_adapters.eagle3.config import HeadConfig, flat_config, read_config
 from parsedec_adapters.eagle3.head import EagleHead
 from parsedec_adapters.eagle3.rotation import Rotations

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parsedec.inference import whole_numbers
+from parsedec.sessions.inference import whole_numbers
 from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Stock
 from parsedec.static.steps import column_bucket

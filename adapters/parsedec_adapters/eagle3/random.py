@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec_adapters.eagle3.config import HeadConfig
 from parsedec_adapters.eagle3.head import EagleHead
 from parsedec_adapters.eagle3.speculator import Eagle3

@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from parsedec.backends import runs_static
-from parsedec.checkpoints import Version, version_of
 from parsedec.errors import IncompatibleStack, require_number, require_numbers
-from parsedec.inference import inference, whole_numbers
-from parsedec.model import LanguageModel
+from parsedec.models.checkpoints import Version, version_of
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
+from parsedec.sessions.backends import runs_static
+from parsedec.sessions.inference import inference, whole_numbers
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.eagle3.checkpoint import load_head, with_overrides
 from parsedec_adapters.eagle3.graphed import COMMITTED, Drafting, drafting_of

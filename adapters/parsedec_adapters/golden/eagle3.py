@@ -23,9 +23,9 @@ from parsedec.acceptance import Siblings
 from parsedec.errors import ConfigError
 from parsedec.inner import Decoder, NoSpeculation
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.sampling import Sampler
-from parsedec.session import Session
+from parsedec.sessions.session import Session
 from parsedec.types import Outcome, Sampling, Tree
 from parsedec_adapters.eagle3 import Eagle3, EagleHead, load_head
 from parsedec_adapters.eagle3.rotation import CosSin

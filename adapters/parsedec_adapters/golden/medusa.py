@@ -24,7 +24,7 @@ from torch import Tensor
 from parsedec.acceptance import Acceptance, Accepted, Nucleus, Siblings, Typical, leaves_of
 from parsedec.inner import Decoder, NoSpeculation
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.sampling import Sampler
 from parsedec.types import Sampling, Tree
 from parsedec_adapters.medusa.speculator import Medusa

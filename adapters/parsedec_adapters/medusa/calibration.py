@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from parsedec.chat import prompt_ids
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
-from parsedec.model import LanguageModel
-from parsedec.session import Session
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.session import Session
+from parsedec.text.chat import prompt_ids
 from parsedec_adapters.medusa.speculator import Medusa
 
 CHUNK = 64  # positions at once: the heads' logits are K x V numbers each

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parsedec.checkpoints import DAMAGE, Version, find_file, read_tensors, version_of
 from parsedec.errors import IncompatibleStack
+from parsedec.models.checkpoints import DAMAGE, Version, find_file, read_tensors, version_of
 from parsedec_adapters.medusa.heads import HEADS_FILE, MedusaHeads
 
 PREFIX = "medusa_head."

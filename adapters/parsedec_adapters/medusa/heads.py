@@ -17,9 +17,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from parsedec.checkpoints import write_tensors
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import LanguageModel
+from parsedec.models.checkpoints import write_tensors
+from parsedec.models.language_model import LanguageModel
 
 LAYOUTS = ("v0.1", "legacy")
 HEADS_FILE = "medusa_lm_head.safetensors"

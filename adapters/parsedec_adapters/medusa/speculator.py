@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parsedec.errors import IncompatibleStack, require_number
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.medusa.checkpoint import load_once

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.training.drafts import Pool
 from parsedec.training.heads import Guess, Texts
 from parsedec_adapters.medusa.heads import MedusaHeads, output_layer, save_heads

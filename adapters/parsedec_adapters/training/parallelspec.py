@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parsedec.errors import ConfigError
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.training.drafts import Pool
 from parsedec.training.heads import Guess, Texts
 from parsedec_adapters.parallel_head import HeadConfig, ParallelHead, save_head

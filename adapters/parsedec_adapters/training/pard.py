@@ -21,7 +21,7 @@ from torch import Tensor
 
 from parsedec import masks
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.training.drafts import Pool
 from parsedec.training.export import export
 from parsedec.training.heads import Guess, Texts

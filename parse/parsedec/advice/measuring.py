@@ -27,7 +27,7 @@ from parsedec.peers.equivalence import Equivalence
 from parsedec.sampling import Sampler, request_generator
 from parsedec.segmenters import Segmenter
 from parsedec.tasks.base import Problem, Task
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.types import Limits, Result
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parsedec.tasks.base import Score
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 
 PARTS = ("fit", "check")
 

@@ -14,16 +14,16 @@ from omegaconf import DictConfig
 
 from parsedec.calibration.samples import Sample
 from parsedec.calibration.sources import Answers, Question, Source, Steps, right
-from parsedec.chat import prompt_ids
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
 from parsedec.experiment.build import build_engine, build_sampling, build_target
 from parsedec.experiment.nodes import check_local
 from parsedec.judge import judging_session
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import DraftVerification, TargetOnly
 from parsedec.sampling import Sampler, request_generator
-from parsedec.text import Draft
+from parsedec.text.chat import prompt_ids
+from parsedec.text.spelling import Draft
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)

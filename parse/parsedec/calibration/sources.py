@@ -19,10 +19,10 @@ from parsedec.calibration.samples import right_prefixes
 from parsedec.errors import ConfigError
 from parsedec.experiment.problems import digest, digests
 from parsedec.judge.probe import read_card, weights_of
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.tasks.base import Problem, Task, score_of_lines
 from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from transformers import DynamicCache
 
 from parsedec.engine import Parse
 from parsedec.experiment.summary import asked, summarise
-from parsedec.model import LanguageModel
-from parsedec.reference import plain_logits
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
+from parsedec.sessions.reference import plain_logits
 from parsedec.tasks.base import is_later_turn
 from parsedec.types import Sampling
 

@@ -16,7 +16,7 @@ from parsedec.experiment.calibrated import warn_of_other_calibration
 from parsedec.experiment.kinds import require_kinds
 from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.threads import set_threads, settle_threads
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import TargetOnly
 from parsedec.types import Sampling
 

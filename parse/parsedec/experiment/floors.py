@@ -22,16 +22,16 @@ from typing import Any, NamedTuple, Self
 import torch
 from rich.table import Table
 
-from parsedec.backends import open_session
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
 from parsedec.experiment.plot import Bar, draw_bars
 from parsedec.inner import Decoder, NoSpeculation
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel
-from parsedec.reference import random_tokens
+from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
-from parsedec.session import Session
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.reference import random_tokens
+from parsedec.sessions.session import Session
 from parsedec.types import Sampling, Tree
 
 log = logging.getLogger(__name__)

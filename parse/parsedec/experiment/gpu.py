@@ -20,7 +20,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from torch._dynamo.exc import TorchDynamoException
 
-from parsedec.backends import runs_static
 from parsedec.errors import ConfigError, ParsedecError, first_line
 from parsedec.experiment import claims, floors
 from parsedec.experiment.build import build_model, build_target, plain
@@ -30,7 +29,8 @@ from parsedec.experiment.job import run_comparison
 from parsedec.experiment.nodes import draft_node
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, read_record, write_record, write_text
 from parsedec.experiment.stages import Clock, Stage, run_stages
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.backends import runs_static
 from parsedec.static.graphs import Graphs
 from parsedec.static.session import machine_of
 

@@ -23,7 +23,7 @@ from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import comparison, summarise
 from parsedec.experiment.trace import write_trace
-from parsedec.ranks import leading
+from parsedec.models.ranks import leading
 from parsedec.remote.model import RemoteModel
 from parsedec.tasks.base import Problem, first_turn
 from parsedec.types import Limits

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parsedec.backends import open_session
 from parsedec.errors import ConfigError
 from parsedec.experiment.summary import harmonic, wilson
 from parsedec.experiment.table import document, grid, origin, tier
 from parsedec.judge import Judge, judging_session
 from parsedec.judge.combined import log_odds
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.backends import open_session
 from parsedec.training.prefixes import Marked
 
 Floats = NDArray[np.float64]

@@ -32,7 +32,7 @@ from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.experiment.summary import resampled
 from parsedec.experiment.table import document, grid, origin, printed, tier
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 PARTS = ("prefill", "target", "drafter", "speculator", "engine")
 NETWORKS = PARTS[:3]

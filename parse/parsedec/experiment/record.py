@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from parsedec.checkpoints import hub_commits, pin_commits
 from parsedec.errors import FileNotWritten, OutputExistsError, ParsedecError, first_line
 from parsedec.experiment.claim import claim, release
 from parsedec.experiment.threads import recall_threads, settled_threads
-from parsedec.ranks import leading
+from parsedec.models.checkpoints import hub_commits, pin_commits
+from parsedec.models.ranks import leading
 
 log = logging.getLogger(__name__)
 

@@ -21,15 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parsedec.acceptance import Accepted
-from parsedec.chat import suffix_text
 from parsedec.errors import ConfigError
 from parsedec.judge import LabelJudge, Scores
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import Work, Written
 from parsedec.peers import HfGenerate
 from parsedec.sampling import Sampler
-from parsedec.session import Session
-from parsedec.text import Draft
+from parsedec.sessions.session import Session
+from parsedec.text.chat import suffix_text
+from parsedec.text.spelling import Draft
 from parsedec.types import Tree
 
 CERTAIN = 1e4  # a logit above all that a model makes

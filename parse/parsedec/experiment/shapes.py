@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 from parsedec.errors import ConfigError, require_number
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.tasks.base import Problem, Score
 
 PREFIX = "replay:"
@@ -72,7 +72,7 @@ def random_model(
     source   replay:NAME, one of SHAPES
     dtype    float32 or bfloat16
     device   "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
-    The others are those of `parsedec.model.load`.
+    The others are those of `parsedec.models.language_model.load`.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype='{dtype}' of {source}; expected one of {sorted(DTYPES)}.")

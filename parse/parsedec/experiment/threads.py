@@ -13,11 +13,11 @@ from statistics import median
 
 import torch
 
-from parsedec.backends import open_session
 from parsedec.errors import ConfigError, require_number
-from parsedec.model import LanguageModel
-from parsedec.reference import random_tokens
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.reference import random_tokens
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 
-from parsedec import kv
-from parsedec.chat import bare_ids, prompt_text
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError, ParsedecError, PromptError
 from parsedec.experiment.build import apply_runtime, build_engine, plain
@@ -27,8 +25,10 @@ from parsedec.experiment.cli import progress
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, to_json, write_record
 from parsedec.experiment.summary import summarise
 from parsedec.harness.settings import composed, of_the_harness
-from parsedec.prompt import BareText, NewTurn, Prompt
 from parsedec.sampling import request_generator
+from parsedec.sessions import kv
+from parsedec.text.chat import bare_ids, prompt_text
+from parsedec.text.prompt import BareText, NewTurn, Prompt
 from parsedec.types import Limits, Sampling
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from torch import Tensor
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.judge.probe import Mixture, read_card
 from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, Scores, check_labels, scores_of
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.capabilities import Labels
 from parsedec.remote.model import RemoteModel
-from parsedec.session import Session
-from parsedec.text import Draft
+from parsedec.sessions.session import Session
+from parsedec.text.spelling import Draft
 
 BIAS = "bias"
 EPS = 1e-6  # scores are kept this far from 0 and 1, where their log-odds end

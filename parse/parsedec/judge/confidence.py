@@ -18,9 +18,9 @@ from torch import Tensor
 from parsedec.errors import ConfigError, JudgeError, require_part
 from parsedec.judge.logprob import check_statistic, stretches
 from parsedec.judge.seam import Judge, JudgeNeeds, PassJudge, Reading, Scores, scores_of
-from parsedec.model import LanguageModel
-from parsedec.session import Session
-from parsedec.text import Draft
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.session import Session
+from parsedec.text.spelling import Draft
 from parsedec.types import JudgePath
 
 

@@ -14,10 +14,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from parsedec.chat import label_tokens, suffix_text
 from parsedec.errors import ConfigError, JudgeError
 from parsedec.judge.seam import PassJudge, Reading, check_labels, check_path, choose_path
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.chat import label_tokens, suffix_text
 
 QUESTION = (
     "Rate your answer so far, which may be unfinished: is every statement correct, and does each follow from what "

@@ -16,10 +16,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from parsedec.chat import label_tokens, suffix_text
 from parsedec.errors import JudgeError, require_texts
 from parsedec.judge.seam import PassJudge, Reading, check_path, choose_path
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.chat import label_tokens, suffix_text
 
 QUESTION = (
     "Is every statement of your answer so far correct? It may be unfinished. Reply with one word, Correct or Incorrect."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parsedec.errors import ConfigError
 from parsedec.judge.seam import PassJudge, Reading, check_here
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.types import JudgePath
 
 OVER = ("prefix", "segment")

@@ -25,11 +25,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from parsedec.chat import suffix_text
-from parsedec.checkpoints import find_file, read_tensors
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError
 from parsedec.judge.seam import JudgeNeeds, PassJudge, Reading, check_here, check_path, choose_path
-from parsedec.model import LanguageModel
+from parsedec.models.checkpoints import find_file, read_tensors
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.chat import suffix_text
 from parsedec.types import JudgePath
 
 CARD, WEIGHTS = "config.json", "probe.safetensors"

@@ -16,16 +16,16 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from parsedec.backends import open_session
 from parsedec.boundary import Thresholds
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, shown
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.capabilities import Labels
 from parsedec.remote.model import RemoteModel
-from parsedec.selftest import probe_error
-from parsedec.session import Session
-from parsedec.staged import JudgeRows
-from parsedec.text import Draft
+from parsedec.sessions.backends import open_session
+from parsedec.sessions.selftest import probe_error
+from parsedec.sessions.session import Session
+from parsedec.sessions.staged import JudgeRows
+from parsedec.text.spelling import Draft
 from parsedec.types import JudgePath
 
 log = logging.getLogger(__name__)

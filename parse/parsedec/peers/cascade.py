@@ -14,7 +14,7 @@ from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError
 from parsedec.gate import Always, Gate
 from parsedec.judge import Judge, LabelJudge
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import PrefixVerification, Work, Written
 from parsedec.segmenters import Lines
 

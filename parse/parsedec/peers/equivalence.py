@@ -14,11 +14,11 @@ from typing import Protocol, Self
 
 import torch
 
-from parsedec.backends import open_session
-from parsedec.chat import label_tokens, prompt_ids, suffix_text
 from parsedec.errors import ConfigError, IncompatibleStack, JudgeError, require_texts
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
+from parsedec.sessions.backends import open_session
+from parsedec.text.chat import label_tokens, prompt_ids, suffix_text
 
 OWN, PROPOSED = "{own}", "{proposed}"
 QUESTION = (

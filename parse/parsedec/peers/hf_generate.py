@@ -20,12 +20,12 @@ from transformers.generation import BaseStreamer
 from parsedec.answer import Answer
 from parsedec.errors import ConfigError, IncompatibleStack
 from parsedec.inner import InnerSpeculator, NoSpeculation
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.models.turns import turns_of
 from parsedec.outer import Work, Written
 from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
-from parsedec.text import common_prefix
-from parsedec.turns import turns_of
+from parsedec.text.spelling import common_prefix
 from parsedec.types import Author, Round, Sampling, StopReason
 
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")

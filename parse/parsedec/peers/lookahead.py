@@ -18,18 +18,18 @@ from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 from parsedec.acceptance import Acceptance
-from parsedec.branches import Branches
-from parsedec.chat import closing_token
 from parsedec.errors import ConfigError, require_part
 from parsedec.inner import NoSpeculation
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import Work, Written, drafter_of, require_parts
 from parsedec.peers.equivalence import Equivalence, LabelEquivalence
 from parsedec.peers.steps import DraftSteps, OwnStep, OwnWriting, joined, write_own
 from parsedec.remote.model import RemoteModel
 from parsedec.sampling import Sampler
 from parsedec.segmenters import Paragraphs, Segmenter
-from parsedec.text import Draft
+from parsedec.sessions.branches import Branches
+from parsedec.text.chat import closing_token
+from parsedec.text.spelling import Draft
 from parsedec.types import Author, Round, Segment, StopReason, Tree
 
 IN_TURN = "the target wrote its versions one after another: {} cannot decode a batch"

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from parsedec.chat import closing_token
 from parsedec.errors import ConfigError
 from parsedec.judge import Judge, LabelJudge, judged
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.outer import Work, Written, drafter_of, require_parts
 from parsedec.peers.steps import DraftSteps
 from parsedec.segmenters import Paragraphs, Segmenter
-from parsedec.text import Draft
+from parsedec.text.chat import closing_token
+from parsedec.text.spelling import Draft
 from parsedec.types import Author, Round, Segment
 
 PUBLISHED_THRESHOLD = 7 / 9  # a score of 7 on its scale of 0 to 9

@@ -13,7 +13,7 @@ from parsedec.answer import Answer
 from parsedec.drafter import NOTHING, Drafter, Writing
 from parsedec.inner import Decoder
 from parsedec.segmenters import FirstSegment, Segmenter
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.types import Author, Limits, StopReason
 
 

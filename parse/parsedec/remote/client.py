@@ -17,10 +17,10 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from parsedec.batching.wanted import pause
 from parsedec.errors import ConfigError, ServerError, ServerRefused
 from parsedec.remote.event_lines import EventLines
 from parsedec.remote.network import wait_only_if_wanted
-from parsedec.wanted import pause
 
 if TYPE_CHECKING:
     import ssl

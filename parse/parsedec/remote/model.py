@@ -21,14 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from parsedec.chat import closing_token
-from parsedec.checkpoints import Checkpoint, find_checkpoint
 from parsedec.errors import ConfigError, IncompatibleStack, ModelLoadError
-from parsedec.judge_card import read_judge_card
-from parsedec.model import LanguageModel, read_template
+from parsedec.models.checkpoints import Checkpoint, find_checkpoint
+from parsedec.models.judge_card import read_judge_card
+from parsedec.models.language_model import LanguageModel, read_template
 from parsedec.remote.capabilities import Capabilities, Labels
 from parsedec.remote.client import Connection, Server, server_of
 from parsedec.remote.probing import probe
+from parsedec.text.chat import closing_token
 
 log = logging.getLogger(__name__)
 

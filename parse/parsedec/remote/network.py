@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from parsedec import wanted
+from parsedec.batching import wanted
 
 if TYPE_CHECKING:
     import httpx

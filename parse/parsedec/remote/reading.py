@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.capabilities import TokensBack
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.wire import Piece
-from parsedec.text import INCOMPLETE, encoded_behind
+from parsedec.text.spelling import INCOMPLETE, encoded_behind
 
 UNSETTLED = 8  # last tokens of encoded text that more text may still change
 MENDED = "characters of several tokens are encoded again: the server names only the last token of each"

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from parsedec.acceptance import Acceptance
 from parsedec.answer import Answer
+from parsedec.batching.wanted import pause
 from parsedec.errors import IncompatibleStack, PromptError, ServerError, ServerRefused, TargetLost, TargetRefused
 from parsedec.inner import Decoder, InnerSpeculator
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote import wire
 from parsedec.remote.capabilities import Labels, TokensBack
 from parsedec.remote.client import LONGEST_ASKED_S, LONGEST_WAIT_S
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.reading import reader
 from parsedec.sampling import Sampler
-from parsedec.session import Session
-from parsedec.staged import JudgeRows, check_cuts
+from parsedec.sessions.session import Session
+from parsedec.sessions.staged import JudgeRows, check_cuts
 from parsedec.types import Author, JudgePath, StopReason
-from parsedec.wanted import pause
 
 MOST_PROMPTS = 64  # in one request
 NOTHING = -1e9  # log-probability of what counts as impossible; finite, since judges refuse scores that are no numbers

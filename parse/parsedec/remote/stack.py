@@ -9,7 +9,7 @@ from parsedec.errors import IncompatibleStack
 from parsedec.inner import Decoder, InnerSpeculator, NoSpeculation
 from parsedec.judge import JudgeNeeds
 from parsedec.meter import Tally
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.session import RemoteDecoder
 from parsedec.sampling import Sampler

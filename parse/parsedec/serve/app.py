@@ -16,8 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from parsedec.chat import shows_role
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.serve.asked import Asked, ChatAsked, Defaults, TextAsked, tasks_of
 from parsedec.serve.desk import Desk, Engine, Ticket
 from parsedec.serve.guard import Guard
@@ -27,6 +26,7 @@ from parsedec.serve.metrics import Metrics
 from parsedec.serve.refusals import Refusal, refusal
 from parsedec.serve.replies import DONE, Reply, event
 from parsedec.serve.settings import ServeSettings
+from parsedec.text.chat import shows_role
 from parsedec.types import Limits, Result, Sampling
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from parsedec.errors import ConfigError
-from parsedec.prompt import BareText, NewTurn, Prompt, is_unicode
 from parsedec.serve.jobs import Task
 from parsedec.serve.refusals import Refusal
+from parsedec.text.prompt import BareText, NewTurn, Prompt, is_unicode
 from parsedec.types import Limits, Sampling, warmth
 
 MOST_STOPS = 16

@@ -24,15 +24,15 @@ from typing import Protocol
 
 import torch
 
-from parsedec.batch import Company, for_batches
+from parsedec.batching.batch import Company, for_batches
+from parsedec.batching.wanted import Unwanted, unless
 from parsedec.engine import Parse
 from parsedec.errors import ParsedecError
-from parsedec.model import LanguageModel
-from parsedec.prompt import Prompt
+from parsedec.models.language_model import LanguageModel
 from parsedec.serve.jobs import Event, FairQueue, Job, Task
 from parsedec.serve.refusals import OWN, Refusal, closing, given_up, refusal
+from parsedec.text.prompt import Prompt
 from parsedec.types import Delta, Sampling
-from parsedec.wanted import Unwanted, unless
 
 log = logging.getLogger(__name__)
 LONGEST_WAIT = 60  # seconds; nobody is told to wait longer

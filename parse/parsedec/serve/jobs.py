@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from parsedec.prompt import Prompt
 from parsedec.sampling import request_generator
+from parsedec.text.prompt import Prompt
 from parsedec.types import Delta, Result, Sampling
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from parsedec.model import LanguageModel
-from parsedec.text import INCOMPLETE, TextStream
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.spelling import INCOMPLETE, TextStream
 from parsedec.types import Delta, StopReason
 
 Spelt = tuple[str, bool]  # a token's text, True; the name of one that has none by itself, False

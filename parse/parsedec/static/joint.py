@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from parsedec.branches import Branches
-from parsedec.joint import Output
+from parsedec.batching.joint import Output
+from parsedec.sessions.branches import Branches
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease
 from parsedec.static.network import Attend

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parsedec import fibers, masks
-from parsedec.branches import Branches
-from parsedec.joint import Output
-from parsedec.model import LanguageModel
-from parsedec.session import Session
-from parsedec.staged import ProbeRows, joined, stage_draft
+from parsedec import masks
+from parsedec.batching import fibers
+from parsedec.batching.joint import Output
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.branches import Branches
+from parsedec.sessions.session import Session
+from parsedec.sessions.staged import ProbeRows, joined, stage_draft
 from parsedec.static.joint import StaticBranches, StaticPass
 from parsedec.static.judging import Block, attention_behind
 from parsedec.static.memory import Lease, Pool

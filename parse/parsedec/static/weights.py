@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Angles that depend on the position alone. "dynamic" and "longrope" change with the length of the text.

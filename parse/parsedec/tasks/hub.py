@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parsedec.checkpoints import Checkpoint
 from parsedec.errors import ConfigError
+from parsedec.models.checkpoints import Checkpoint
 from parsedec.tasks.base import Problem, TaskDataError, require_extra
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

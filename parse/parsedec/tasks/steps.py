@@ -18,7 +18,7 @@ from typing import Any
 
 from parsedec.tasks.base import Problem, Score
 from parsedec.tasks.jsonl import JsonlTask, TaskDataError, json_object, lines_of
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 
 STEP_FORM = '{"problem": text, "steps": [text, …], "label": first wrong step or -1}'
 BETWEEN = "\n\n"  # joins the steps of a file

@@ -11,10 +11,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
 from parsedec.tasks.base import Problem, Score, Task, score_of_lines
-from parsedec.text import Draft
+from parsedec.text.spelling import Draft
 from parsedec.training.packing import Answer
 
 

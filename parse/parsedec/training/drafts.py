@@ -17,7 +17,7 @@ import torch
 from parsedec.errors import OutputExistsError
 from parsedec.experiment.cli import progress
 from parsedec.experiment.record import write_text
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.tasks.base import Problem, Task
 from parsedec.training.generation import Written, noised, prompts, write_answers
 

@@ -16,9 +16,9 @@ import torch
 from parsedec.boundary import FirstFailure
 from parsedec.experiment.summary import wilson
 from parsedec.judge import how_to_ask
-from parsedec.model import JudgeCard, LanguageModel
+from parsedec.models.language_model import JudgeCard, LanguageModel
 from parsedec.tasks.base import Problem, Task
-from parsedec.text import common_prefix
+from parsedec.text.spelling import common_prefix
 from parsedec.training.answers import mark
 from parsedec.training.generation import Written, prompts, write_answers
 from parsedec.training.packing import Answer, Packer, Row

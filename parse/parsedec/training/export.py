@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from parsedec.experiment.record import to_json, write_text
-from parsedec.model import JudgeCard, LanguageModel
+from parsedec.models.language_model import JudgeCard, LanguageModel
 
 
 def export(model: LanguageModel, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:

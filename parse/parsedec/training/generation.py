@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from parsedec.chat import prompt_ids
 from parsedec.errors import IncompatibleStack
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.tasks.base import Problem
+from parsedec.text.chat import prompt_ids
 
 Written = tuple[tuple[int, ...], bool]  # (tokens without the end token, whether the model ended by itself)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parsedec.errors import ConfigError
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 # Weights of rotation speeds 0 to 3, and of the slowest one, in the score of a head that looks one position back. With
 # them the score is 1 there, at most 0.3 at its neighbours and below 0 nearly everywhere else.

@@ -27,13 +27,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from parsedec.chat import closing_token
 from parsedec.engine import Parse
 from parsedec.errors import ConfigError
 from parsedec.experiment.summary import resampled, sum_by_depth
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.tasks.base import Problem
 from parsedec.tasks.jsonl import read_prompts
+from parsedec.text.chat import closing_token
 from parsedec.training.drafts import Pool, load_or_sample
 from parsedec.training.generation import prompts
 from parsedec.training.loop import Loss, Schedule, check_output

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parsedec.errors import ConfigError, IncompatibleStack
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.training.checkpoint import load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)

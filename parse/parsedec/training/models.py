@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from parsedec.errors import ConfigError
 from parsedec.experiment.record import to_json
-from parsedec.model import LanguageModel, load
+from parsedec.models.language_model import LanguageModel, load
 from parsedec.tasks.base import Task
 from parsedec.training.answers import clean
 from parsedec.training.drafts import Pool, load_or_sample, share_wrong

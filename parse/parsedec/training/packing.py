@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from parsedec import masks
-from parsedec.chat import closing_token, label_tokens, suffix_text
 from parsedec.errors import IncompatibleStack
 from parsedec.judge import how_to_ask
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.chat import closing_token, label_tokens, suffix_text
 
 IGNORED = -100  # the label cross_entropy skips
 RIGHT, WRONG = 0, 1

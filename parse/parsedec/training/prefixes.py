@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parsedec.backends import open_session
 from parsedec.calibration.sources import Answers, Question
-from parsedec.chat import prompt_ids
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.segmenters import Lines, Segmenter
+from parsedec.sessions.backends import open_session
 from parsedec.tasks.base import Problem
 from parsedec.tasks.steps import BETWEEN, StepFile, step_ends
-from parsedec.text import Draft
+from parsedec.text.chat import prompt_ids
+from parsedec.text.spelling import Draft
 from parsedec.training.generation import Written
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from parsedec.experiment.problems import read_now, refuse_other_problems
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
 from parsedec.judge import how_to_ask
 from parsedec.judge.probe import ProbeCard
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.training import probes
 from parsedec.training.drafts import load_or_sample
 from parsedec.training.prefixes import Marked, from_solutions, from_task, with_logprobs

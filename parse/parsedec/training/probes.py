@@ -21,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parsedec.backends import open_session
-from parsedec.chat import suffix_text
-from parsedec.checkpoints import write_tensors
 from parsedec.errors import ConfigError, require_number, require_numbers
 from parsedec.experiment.record import to_json, write_text
 from parsedec.judge import CombinedJudge, Reading, judging_session
 from parsedec.judge.probe import CARD, POSITIONS, WEIGHTS, LinearProbes, Mixture, ProbeCard
 from parsedec.judge.seam import choose_path
-from parsedec.model import LanguageModel
+from parsedec.models.checkpoints import write_tensors
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.backends import open_session
+from parsedec.text.chat import suffix_text
 from parsedec.training.prefixes import Marked
 from parsedec.types import JudgePath
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from parsedec.errors import ConfigError
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.tasks.base import Problem, Task
 from parsedec.training.answers import Solution, clean, injected, mark
 from parsedec.training.drafts import Pool

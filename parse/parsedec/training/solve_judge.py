@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parsedec.errors import ConfigError
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.training.loop import Loss, Schedule, check_output
 from parsedec.training.packing import IGNORED, Batch
 

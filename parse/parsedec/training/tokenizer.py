@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from parsedec.errors import ConfigError, require_number
 from parsedec.experiment.build import plain
 from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
-from parsedec.model import JudgeCard, load
+from parsedec.models.language_model import JudgeCard, load
 from parsedec.tasks.base import Problem
 from parsedec.tasks.zoo_base import ZooTask
 from parsedec.training.answers import Solution

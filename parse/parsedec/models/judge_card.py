@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from parsedec.checkpoints import Checkpoint
 from parsedec.errors import ModelLoadError
+from parsedec.models.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from parsedec.errors import PromptError, PromptTooLong, shown
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 from parsedec.types import Message
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from parsedec.errors import IncompatibleStack
-from parsedec.model import LanguageModel
-from parsedec.reference import excess, plain_logits, random_tokens
-from parsedec.session import Session
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions.reference import excess, plain_logits, random_tokens
+from parsedec.sessions.session import Session
 from parsedec.static.session import StaticSession, forget_machine
 from parsedec.static.weights import foreign_hooks, static_obstacle
 

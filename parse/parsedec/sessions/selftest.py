@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from parsedec.backends import open_session, runs_static
 from parsedec.errors import IncompatibleStack
-from parsedec.findings import crossed_window, found_out
-from parsedec.model import LanguageModel
-from parsedec.reference import excess, plain_logits, random_tokens
+from parsedec.models.findings import crossed_window, found_out
+from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
+from parsedec.sessions.backends import open_session, runs_static
+from parsedec.sessions.reference import excess, plain_logits, random_tokens
 from parsedec.types import JudgePath
 
 

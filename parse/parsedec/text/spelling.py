@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 INCOMPLETE = "\ufffd"  # what a decoder prints for a character whose bytes are not all there yet
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from parsedec.errors import ChatTemplateError, JudgeError, PromptError
-from parsedec.model import LanguageModel
-from parsedec.prompt import BareText, NewTurn, Prompt, messages_of
+from parsedec.models.language_model import LanguageModel
+from parsedec.text.prompt import BareText, NewTurn, Prompt, messages_of
 from parsedec.types import Message
 
 PLACEHOLDER = "PARSEDEC-DRAFT-STANDS-HERE"

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from parsedec.backends import runs_static
+from parsedec.batching.fibers import Fiber, current
+from parsedec.batching.joint import Pass, joint_obstacle, settled
 from parsedec.errors import ConfigError, ParsedecError, PassFailed, require_kind, require_number, without_frames
-from parsedec.fibers import Fiber, current
 from parsedec.inner import NoSpeculation
-from parsedec.joint import Pass, joint_obstacle, settled
 from parsedec.sampling import chosen_generator
+from parsedec.sessions.backends import runs_static
 from parsedec.streamed import StreamedVerification
 from parsedec.types import Limits, Result, Sampling
 
 if TYPE_CHECKING:
     from parsedec.engine import Parse
-    from parsedec.prompt import Prompt
+    from parsedec.text.prompt import Prompt
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from parsedec import fibers, kv, masks
+from parsedec import masks
+from parsedec.batching import fibers
+from parsedec.batching.joint import HfPass, Output, alone, joint_obstacle
 from parsedec.errors import IncompatibleStack, PromptError
-from parsedec.inference import whole_numbers
-from parsedec.joint import HfPass, Output, alone, joint_obstacle
-from parsedec.model import LanguageModel
-from parsedec.staged import Staged
+from parsedec.models.language_model import LanguageModel
+from parsedec.sessions import kv
+from parsedec.sessions.inference import whole_numbers
+from parsedec.sessions.staged import Staged
 from parsedec.types import Seen, Tree
 
 CPU = torch.device("cpu")

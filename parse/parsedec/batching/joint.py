@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from parsedec import kv, masks, ranks
-from parsedec.findings import crossed_window, found_out
+from parsedec import masks
 from parsedec.meter import wait_for
-from parsedec.model import SELECTS_LAYERS, LanguageModel
-from parsedec.reference import excess, plain_logits, random_tokens
+from parsedec.models import ranks
+from parsedec.models.findings import crossed_window, found_out
+from parsedec.models.language_model import SELECTS_LAYERS, LanguageModel
+from parsedec.models.turns import turns_of
 from parsedec.remote.model import RemoteModel
-from parsedec.turns import turns_of
+from parsedec.sessions import kv
+from parsedec.sessions.reference import excess, plain_logits, random_tokens
 
 log = logging.getLogger(__name__)
 

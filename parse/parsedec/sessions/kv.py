@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from parsedec.inference import inference, whole_numbers
+from parsedec.sessions.inference import inference, whole_numbers
 
 STATES = ("conv_states", "recurrent_states")
 

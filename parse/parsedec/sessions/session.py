@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parsedec import kv, masks
-from parsedec.branches import Branches, PaddedBranches
-from parsedec.decoding import DecodingSession
+from parsedec import masks
 from parsedec.errors import IncompatibleStack, JudgeError, PromptError
-from parsedec.staged import JudgeRows, ProbeRows, check_cuts, joined, stage_draft
+from parsedec.sessions import kv
+from parsedec.sessions.branches import Branches, PaddedBranches
+from parsedec.sessions.decoding import DecodingSession
+from parsedec.sessions.staged import JudgeRows, ProbeRows, check_cuts, joined, stage_draft
 from parsedec.types import JudgePath
 
 # Forked probes copy the cache once each; a batch holds at most so many cached positions in all

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parsedec.model import LanguageModel
-from parsedec.turns import turns_of
+from parsedec.models.language_model import LanguageModel
+from parsedec.models.turns import turns_of
 
 # Error of a right computation, in standard deviations of the logits: the largest one where rounding is nearly nothing.
 EXACT = {torch.float64: 0.01, torch.float32: 0.01}

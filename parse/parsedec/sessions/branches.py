@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 
 class Branches(ABC):

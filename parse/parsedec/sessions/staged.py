@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from parsedec.errors import JudgeError
-from parsedec.inference import whole_numbers
+from parsedec.sessions.inference import whole_numbers
 from parsedec.types import JudgePath
 
 ProbeRows = tuple[Tensor, Tensor | None]  # logits [K, V] and taps [K, L, H]

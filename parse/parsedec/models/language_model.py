@@ -26,14 +26,15 @@ from transformers import (
 )
 from transformers.utils import output_capturing
 
-from parsedec import kv, placement, ranks
-from parsedec.checkpoints import Checkpoint, find_checkpoint, refuse_part
 from parsedec.errors import ConfigError, ModelLoadError, first_line
-from parsedec.inference import inference, whole_numbers
-from parsedec.judge_card import JudgeCard as JudgeCard
-from parsedec.judge_card import read_judge_card
-from parsedec.tokens import plain_reader
-from parsedec.turns import turns_of
+from parsedec.models import placement, ranks
+from parsedec.models.checkpoints import Checkpoint, find_checkpoint, refuse_part
+from parsedec.models.judge_card import JudgeCard as JudgeCard
+from parsedec.models.judge_card import read_judge_card
+from parsedec.models.tokenizer import plain_reader
+from parsedec.models.turns import turns_of
+from parsedec.sessions import kv
+from parsedec.sessions.inference import inference, whole_numbers
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.gate import Adaptive
 
 if TYPE_CHECKING:
-    from parsedec.model import LanguageModel
+    from parsedec.models.language_model import LanguageModel
 
 
 def leading() -> bool:

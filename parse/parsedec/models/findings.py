@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from parsedec.errors import first_line
-from parsedec.model import LanguageModel
+from parsedec.models.language_model import LanguageModel
 
 LONGEST_WINDOW = 512  # sliding windows beyond this are not crossed by a trial: it would take too long on a CPU
 # Of the RuntimeErrors by which torch says it where it has no kind of its own: those of its allocators on the CPU, of
