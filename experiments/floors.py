@@ -33,9 +33,9 @@ def measure_all(cfg: DictConfig, save: Callable[[dict[str, Any]], object]) -> di
     from hydra.utils import instantiate
 
     from parsedec.experiment.cli import progress, stderr
-    from parsedec.experiment.floors import JudgeSize, cells, measure
     from parsedec.experiment.nodes import check_local
     from parsedec.experiment.threads import settle_threads
+    from parsedec.hardware.floors import JudgeSize, cells, measure
 
     check_local(cfg)
     sizes = [JudgeSize.of(f"judge_passes[{i}]", size) for i, size in enumerate(cfg.judge_passes)]
@@ -67,9 +67,9 @@ def main(cfg: DictConfig) -> None:
 
     from parsedec.experiment.build import apply_runtime, plain
     from parsedec.experiment.cli import announced, stderr
-    from parsedec.experiment.floors import draw, markdown, terminal
     from parsedec.experiment.plot import require_plots
     from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record, write_text
+    from parsedec.hardware.floors import draw, markdown, terminal
 
     if cfg.plot:
         require_plots()

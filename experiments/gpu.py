@@ -32,12 +32,12 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from parsedec.experiment.build import apply_runtime, plain
-    from parsedec.experiment.claims import terminal
     from parsedec.experiment.cli import announced, stderr
-    from parsedec.experiment.gpu import Measurement
     from parsedec.experiment.nodes import check_local
     from parsedec.experiment.record import earlier_record
-    from parsedec.experiment.stages import Clock, interrupted_by_sigterm
+    from parsedec.hardware.claims import terminal
+    from parsedec.hardware.gpu import Measurement
+    from parsedec.hardware.stages import Clock, interrupted_by_sigterm
 
     check_local(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     from parsedec.experiment.job import run_comparison
     from parsedec.experiment.plot import require_plots
     from parsedec.experiment.record import write_text
-    from parsedec.experiment.replay import draw, markdown, terminal
+    from parsedec.hardware.replay import draw, markdown, terminal
 
     if cfg.plot:
         require_plots()

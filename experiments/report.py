@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from parsedec.errors import ParsedecError
-from parsedec.experiment import claims, replay, table
+from parsedec.experiment import table
 from parsedec.experiment.record import is_run, read_record, write_text
 from parsedec.experiment.summary import again
 from parsedec.experiment.trace import write_trace
+from parsedec.hardware import claims, replay
 
 Json = dict[str, Any]
 Found = tuple[Path, Json]

@@ -1,4 +1,4 @@
-"""What to expect of PARSE on GPUs that are not here, by the cost model of `parsedec.experiment.scale`: assumptions, no
+"""What to expect of PARSE on GPUs that are not here, by the cost model of `parsedec.hardware.scale`: assumptions, no
 measurement. The defaults are a 235B/8B pair on eight GPUs.
 
     python experiments/scale_out.py
@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
 
     from parsedec.experiment.cli import announced, stderr
     from parsedec.experiment.record import write_text
-    from parsedec.experiment.scale import table, tabulate
+    from parsedec.hardware.scale import table, tabulate
 
     path = Path(HydraConfig.get().runtime.output_dir) / "table.md"
     with announced(path):

@@ -10,10 +10,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 import commands
 from parsedec.errors import ConfigError
-from parsedec.experiment import claims, gpu
-from parsedec.experiment.gpu import Measurement
 from parsedec.experiment.record import read_record
-from parsedec.experiment.stages import Clock
+from parsedec.hardware import claims, gpu
+from parsedec.hardware.gpu import Measurement
+from parsedec.hardware.stages import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import commands
-from parsedec.experiment import replay
 from parsedec.experiment.record import read_record
+from parsedec.hardware import replay
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["task.n=1", "warmup=0", "max_new_tokens=12", "task.words=8", "runtime.device=cpu", "runtime.threads=1"]

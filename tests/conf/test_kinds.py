@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 import commands
 from configs import CONF, composed
 from parsedec.errors import ConfigError
-from parsedec.experiment.floors import JudgeSize
 from parsedec.experiment.job import run_comparison
 from parsedec.experiment.kinds import EITHER, require_kinds, require_kinds_of_defaults
+from parsedec.hardware.floors import JudgeSize
 from parsedec.training.probes import grid_of_layers
 from parsedec_adapters.eagle3 import Eagle3
 

@@ -8,8 +8,8 @@ import pytest
 import commands
 from fake_server import FakeServer
 from parsedec import load
-from parsedec.experiment.scale import Gpus, Request, Served, expected, table, tabulate
 from parsedec.experiment.table import markdown, sections
+from parsedec.hardware.scale import Gpus, Request, Served, expected, table, tabulate
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = dict(bandwidth_tb_s=2.0, matrix_tflop_s=100.0, bandwidth_share=0.5, matrix_share=0.5)

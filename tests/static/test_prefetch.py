@@ -15,7 +15,7 @@ from every_draw import relative
 from parsedec import Parse, Sampling, TargetOnly
 from parsedec.acceptance import Nucleus, Typical
 from parsedec.errors import LogitsError
-from parsedec.experiment.scripted import ScriptedAcceptance
+from parsedec.hardware.scripted import ScriptedAcceptance
 from parsedec.sampling import request_generator
 from parsedec.static.session import StaticSession
 from parsedec.static.steps import Readback, Steps

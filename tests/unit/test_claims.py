@@ -5,10 +5,10 @@ import copy
 import pytest
 from hydra import compose, initialize_config_dir
 
-from parsedec.experiment import claims, replay
 from parsedec.experiment.build import plain
 from parsedec.experiment.nodes import conf_folder
 from parsedec.experiment.summary import summarise
+from parsedec.hardware import claims, replay
 
 TARGET, ALSO, DRAFT = "replay:qwen3_32b", "replay:qwen3_8b", "replay:qwen3_1.7b"
 JUDGE, LONG = "judge 512 + 32 x 24", "judge 16384 + 512 x 24"

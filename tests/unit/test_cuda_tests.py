@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from parsedec.experiment import cuda_tests
-from parsedec.experiment.cuda_tests import CudaTests
+from parsedec.hardware import cuda_tests
+from parsedec.hardware.cuda_tests import CudaTests
 
 BODIES = {"passes": "pass", "fails": "assert 0", "hangs": "import time; time.sleep(60)"}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from parsedec.errors import ConfigError
-from parsedec.experiment import floors
-from parsedec.experiment.floors import TOKENS, Device, JudgeSize, measure, passes, weights_of, wide_tree
-from parsedec.experiment.shapes import random_model
+from parsedec.hardware import floors
+from parsedec.hardware.floors import TOKENS, Device, JudgeSize, measure, passes, weights_of, wide_tree
+from parsedec.hardware.shapes import random_model
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import torch
 from parsedec import Parse, TargetOnly
 from parsedec.boundary import FirstFailure
 from parsedec.errors import ConfigError
-from parsedec.experiment import replay
-from parsedec.experiment.scripted import ScriptedAcceptance, ScriptedHfGenerate, ScriptedJudge, rate_for
-from parsedec.experiment.shapes import SHAPES, RandomPrompts, random_model, word_tokenizer
+from parsedec.hardware import replay
+from parsedec.hardware.scripted import ScriptedAcceptance, ScriptedHfGenerate, ScriptedJudge, rate_for
+from parsedec.hardware.shapes import SHAPES, RandomPrompts, random_model, word_tokenizer
 from parsedec.outer import PrefixVerification
 from parsedec.sampling import Sampler
 from parsedec.segmenters import EveryTokens

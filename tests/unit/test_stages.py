@@ -7,7 +7,7 @@ import time
 import pytest
 
 from parsedec.errors import ConfigError
-from parsedec.experiment.stages import Clock, Stage, interrupted_by_sigterm, run_stages
+from parsedec.hardware.stages import Clock, Stage, interrupted_by_sigterm, run_stages
 
 
 def clock(seconds):

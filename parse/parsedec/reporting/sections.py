@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from parsedec.errors import ParsedecError
-from parsedec.experiment import claims, floors, judging, overhead, table
+from parsedec.experiment import judging, overhead, table
 from parsedec.experiment.record import is_run
 from parsedec.experiment.trace import by_id
+from parsedec.hardware import claims, floors
 from parsedec.reporting import costs, judged, speed
 from parsedec.reporting.figure import Figure
 

@@ -21,14 +21,14 @@ from omegaconf import DictConfig, open_dict
 from torch._dynamo.exc import TorchDynamoException
 
 from parsedec.errors import ConfigError, ParsedecError, first_line
-from parsedec.experiment import claims, floors
 from parsedec.experiment.build import build_model, build_target, plain
-from parsedec.experiment.cuda_tests import CudaTests
-from parsedec.experiment.floors import Device, JudgeSize, Pass, judge_passes, step_passes
 from parsedec.experiment.job import run_comparison
 from parsedec.experiment.nodes import draft_node
 from parsedec.experiment.record import SCHEMA_VERSION, provenance, read_record, write_record, write_text
-from parsedec.experiment.stages import Clock, Stage, run_stages
+from parsedec.hardware import claims, floors
+from parsedec.hardware.cuda_tests import CudaTests
+from parsedec.hardware.floors import Device, JudgeSize, Pass, judge_passes, step_passes
+from parsedec.hardware.stages import Clock, Stage, run_stages
 from parsedec.models.language_model import LanguageModel
 from parsedec.sessions.backends import runs_static
 from parsedec.static.graphs import Graphs

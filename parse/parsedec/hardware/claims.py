@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.console import Group
 
-from parsedec.experiment import floors, replay, table
+from parsedec.experiment import table
 from parsedec.experiment.analysis import token_seconds
-from parsedec.experiment.floors import GIB, JudgeSize
 from parsedec.experiment.intervals import FEWEST
 from parsedec.experiment.record import read_record
 from parsedec.experiment.summary import compare
+from parsedec.hardware import floors, replay
+from parsedec.hardware.floors import GIB, JudgeSize
 
 HEADS = ("what", "wanted", "measured", "n", "spread", "ceiling", "holds")
 STAGE_HEADS = ("stage", "status", "expected s", "seconds", "note")

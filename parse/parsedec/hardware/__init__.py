@@ -1,0 +1,1 @@
+"""Speed alone, on real shapes: passes against what a device allows, scripted replays, and all one GPU has to show."""
