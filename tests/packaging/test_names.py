@@ -58,7 +58,7 @@ def test_whatever_a_command_can_choose_can_be_imported_by_its_name():
     groups = ("acceptance", "boundary", "gate", "judge", "loop", "outer", "segmenter")
     text = "".join(path.read_text() for group in groups for path in (ROOT / "conf" / group).glob("*.yaml"))
     targets = set(re.findall(r"^_target_: (parsedec\.[\w.]+)$", text, re.M))
-    parts = {one for one in targets if not one.startswith(("parsedec.peers.", "parsedec.experiment."))}
+    parts = {one for one in targets if not one.startswith(("parsedec.peers.", "parsedec.hardware."))}
     assert len(parts) > 20
     assert {part.rpartition(".")[2] for part in parts} <= set(parsedec.__all__)
 
