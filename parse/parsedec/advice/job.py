@@ -7,9 +7,7 @@ would be depends on what the target has written before it.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,27 +24,25 @@ from parsedec.calibration.decisions import Pair
 from parsedec.errors import ConfigError, require_number, require_texts
 from parsedec.experiment.build import build_engine, build_sampling, plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.growing import GrowingRecord
 from parsedec.experiment.problems import digests, read_now, refuse_other_problems
-from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json, write_record
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, to_json
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import compare, summarise
 from parsedec.tasks.base import Problem, Task, first_turn, require_extra
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_S = 5.0
 PARTS = ("rehearsal", "check")  # in which arms are run
 ALONE = "inner alone"
 Requests = dict[str, list[dict[str, Any]]]  # by arm
 
 
-class Notes:
-    """The record of a run that grows: what was measured, rehearsed and checked so far."""
+class Notes(GrowingRecord):
+    """What was measured, rehearsed and checked so far."""
 
     def __init__(self, head: dict[str, Any], path: Path, earlier: dict[str, Any] | None) -> None:
-        self.head = head
-        self.path = path
-        self._saved = time.monotonic()
+        super().__init__(head, path)
         before = earlier or {}
         trials = (Trial.of_data(data) for data in before.get("trials", ()))
         self.trials = {trial.id: trial for trial in trials if not trial.error}  # the others are tried again
@@ -54,7 +50,6 @@ class Notes:
         # what each arm was: trials that are tried again may change which one is best, under the same name
         self.overrides: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS} | before.get("arm_overrides", {})
         self.results: dict[str, Any] = {}
-        self.record: dict[str, Any] = {}  # as it was saved last
 
     def requests_of(self, part: str, arms: Mapping[str, Sequence[str]]) -> Requests:
         """The answers of a part so far, by arm; those of another arm of the same name, or of one that is no longer
@@ -70,20 +65,16 @@ class Notes:
         self.overrides[part] = {name: list(own) for name, own in arms.items()}
         return self.requests[part]
 
-    def tick(self) -> None:
-        if time.monotonic() - self._saved > SAVE_EVERY_S:
-            self.save("running")
+    def done(self) -> str:
+        return f"{len(self.trials)} measured prompts"
 
-    def save(self, status: str) -> None:
-        self.record = self.head | {
-            "status": status,
+    def contents(self, status: str) -> dict[str, Any]:
+        return {
             "trials": [trial.as_data() for trial in self.trials.values()],
             **self.requests,
             "arm_overrides": self.overrides,
             **self.results,
         }
-        write_record(self.record, self.path)
-        self._saved = time.monotonic()
 
 
 def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, Any]:
@@ -120,7 +111,7 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
     }
     prober = Prober(cfg, composed, task)
     notes = Notes(head, path, earlier)
-    with saved(notes):
+    with notes.saved_at_end():
         measure_all(prober, problems, cfg.short, notes)
         advisor = Advisor(cfg, prober, task, notes, composed)
         verdict = advisor.advise(problems[: cfg.rehearse])
@@ -128,21 +119,6 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
         if held_out:
             notes.results["checked"] = advisor.check(verdict, held_out)
     return notes.record
-
-
-@contextmanager
-def saved(notes: Notes) -> Iterator[None]:
-    """Whatever ends the run, what was measured is on disk."""
-    status = "failed"
-    try:
-        yield
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        log.warning("interrupted; resume=true output=%s goes on", notes.path.parent)
-        raise
-    finally:
-        notes.save(status)
 
 
 def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:

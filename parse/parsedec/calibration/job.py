@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,20 +27,18 @@ from parsedec.calibration.scoring import Scorer
 from parsedec.calibration.sources import Question, Source, asked_of, groups, refuse_known
 from parsedec.experiment.build import plain
 from parsedec.experiment.cli import progress
+from parsedec.experiment.growing import GrowingRecord
 from parsedec.experiment.problems import read_now, refuse_other_problems
-from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, write_record
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_S = 5.0
 
 
-class Store:
-    """The record of a run that grows: samples by id, and answers behind kept prefixes."""
+class Store(GrowingRecord):
+    """Samples by id, and answers behind kept prefixes, as far as they are known."""
 
     def __init__(self, head: dict[str, Any], path: Path, earlier: dict[str, Any] | None) -> None:
-        self._head = head
-        self._path = path
-        self._saved = time.monotonic()
+        super().__init__(head, path)
         self.samples: dict[str, Sample] = {}
         self.answers: Known = {}
         self.results: dict[str, Any] = {}
@@ -53,22 +50,16 @@ class Store:
                 for name, known in earlier["answers"].items()
             }
 
-    def tick(self) -> None:
-        """Save if that has not been done for some seconds."""
-        if time.monotonic() - self._saved > SAVE_EVERY_S:
-            self.save("running")
+    def done(self) -> str:
+        return f"{len(self.samples)} judged drafts"
 
-    def save(self, status: str) -> dict[str, Any]:
-        record = self._head | {
-            "status": status,
+    def contents(self, status: str) -> dict[str, Any]:
+        return {
             "samples": [sample.as_data() for sample in self.samples.values()],
             # sorted: which were asked for first says nothing
             "answers": {name: dict(sorted(self.answers[name].items())) for name in sorted(self.answers)},
             **self.results,
         }
-        write_record(record, self._path)
-        self._saved = time.monotonic()
-        return record
 
 
 def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -108,8 +99,7 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     }
     scorer = Scorer(cfg, source)
     store = Store(head, path, earlier)
-    status = "failed"
-    try:
+    with store.saved_at_end():
         judge_all(scorer, questions, store)
         parts = {name: [s for s in store.samples.values() if s.part == name and not s.error] for name in PARTS}
         require_usable(parts)
@@ -120,16 +110,7 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         results = report(goal, rule, fitted, parts, losses_of, outcomes, cfg.seed)
         results["counts"]["left_out"] = sum(sample.error is not None for sample in store.samples.values())
         store.results = {"calibration": results}
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        log.warning(
-            "interrupted; %d judged drafts are kept - resume=true output=%s goes on", len(store.samples), folder
-        )
-        raise
-    finally:
-        record = store.save(status)
-    return record
+    return store.record
 
 
 def left_over(earlier: dict[str, Any], asked: dict[str, str], path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
 from parsedec.experiment.claim import release
 from parsedec.experiment.cli import progress
+from parsedec.experiment.growing import GrowingRecord
 from parsedec.experiment.nodes import draft_node, name_of, target_node
 from parsedec.experiment.problems import digest, digests, read_now, refuse_other_problems
-from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance, write_record
+from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, overrides_of_job, provenance
 from parsedec.experiment.runner import Arm, Settings, run_arms
 from parsedec.experiment.summary import comparison, summarise
 from parsedec.experiment.trace import write_trace
@@ -29,7 +29,6 @@ from parsedec.tasks.base import Problem, first_turn
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_S = 5.0
 
 
 def run_job(
@@ -66,42 +65,54 @@ def _run_job(
     arms = make_arms()
     if earlier:
         _take_over(arms, earlier)
-    head = _head(cfg, arms, problems, earlier)
-    models = {arm.name: engine_facts(arm.engine) for arm in arms}
-    record: dict[str, Any] = {}
-    saved = time.monotonic()
-
-    def save(status: str) -> None:
-        nonlocal record, saved
-        against = None if status == "running" else baseline  # a comparison takes time: not between timed requests
-        record = head | {"status": status} | _results(arms, models, against, settings.batch)
-        if leading():
-            write_record(record, folder / "record.json")
-        saved = time.monotonic()
-
-    status = "failed"
-    try:
+    run = _Run(_head(cfg, arms, problems, earlier), folder / "record.json", arms, baseline, settings.batch)
+    with run.saved_at_end():
         with progress(_left(arms, problems, settings)) as step:
 
             def after_each(name: str) -> None:
                 step(name)
-                if time.monotonic() - saved > SAVE_EVERY_S:
-                    save("running")
+                run.tick()
 
             run_arms(arms, task, problems, settings, after_each)
         if first := next((arm for arm in arms if arm.name == baseline), None):
-            head["entropy"] = _entropy(first, settings)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        done, where = sum(len(arm.requests) for arm in arms), folder / "record.json"
-        log.warning("interrupted; %d finished requests are in %s - resume=true output=%s goes on", done, where, folder)
-        raise
-    finally:
-        save(status)
-        if leading():
-            write_trace(record, folder / "trace.html")
-    return record
+            run.head["entropy"] = _entropy(first, settings)
+    return run.record
+
+
+class _Run(GrowingRecord):
+    """The arms' requests so far; at the end also how the arms compare, and the trace page."""
+
+    def __init__(self, head: dict[str, Any], path: Path, arms: Sequence[Arm], baseline: str | None, batch: int) -> None:
+        super().__init__(head, path)
+        self._arms, self._baseline, self._batch = arms, baseline, batch
+        self._models = {arm.name: engine_facts(arm.engine) for arm in arms}
+
+    def done(self) -> str:
+        return f"{sum(len(arm.requests) for arm in self._arms)} finished requests"
+
+    def contents(self, status: str) -> dict[str, Any]:
+        listed = [
+            {
+                "name": arm.name,
+                "description": arm.description,
+                "models": self._models[arm.name],
+                "summary": summarise(arm.requests, batch=self._batch),
+                "requests": arm.requests,
+            }
+            for arm in self._arms
+        ]
+        results: dict[str, Any] = {"arms": listed}
+        if len(listed) == 1:
+            results["summary"] = listed[0]["summary"]
+        requests = {arm.name: arm.requests for arm in self._arms}
+        if self._baseline in requests and status != "running":  # comparing takes time: not between timed requests
+            results |= {"baseline": self._baseline, "comparison": comparison(requests, self._baseline)}
+        return results
+
+    def save(self, status: str) -> None:
+        super().save(status)
+        if status != "running" and leading():
+            write_trace(self.record, self.path.with_name("trace.html"))
 
 
 def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -226,26 +237,6 @@ def _settings(cfg: DictConfig) -> Settings:
         warmup=cfg.warmup,
         batch=cfg.batch,
     )
-
-
-def _results(arms: Sequence[Arm], models: dict[str, Any], baseline: str | None, batch: int) -> dict[str, Any]:
-    listed = [
-        {
-            "name": arm.name,
-            "description": arm.description,
-            "models": models[arm.name],
-            "summary": summarise(arm.requests, batch=batch),
-            "requests": arm.requests,
-        }
-        for arm in arms
-    ]
-    results: dict[str, Any] = {"arms": listed}
-    if len(arms) == 1:
-        results["summary"] = listed[0]["summary"]
-    requests = {arm.name: arm.requests for arm in arms}
-    if baseline in requests:
-        results |= {"baseline": baseline, "comparison": comparison(requests, baseline)}
-    return results
 
 
 def _title(cfg: DictConfig) -> str:
