@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from parsedec.boundary import FirstFailure
 from parsedec.calibration import figures
 from parsedec.calibration.decisions import decide, thresholds
+from parsedec.calibration.fitting import outcome_figures
 from parsedec.calibration.outcomes import Outcomes
 from parsedec.calibration.risk import Goal
 from parsedec.calibration.samples import Sample, right_prefixes
@@ -134,3 +135,14 @@ def test_outcomes_ask_once_and_compare_with_the_target_alone():
     assert losses.wrong.tolist() == [[True, True], [False, False]]  # a whole wrong draft, a spoilt prefix; nothing kept
     assert sorted(asked) == [("a", 0), ("b", 0), ("b", 1)]
     assert outcomes.missing([a, b], decisions) == 0
+
+
+def test_an_accuracy_that_did_not_change_on_few_problems_may_still_change_on_others():
+    samples = [
+        Sample(part="check", id=str(i), tokens=(1, 2), ended=True, cuts=(1, 2), scores=(0.9, 0.95), correct=True)
+        for i in range(20)
+    ]
+    outcomes = Outcomes({}, lambda sample, tokens: True)
+    found = outcome_figures(samples, decide(FirstFailure(), samples, [(0.5, 0.9)]), outcomes)
+    assert (found["spoilt"], found["gained"], found["change"]["share"]) == (0, 0, 0.0)
+    assert found["change"]["interval"] == pytest.approx([-0.161, 0.161], abs=1e-3)  # z^2 / (n + z^2)

@@ -28,7 +28,8 @@ from parsedec.calibration.risk import (
 from parsedec.calibration.samples import Sample, one_of_each
 from parsedec.calibration.sources import Question, groups
 from parsedec.errors import ConfigError
-from parsedec.experiment.summary import resampled, wilson
+from parsedec.experiment.intervals import paired_change
+from parsedec.experiment.summary import wilson
 
 # what every pair of thresholds does to samples: losses of (samples, decisions)
 LossesOf = Callable[[Sequence[Sample], Decisions], Losses]
@@ -138,7 +139,7 @@ def report(
         },
     }  # fmt: skip
     if outcomes is not None:
-        return found | {"outcome": outcome_figures(single["check"], decided, outcomes, seed)}
+        return found | {"outcome": outcome_figures(single["check"], decided, outcomes)}
     prefixes = figures.judged_by_problem(held)
     return found | {
         "prefixes": {
@@ -153,19 +154,16 @@ def report(
     }
 
 
-def outcome_figures(samples: Sequence[Sample], decisions: Decisions, outcomes: Outcomes, seed: int) -> dict[str, Any]:
-    """Accuracy of the target alone and with what was kept, on the same problems."""
+def outcome_figures(samples: Sequence[Sample], decisions: Decisions, outcomes: Outcomes) -> dict[str, Any]:
+    """Accuracy of the target alone and with what was kept, on the same problems: one sample of each."""
     own, ours = outcomes.own(samples), outcomes.answers(samples, decisions)[0]
-    change = ours.astype(float) - own
-    means = change[resampled(len(samples), seed)].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    n = len(samples)
+    spoilt, gained, n = int((own & ~ours).sum()), int((~own & ours).sum()), len(samples)
     return {
         "target_accuracy": {"count": int(own.sum()), "share": float(own.mean()), "interval": wilson(int(own.sum()), n)},
         "accuracy": {"count": int(ours.sum()), "share": float(ours.mean()), "interval": wilson(int(ours.sum()), n)},
-        "change": {"share": float(change.mean()), "interval": [float(low), float(high)]},
-        "spoilt": int((own & ~ours).sum()),
-        "gained": int((~own & ours).sum()),
+        "change": {"share": (gained - spoilt) / n, "interval": list(paired_change(gained, spoilt, n))},
+        "spoilt": spoilt,
+        "gained": gained,
         "kept_tokens": int(kept_tokens(samples, decisions).sum()),
     }
 

@@ -83,8 +83,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"{counts['explored']} problems explored, {counts['tested']} tested with one sample of each. To check, "
         f"{counts['check']} samples of {of['check']} problems, one of each for the goal. "
         f"{counts['left_out']} left out because they could not be judged; seed {record['config']['seed']}. "
-        "Intervals are 95 %: Wilson for shares, Clopper and Pearson for the goal's, bootstrap over problems for areas "
-        f"and changes. {origin(record)}"
+        "Intervals are 95 %: Wilson for shares, Clopper and Pearson for the goal's, Tango for changes, bootstrap "
+        f"over problems for areas. {origin(record)}"
     )
     return document(record, *parts)
 
