@@ -185,8 +185,8 @@ class Parse:
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self.target_ids(prompt)
         if self.target.shared:
-            ranks.check_same(self.target, (ids, limits, sampler.settings))
-            ranks.share_generator(self.target, generator)
+            ranks.check_same(self.target.name, self.target.device, (ids, limits, sampler.settings))
+            ranks.share_generator(generator, self.target.device)
         return self._answer(ids, self.open_drafter(prompt, ids, sampler, limits), sampler, limits, spelt, top)
 
     def generate_batch(

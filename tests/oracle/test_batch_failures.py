@@ -228,8 +228,8 @@ def test_whoever_ends_the_program_ends_a_batch(tiny_target, error):
 def test_processes_that_share_a_model_do_not_part(tiny_target, monkeypatch):
     """A request may have failed in one of them alone, and the others would wait for its passes for ever."""
     engine = Parse(tiny_target, inner=Head())
-    monkeypatch.setattr("parsedec.models.ranks.check_same", lambda model, what: None)
-    monkeypatch.setattr("parsedec.models.ranks.share_generator", lambda model, generator: None)
+    monkeypatch.setattr("parsedec.models.ranks.check_same", lambda model, device, what: None)
+    monkeypatch.setattr("parsedec.models.ranks.share_generator", lambda generator, device: None)
     monkeypatch.setitem(tiny_target.__dict__, "shared", True)
     with pytest.raises(RuntimeError, match="no room for my head"):
         engine.generate_batch([[8, 7], [POISON, 7], [9, 7]], size=1, max_new_tokens=NEW)

@@ -193,7 +193,7 @@ AttentionInterface.register(NAME, _attention)
 def _forward(passes: Sequence[HfPass]) -> list[Output]:
     model, taps = passes[0].model, passes[0].taps
     if model.shared:
-        ranks.check_same(model, [one.ids for one in passes])
+        ranks.check_same(model.name, model.device, [one.ids for one in passes])
     bounds, kept, keep, positions = [0], [0], [], []
     for one in passes:
         n, start = one.rows, bounds[-1]

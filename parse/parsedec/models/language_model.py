@@ -243,7 +243,7 @@ class LanguageModel:
         Returns logits [B, kept, V] and the hidden states `taps` [B, n, L, H], None where none were asked for.
         """
         if self.shared:
-            ranks.check_same(self, ids)
+            ranks.check_same(self.name, self.device, ids)
         one = len(ids) == 1
         rows = whole_numbers(ids[0], self.device).unsqueeze(0) if one else torch.tensor(ids, device=self.device)
         # capturing all layers where only some are read would keep them all alive through a long prefill

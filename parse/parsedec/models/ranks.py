@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.gate import Adaptive
-
-if TYPE_CHECKING:
-    from parsedec.models.language_model import LanguageModel
 
 
 def leading() -> bool:
@@ -42,27 +38,29 @@ def check_gate(gate: object) -> None:
         )
 
 
-def check_same(model: LanguageModel, what: object) -> None:
-    """Raise PromptError, on every rank, unless all ranks of `model` are at the same request, or the same pass of it.
+def check_same(model: str, device: torch.device, what: object) -> None:
+    """Raise PromptError, on every rank, unless all ranks are at the same request, or at the same pass of it.
 
-    what  anything whose `repr` says what it is. One number a rank is exchanged, beside two vectors a layer in a pass
+    model   the name of the target they share, for the message
+    device  where its forwards run. Each rank sends one number, next to the two vectors per layer that a pass sends
+    what    the request or pass: anything whose `repr` tells it from others
     """
     told = hashlib.sha256(repr(what).encode()).digest()[:7]
     mine = int.from_bytes(told, "big")
-    both = torch.tensor([mine, -mine], device=model.device)  # [2]: the least, and the most with its sign turned
+    both = torch.tensor([mine, -mine], device=device)  # [2]: the least, and the most with its sign turned
     dist.all_reduce(both, dist.ReduceOp.MIN)
     if both.tolist() != [mine, -mine]:
         raise PromptError(
-            f"{model.name} is shared by {dist.get_world_size()} processes (tp_plan), and they are not at the same "
+            f"{model} is shared by {dist.get_world_size()} processes (tp_plan), and they are not at the same "
             "request. Give every rank the same prompts, limits and sampling settings in the same order, and the same "
             "draft model on the same kind of device."
         )
 
 
-def share_generator(model: LanguageModel, generator: torch.Generator | None) -> None:
-    """Set `generator` to the state the first rank's has."""
+def share_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Set `generator` to the state of the first rank's, which is sent by way of `device`."""
     if generator is None:
         return
-    state = generator.get_state().to(model.device)
+    state = generator.get_state().to(device)
     dist.broadcast(state, src=0)
     generator.set_state(state.cpu())
