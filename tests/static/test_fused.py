@@ -11,7 +11,8 @@ import tiny
 from parsedec.static import steps
 from parsedec.static.attention import attention, hidden
 from parsedec.static.memory import Lease, Pool
-from parsedec.static.network import Network, turned
+from parsedec.static.network import Network
+from parsedec.static.rotary import rotated
 from parsedec.static.weights import Norm, join_weights, read_weights
 
 triton = pytest.importorskip(
@@ -56,7 +57,7 @@ def test_heads_are_normed_turned_and_put_in_their_columns(heads, normed, dtype):
     q, k, v = product.float().view(rows, -1, size).split_with_sizes((queries, shared, shared), 1)
     if norms:
         q, k = (Norm(norm.weight.float(), 1e-5, None, None)(x) for norm, x in zip(norms, (q, k), strict=True))
-    q, k = (turned(x, tuple(angle.float() for angle in angles)) for x in (q, k))
+    q, k = (rotated(x, tuple(angle.float() for angle in angles)) for x in (q, k))
     expected = states.clone()
     for row, slot in enumerate(slots.tolist()):
         expected[2, 0, :, slot], expected[3, 0, :, slot] = k[row].to(dtype), v[row].to(dtype)

@@ -6,6 +6,7 @@ buffers that stay where they are, which is also what CUDA graphs ask for.
 
     weights    which models qualify, and their tensors, read from the Hugging Face modules by reference
     network    the forward over rows
+    rotary     rotary angles by position, and heads rotated by them
     memory     key and value buffers, shared by forks until one of them writes
     attention  rows of a pass against the columns of a cache, in blocks
     judging    the same for the rows of a judge pass, by one of three kernels: a dense mask, `cascade`, `flex`

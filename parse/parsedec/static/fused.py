@@ -4,7 +4,7 @@ Torch's own are three times as many, and of a decode step each is over before th
 take what they give to memory and back. Here
 
     normed    adds what the product before gave, and norms the sum
-    placed    norms and turns queries and keys, and puts keys and values where they belong
+    placed    norms and rotates queries and keys, and puts keys and values where they belong
     seen      reads the columns of a decode step, in pieces side by side (Flash-Decoding, Dao et al. 2023)
     probed    lets the rows of probes see their own probe, and joins what they have seen of the text
     gated     is the activation and the product inside the MLP
@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 from parsedec.static import cascade, kernels
 from parsedec.static.attention import Bucket, agrees, attention, hidden
 from parsedec.static.memory import bucket
-from parsedec.static.network import Angles, turned
+from parsedec.static.rotary import Angles, rotated
 from parsedec.static.weights import Layer, Norm
 
 SIZES = (16, 32, 64, 128)  # of a head
@@ -74,7 +74,7 @@ def gated(product: Tensor) -> Tensor:
 def placed(
     product: Tensor, norms: tuple[Norm, Norm] | None, angles: Angles, states: Tensor, slots: Tensor | None
 ) -> Tensor:
-    """Queries [R, A, d], normed and turned, of a product [R, (A + 2 * G) * d].
+    """Queries [R, A, d], normed and rotated, of a product [R, (A + 2 * G) * d].
 
     Keys likewise, and values, go to columns `slots` [R] of `states` [2, 1, G, T, d], or one behind another.
     """
@@ -187,7 +187,7 @@ def right(
         q, k, v = product.view(rows, -1, size).split_with_sizes((heads, shared, shared), 1)
         if norms is not None:
             q, k = (norm(part) for norm, part in zip(norms, (q, k), strict=True))
-        q, tight = turned(q, angles), torch.stack([turned(k, angles).transpose(0, 1), v.transpose(0, 1)])[:, None]
+        q, tight = rotated(q, angles), torch.stack([rotated(k, angles).transpose(0, 1), v.transpose(0, 1)])[:, None]
         own, (gate, up) = states.clone().index_copy_(3, slots, tight), both.chunk(2, -1)
         made = [q, own, q, tight, x + more, before(x + more), x, before(x), silu(gate) * up]
         made += [attention(q, states[0], states[1], mask, False, scale) for q, mask, _ in reads]

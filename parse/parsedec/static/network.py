@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, silu
 
+from parsedec.static.rotary import Angles, RotaryTable, rotated
 from parsedec.static.weights import Layer, Norm, Weights
 
-FIRST_POSITIONS = 1024
 LEAST_GPU = (8, 0)  # older ones have too few registers for the kernels
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,8 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
-Angles = tuple[Tensor, Tensor]
-
-
 class AttendProduct(Protocol):
-    """The same from the product [R, (A + 2 * G) * d] on, whose parts are q, k and v, still to be normed and turned."""
+    """The same from the product [R, (A + 2 * G) * d] on, whose parts are q, k and v, still to be normed and rotated."""
 
     def projected(self, i: int, layer: Layer, product: Tensor, angles: Angles, /) -> Tensor: ...
 
@@ -45,36 +42,12 @@ Attends = Attend | AttendProduct
 EachLayer = Callable[[int, Layer, Stream, Angles, Attends], Stream]  # as Network.layer
 
 
-class Positions:
-    """Rotary angles by position, made by the model's own module: cos and sin [T, 1, d], doubled when they run out.
-
-    The rotation of x is  x cos + swapped(x) sin,  swapped exchanging the halves of a head; Hugging Face's sign, minus
-    for the lower half, is in `sin` here, so that swapping is a plain roll.
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self.cos = self.sin = torch.empty(0, 1, weights.head_size)
-
-    def reach(self, positions: int) -> None:
-        """Make sure that the angles of so many positions are there."""
-        have = self.cos.shape[0]
-        if positions <= have:
-            return
-        weights = self._weights
-        at = torch.arange(max(positions, 2 * have, FIRST_POSITIONS), device=weights.device)[None]
-        cos, sin = weights.rotary(torch.empty(0, dtype=weights.dtype, device=weights.device), at)
-        half = weights.head_size // 2
-        self.cos = cos[0, :, None].contiguous()
-        self.sin = torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
-
-
 class Network:
     """A model's forward. It holds weights and rotary angles; a request's cache comes with each pass."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self.positions = Positions(weights)
+        self.positions = RotaryTable(weights)
         self.kernels = kernels_for(weights)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -84,7 +57,7 @@ class Network:
             return table.narrow(0, tokens[0], 1)  # a view: nothing to send to the device
         return embedding(torch.tensor(tokens, device=table.device), table)
 
-    def angles(self, at: int | Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def angles(self, at: int | Tensor, rows: int) -> Angles:
         """cos and sin [R, 1, d] of positions at, at + 1, …, or of the positions `at` [R] on the device."""
         table = self.positions
         if isinstance(at, int):
@@ -159,7 +132,7 @@ class Network:
         return silu(gate).mul_(up)
 
     def _heads(self, layer: Layer, y: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """q [R, A, d], k [R, G, d], v [R, G, d], normed and turned."""
+        """q [R, A, d], k [R, G, d], v [R, G, d], normed and rotated."""
         rows, heads, shared, size = y.shape[0], self.weights.query_heads, self.weights.kv_heads, self.weights.head_size
         parts = [part(y) for part in layer.qkv]
         if self._quick is not None:
@@ -167,17 +140,17 @@ class Network:
             q = self._quick.placed(*parts, layer.norms, angles, states, None)
             k, v = states[:, 0].transpose(1, 2)
             return q, k, v
-        if len(parts) > 1 or torch.compiler.is_compiling():  # compiled, to norm and to turn each is one kernel
+        if len(parts) > 1 or torch.compiler.is_compiling():  # compiled, norm and rotation are one kernel each
             parts = [part.view(rows, -1, size) for part in parts]
             q, k, v = parts if len(parts) > 1 else parts[0].split_with_sizes((heads, shared, shared), 1)
             if layer.norms is not None:
                 q, k = (norm(x) for norm, x in zip(layer.norms, (q, k), strict=True))
-            return turned(q, angles), turned(k, angles), v
+            return rotated(q, angles), rotated(k, angles), v
         both, v = parts[0].view(rows, -1, size).split_with_sizes((heads + shared, shared), 1)
         if layer.norms is not None:
             apart = both.split_with_sizes((heads, shared), 1)
             both = torch.cat([norm(x) for norm, x in zip(layer.norms, apart, strict=True)], 1)
-        q, k = turned(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys in one go
+        q, k = rotated(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys in one go
         return q, k, v
 
 
@@ -210,9 +183,3 @@ def _whole(stream: Stream) -> Tensor:
         return x
     # But for the dimension, torch.compile sees a sum with a product and makes it a product onto a copy (torch 2.11).
     return (x[None] + more[None])[0]
-
-
-def turned(x: Tensor, angles: Angles) -> Tensor:
-    """Heads [R, A, d] turned to the positions of their rows."""
-    cos, sin = angles
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

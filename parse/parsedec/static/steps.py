@@ -24,7 +24,8 @@ from torch.nn.functional import embedding
 from parsedec.static.attention import Bucket, BucketRows, hidden
 from parsedec.static.graphs import Graphs, Replayed
 from parsedec.static.memory import Buffers, Lease
-from parsedec.static.network import Angles, Attends, Network, Stream
+from parsedec.static.network import Attends, Network, Stream
+from parsedec.static.rotary import Angles
 from parsedec.static.weights import Layer
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
