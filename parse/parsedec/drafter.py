@@ -14,11 +14,10 @@ from parsedec.models.language_model import LanguageModel
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.stack import open_decoder
 from parsedec.sampling import Sampler
-from parsedec.text.spelling import Draft, GrowingDraft, carried, common_prefix
+from parsedec.text.spelling import UNSETTLED, Draft, GrowingDraft, carried, common_prefix
 from parsedec.types import Author, Limits, StopReason
 
 NOTHING = Draft((), "", (), ended=False)
-UNSETTLED = 8  # last tokens of a text carried from another vocabulary that more text may still change
 
 
 class Drafter:

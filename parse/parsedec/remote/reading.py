@@ -9,9 +9,8 @@ from parsedec.models.language_model import LanguageModel
 from parsedec.remote.capabilities import TokensBack
 from parsedec.remote.model import RemoteModel
 from parsedec.remote.wire import Piece
-from parsedec.text.spelling import INCOMPLETE, encoded_behind
+from parsedec.text.spelling import INCOMPLETE, UNSETTLED, encoded_behind
 
-UNSETTLED = 8  # last tokens of encoded text that more text may still change
 MENDED = "characters of several tokens are encoded again: the server names only the last token of each"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from parsedec.models.language_model import LanguageModel
 
 INCOMPLETE = "\ufffd"  # what a decoder prints for a character whose bytes are not all there yet
+UNSETTLED = 8  # last tokens of an encoded text that its continuation may still change
 
 
 @dataclass(frozen=True, slots=True)
