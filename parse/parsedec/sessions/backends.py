@@ -1,4 +1,4 @@
-"""Which backend serves a session: Hugging Face's own forward, or the static one where a model qualifies."""
+"""Which backend a session runs on: Hugging Face's own forward, or the static one for models that qualify."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _obstacles: WeakKeyDictionary[PreTrainedModel, tuple[Structure, str | None]] = W
 
 
 def open_session(model: LanguageModel, taps: tuple[int, ...] = (), *, ids: int = 0) -> Session:
-    """A new session of `model` on the backend it is to run on; arguments as in `DecodingSession`."""
+    """A new session of `model` on the backend that serves it; arguments as for `DecodingSession`."""
     return (StaticSession if runs_static(model) else Session)(model, taps, ids=ids)
 
 
 def runs_static(model: LanguageModel) -> bool:
-    """Whether the sessions of `model` are static ones.
+    """Whether the sessions of `model` run on the static backend.
 
-    Raises IncompatibleStack for backend=static on a model that does not qualify; backend=auto then uses eager.
+    Raises IncompatibleStack for backend=static on a model that does not qualify; backend=auto falls back to eager.
     """
     if model.backend == "eager":
         return False
@@ -39,7 +39,7 @@ def runs_static(model: LanguageModel) -> bool:
     before, obstacle = _obstacles.get(model.hf, (((), ()), None))
     if structure[0] != before[0]:
         forget_machine(model)
-    if structure != before:  # it is new, or was given other weights, adapters or hooks, or has lost them
+    if structure != before:  # a new model, or one that has gained, changed or lost weights, adapters or hooks
         obstacle = static_obstacle(model) or _disagreement(model)
         _obstacles[model.hf] = structure, obstacle
         if obstacle and model.backend == "auto":
@@ -52,7 +52,7 @@ def runs_static(model: LanguageModel) -> bool:
 
 
 def _structure(hf: PreTrainedModel) -> Structure:
-    """What users change in a model between requests: its modules and their parameters; what else runs than those."""
+    """What users may change in a model between requests: modules and parameters, then replaced forwards and hooks."""
     modules = list(hf.modules())
     return (
         tuple((id(m), id(type(m)), *map(id, m._parameters.values())) for m in modules),
@@ -61,9 +61,9 @@ def _structure(hf: PreTrainedModel) -> Structure:
 
 
 def _disagreement(model: LanguageModel) -> str | None:
-    """A forward that gives something else than the model's own, e.g. because a hook changes what a module returns."""
+    """What is wrong where the static forward differs from the model's own, as with a hook that changes a result."""
     ids = random_tokens(model, 9, 0)
-    session = StaticSession(replace(model, compiled=False))  # compiled steps would be made for a few tokens
+    session = StaticSession(replace(model, compiled=False))  # not worth compiling for a few tokens
     session.feed(ids[:6])
     ours = torch.stack([session.feed(ids[6:8]), session.feed(ids[8:])])
     error = excess(model, ours, plain_logits(model, ids, last=2))

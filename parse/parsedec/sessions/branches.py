@@ -1,6 +1,7 @@
-"""Several continuations of one draft at once: a batch with a row for every cut, each going on from there by itself.
+"""Several continuations of one draft at once: a batch with a branch for every cut, each going on from there.
 
-Every row costs the same, finished or not; what it saves is time, since a small batch takes hardly longer than one row.
+A small batch takes hardly longer than a single row. Branches that have finished still cost what the others do.
+
 Shapes in this file:  B branches, C columns of the cache, S tokens of a text, V vocabulary, L taps, H hidden.
 """
 
@@ -20,7 +21,7 @@ class Branches(ABC):
     """B continuations, decoded together.
 
     logits       [B, V] after the last token of each branch
-    calls, rows  of the model so far
+    calls, rows  forwards of the model so far, and the token positions they computed
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -28,7 +29,7 @@ class Branches(ABC):
         self.calls = self.rows = 0
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read one more token in every branch; the logits after it [B, V]."""
+        """Read one more token in every branch; returns the logits after it [B, V]."""
         self.logits = self._read(tokens)
         self.calls += 1
         self.rows += len(tokens)
@@ -36,14 +37,14 @@ class Branches(ABC):
 
     @abstractmethod
     def _read(self, tokens: Sequence[int]) -> Tensor:
-        """[B, V]"""
+        """Read a token in every branch; the logits after it [B, V]."""
 
 
 class PaddedBranches(Branches):
-    """B copies of a cache that end at different tokens, padded on the left.
+    """Branches on a batch of B copies of a cache (`kv.widen`), padded on the left.
 
-    columns  C of the cache, the padding included
-    lengths  [B] how many of them each branch has, the last ones
+    columns  C of the cache, padding included
+    lengths  [B] how many of these columns, counted from the right, belong to each branch
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class PaddedBranches(Branches):
         return self.read([[token] for token in tokens])[0]
 
     def read(self, texts: Sequence[list[int]], taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor | None]:
-        """Read texts of S tokens, one a branch; logits after them [B, V] and taps of their last rows [B, L, H]."""
+        """Read S tokens in every branch; the logits after them [B, V], and taps of the last rows [B, L, H]."""
         s = len(texts[0])
         self._visible = torch.cat([self._visible, torch.ones(len(texts), s, dtype=torch.long)], dim=1)
         mask = self._visible.to(self._model.device) if self._model.has_attention else None

@@ -1,15 +1,15 @@
-"""Committed tokens and the cache behind them: what decoding needs of a request in one model.
+"""One request in one model, as decoding needs it: its committed tokens and the cache that holds them.
 
-What a request's cache holds is decided here and in `session`, which adds the verbs that judge a draft. Forwards write
-into it: the model's own, `joint.Rows`, and those of branches, whose caches are copies (`branches`). A session's tokens
-are in three parts:
+Only this class and `Session`, which adds the judging of drafts, decide what a request's cache holds. Forwards write
+into it: the model's own, those shared by several requests (`joint`), and those of `branches`, on copies. A session's
+tokens are of three kinds:
 
-    cached    committed and in the cache                        tokens[:cached]
-    pending   committed, not yet read by the model              tokens[cached:]
-    staged    read by the model in the last `tree` or `judge`, not committed; `keep` says which of them stay
+    cached    committed, and in the cache                       tokens[:cached]
+    pending   committed, but not yet read by the model          tokens[cached:]
+    staged    read by the last `tree` or `judge`, but not committed; `keep` or `keep_draft` says which of them stay
 
-`next_logits` are the model's logits after the last committed token, whenever nothing is pending; after a `keep` they
-come from the pass that staged the rows, so decoding on never needs another prefill.
+`next_logits` are the model's logits after the last committed token, whenever nothing is pending. After a `keep` they
+come from the pass that staged the rows, so going on never takes another prefill.
 
 Shapes in this file:  N nodes of a tree, V vocabulary, L taps, H hidden.
 """
@@ -38,11 +38,14 @@ CPU = torch.device("cpu")
 
 
 class DecodingSession:
-    """Reads, commits, guesses and goes back; any Hugging Face causal LM, batch 1."""
+    """Reads and commits tokens, verifies trees of guesses, and rewinds; for any Hugging Face causal LM, batch 1.
+
+    taps  layers whose hidden states are recorded for every row, as indices into `output_hidden_states`
+    ids   size of the vocabulary the tokens come from, if that is another model's: ids that this model has no row for
+          are then mapped (`LanguageModel.readable`)
+    """
 
     def __init__(self, model: LanguageModel, taps: tuple[int, ...] = (), *, ids: int = 0) -> None:
-        """`ids`: how many the tokens may be of, where they are another model's; beyond this model's rows it reads
-        them as it can (`LanguageModel.readable`)."""
         self.model = model
         self._maps_ids = ids > model.vocab_size
         self.taps = taps
@@ -52,7 +55,7 @@ class DecodingSession:
         self._logits: Tensor | None = None  # after the last cached row
         self._staged: Staged | None = None
         self._tap_rows: list[Tensor] = []  # [rows, L, H] each, together one row per cached token
-        # Recurrent models go back by restoring: committed length -> (cache, logits after it). First and latest feed.
+        # Recurrent models rewind by restoring a saved state: committed length -> (cache, logits after it)
         self._marks: dict[int, tuple[DynamicCache, Tensor | None]] = {}
 
     @property
@@ -72,15 +75,15 @@ class DecodingSession:
 
     @property
     def room(self) -> int:
-        """Tokens that can still be committed before the context is full."""
+        """How many more tokens fit into the context."""
         return self.model.context_limit - self.length
 
     def seen(self, start: int) -> Seen:
-        """Taps of the cached rows from `start` on."""
+        """Hidden states of the cached rows from `start` on."""
         if not self.taps:
             return Seen()
         wanted, parts = self.cached - start, []
-        for rows in reversed(self._tap_rows):  # a step asks for the last few; joining all each time would be quadratic
+        for rows in reversed(self._tap_rows):  # a step wants only the last few: joining all would be quadratic
             if wanted <= 0:
                 break
             have = len(rows)
@@ -95,7 +98,10 @@ class DecodingSession:
         return Seen(torch.cat(parts[::-1]))
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Commit `tokens`, read everything pending, return the logits after the last token [V]."""
+        """Commit `tokens`, read everything that is pending, and return the logits after the last token [V].
+
+        Raises PromptError if the context has no room for them, or if there is nothing to read.
+        """
         self._drop_staged()
         self._check_room(len(tokens))
         self.tokens.extend(tokens)
@@ -108,31 +114,34 @@ class DecodingSession:
         return self._logits
 
     def append(self, token: int) -> None:
-        """Commit a token without reading it: the root of the next tree."""
+        """Commit a token without reading it, as the root of the next tree."""
         self._drop_staged()
         self.tokens.append(token)
 
     @property
     def prefetches(self) -> bool:
-        """Whether `prefetch` gains anything."""
+        """Whether `prefetch` saves time on this backend."""
         return False
 
     def prefetch(self, token: Tensor) -> int:
-        """The value of a token [] that is still on the device. Where that gains anything the model reads it meanwhile,
-        so that the device never waits for the host. The token is then committed and read as any other."""
+        """The value of a token [] that is still on the device.
+
+        Where `prefetches`, the model already reads the token while its value is fetched, so that the device never waits
+        for the host. Either way the caller then commits the token as usual.
+        """
         return int(token)
 
     def read_ahead(self) -> None:
-        """Read all pending tokens but the last; there is more than one after a rewind or an injection."""
+        """Read all pending tokens but the last. More than one is pending after a rewind or an injection."""
         if len(self.pending) > 1:
             self._read_pending(self.length - 1)
 
     def tree(self, tree: Tree) -> Tensor:
-        """Read a tree of guesses whose node 0 is the last committed token, which is pending.
+        """Read a tree of guesses. Its node 0 must be the last committed token, and that token must be pending.
 
-        Returns the logits after every node [N, V]; `keep` then commits the accepted path.
+        Returns the logits after every node [N, V], in the tree's order; `keep` then commits the accepted path.
 
-        Rows are read depth-first: the path of the likelier siblings then stands in one piece, and keeping it is a cut.
+        Rows are read depth-first, so that the path of first children is contiguous: keeping it only cuts off the rest.
         """
         self._drop_staged()
         self._check_room(tree.depth)
@@ -147,7 +156,7 @@ class DecodingSession:
         else:
             logits, taps = self._read_branching(laid)
         self.cached += 1
-        self._logits = logits.select(0, 0)  # a view: the logits of the last pass are alive in any case
+        self._logits = logits.select(0, 0)  # a view costs nothing: the staged rows keep these logits alive
         if taps is not None:
             self._tap_rows.append(taps.narrow(0, 0, 1))
         self._staged = Staged(list(laid.tokens[1:]), logits.narrow(0, 1, size - 1), taps, row_of)
@@ -156,13 +165,13 @@ class DecodingSession:
         return logits if laid is tree else logits.index_select(0, whole_numbers(row_of, logits.device))
 
     def keep(self, path: Sequence[int]) -> None:
-        """Commit the accepted path of the staged tree: node indices from the root on."""
+        """Commit the accepted path of the staged tree, given as node indices from the root on."""
         if self._staged is None or self._staged.logprobs is not None or not path or path[0] != 0:
             raise ValueError(f"keep({list(path)}) needs a staged tree and a path that starts at its root, node 0")
         self._keep_rows([self._staged.row_of[node] - 1 for node in path[1:]])
 
     def rewind(self, length: int) -> None:
-        """Go back to the first `length` committed tokens."""
+        """Forget all but the first `length` committed tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"rewind({length}) on a session of {self.length} tokens; expected 0 to {self.length}")
         self._drop_staged()
@@ -171,9 +180,9 @@ class DecodingSession:
         del self.tokens[length:]
 
     def fork(self) -> Self:
-        """An independent copy; attention caches are shared until one of the two grows, so it costs next to nothing."""
+        """An independent copy. It costs next to nothing: keys and values are shared until one of the two grows."""
         self._drop_staged()
-        twin = copy.copy(self)  # a new Session would make a cache, which takes longer than the rest
+        twin = copy.copy(self)  # __init__ would make a new cache, which takes longer than all of this
         twin.tokens, twin.calls, twin.rows = list(self.tokens), 0, 0
         twin._cache, twin._tap_rows, twin._marks = kv.snapshot(self._cache), list(self._tap_rows), dict(self._marks)
         return twin
@@ -186,7 +195,7 @@ class DecodingSession:
         positions: Tensor | None = None,
         mask: Tensor | dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One forward of len(ids) rows behind the cache: (logits [kept, V], taps [rows, L, H] or None)."""
+        """One forward of len(ids) rows behind the cache: logits [kept, V], and taps [rows, L, H] or None."""
         self.calls += 1
         self.rows += len(ids)
         if self._maps_ids:
@@ -198,7 +207,7 @@ class DecodingSession:
         return out
 
     def _read_pending(self, end: int) -> None:
-        """Read the pending tokens before position `end`."""
+        """Read the pending tokens up to position `end`, which is not read."""
         logits, taps = self._forward(self.tokens[self.cached : end], keep=1)
         self._logits = logits[-1]
         self.cached = end
@@ -222,7 +231,7 @@ class DecodingSession:
 
     def _mask(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
         windows = self.model.windows
-        rows_at = columns_at = positions  # read only where there is a window
+        rows_at = columns_at = positions  # only looked at where there is a window
         if any(windows.values()):
             rows_at, columns_at = positions[-len(allowed) :], torch.cat([torch.arange(self.cached), positions])
         return masks.for_model(
@@ -250,12 +259,12 @@ class DecodingSession:
         if rows:
             self._logits = staged.known[rows[-1]]
             if staged.taps is not None:
-                if staged.row_of:  # the root's are there; one piece with what follows is quicker to show
+                if staged.row_of:  # a tree: `kept_taps` has the root's row again, in one tensor with the others
                     self._tap_rows.pop()
                 self._tap_rows.append(staged.kept_taps(rows))
 
     def _restore(self, staged: Staged, rows: list[int]) -> None:
-        """Recurrent models: back to the snapshot after len(rows) rows, or to before the pass to read them again."""
+        """Recurrent models: restore the snapshot after len(rows) rows; or that before the pass, and read them again."""
         if len(rows) in staged.snapshots:
             self._cache = kv.snapshot(staged.snapshots[len(rows)])
             return
@@ -269,20 +278,20 @@ class DecodingSession:
             self._keep_rows([])
 
     def _mark(self) -> None:
-        """Remember the state after a feed; the first one (the prompt) and the latest are enough for our rewinds."""
+        """Save the state after a feed. Only the first (the prompt's) and the latest are kept; rewinds need no other."""
         while len(self._marks) > 1:
             self._marks.pop(max(self._marks))
         self._marks[self.cached] = (kv.snapshot(self._cache), self._logits)
 
     def _go_back(self, length: int) -> None:
-        """Shorten the cache to at most `length` rows; what is missing before `length` becomes pending again."""
+        """Shorten the cache to at most `length` rows; committed tokens that are no longer in it are pending again."""
         if self.model.recurrent:
             at = max((mark for mark in self._marks if mark <= length), default=0)
             cache, self._logits = self._marks.get(at, (kv.new_cache(self.model.hf), None))
             self._cache = kv.snapshot(cache)
             self._marks = {mark: state for mark, state in self._marks.items() if mark <= at}
         else:
-            at = max(0, length - 1)  # the last token is read again: the logits after it are gone
+            at = max(0, length - 1)  # the last token has to be read again for the logits after it
             kv.cut_tail(self._cache, self.cached - at)
             self._logits = None
         if self.taps:

@@ -1,7 +1,8 @@
-"""What every step pays for several times over, at less than torch's usual price.
+"""Cheaper ways to do two things that every decoding step does several times.
 
-Each is small, but what runs between two forwards of a model is cold, and takes several times as long as in a loop. For
-the same reason such code calls `narrow`, `select` and `unsqueeze` where an index in brackets would read better.
+Each costs little, but code that runs between two forwards of a model finds cold processor caches, and takes several
+times as long as in a loop. For the same reason such code calls `narrow`, `select` and `unsqueeze` where an index in
+brackets would read better.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 
 def inference(call: Callable[P, T]) -> Callable[P, T]:
-    """`call` in torch's inference mode, which is entered only where it is off: entering it again is not free."""
+    """`call` in torch's inference mode, entered only if it is off: entering it a second time is not free."""
 
     @wraps(call)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -32,7 +33,7 @@ def inference(call: Callable[P, T]) -> Callable[P, T]:
 
 
 def whole_numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """`values` [n] as a tensor of 64-bit integers. As `torch.tensor`, which looks at each by itself."""
+    """`values` as an int64 tensor [n]: what `torch.tensor` gives, which looks at each value by itself."""
     if not values:
         return torch.empty(0, dtype=torch.int64, device=device)
     found = torch.frombuffer(array("q", values), dtype=torch.int64)

@@ -1,10 +1,8 @@
-"""The few things done to a Hugging Face cache, in one place: copy, cut the tail, gather, widen to a batch.
+"""The few things done to a Hugging Face cache, in one place: copy, cut the tail, gather rows, widen to a batch.
 
-Attention layers keep keys and values as `[B, heads, T, d]` and grow by concatenation, so a shallow copy of a layer
-is a snapshot: nothing ever writes into the rows it holds. Recurrent and convolutional layers (Mamba-2,
-Qwen3-Next, LFM2 …) overwrite their states in place; their snapshots are clones, and a cut tail can only be undone
-by going back to one. Sessions use this module, forwards of several requests (`joint`), the checks of a model's kind,
-and adapters that hand a cache to code of transformers.
+Attention layers keep keys and values as `[B, heads, T, d]` and grow by concatenation, so a shallow copy of a layer is a
+snapshot: nothing ever writes into the rows it holds. Recurrent and convolutional layers (Mamba-2, Qwen3-Next, LFM2 …)
+overwrite their states in place: their snapshots are clones, and the only way back is to restore one.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ STATES = ("conv_states", "recurrent_states")
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache whose attention layers all keep every row: rollback is then a cut, also past a sliding window
-    (transformers' own sliding layers drop old rows and refuse to go back)."""
+    """An empty cache whose attention layers keep every row, so that going back only cuts rows off, even past a sliding
+    window (transformers' own sliding layers drop old rows and refuse to go back)."""
     typed = DynamicCache(config=model.config)
     if not is_recurrent(typed):
         return DynamicCache()
@@ -36,22 +34,22 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def is_recurrent(cache: DynamicCache) -> bool:
-    """Whether any layer carries a state that a mask cannot select from (facts: `is_croppable` misses LFM2)."""
+    """Whether any layer carries a state that cannot be cut or masked (transformers' `is_croppable` misses LFM2)."""
     return any(hasattr(layer, "conv_states") for layer in cache.layers)
 
 
 def snapshot(cache: DynamicCache) -> DynamicCache:
-    """A copy that later forwards of the original cannot change, and the other way round."""
+    """A copy: later forwards of either one leave the other as it is."""
     twin = copy.copy(cache)
     twin.layers = [_copy_layer(layer) for layer in cache.layers]
     return twin
 
 
 def _copy_layer(layer: Any) -> Any:
-    twin = object.__new__(type(layer))  # as copy.copy, which takes several times as long; one a layer and draft
+    twin = object.__new__(type(layer))  # what copy.copy does, but several times as fast
     vars(twin).update(vars(layer))
     for name, value in vars(layer).items():
-        if isinstance(value, dict):  # states and the flags beside them, by state index
+        if isinstance(value, dict):  # recurrent states, and flags about them, by state index
             clone = {key: item.clone() if torch.is_tensor(item) else item for key, item in value.items()}
             setattr(twin, name, clone)
     return twin
@@ -60,25 +58,25 @@ def _copy_layer(layer: Any) -> Any:
 def cut_tail(cache: DynamicCache, rows: int) -> None:
     """Forget the last `rows` rows of an attention-only cache."""
     if rows:
-        cache.crop(-rows)  # minus the number of tokens to remove; a positive count raises
+        cache.crop(-rows)  # negative: how many rows to remove
 
 
 def cut_to(cache: DynamicCache, rows: int) -> None:
-    """The first `rows` rows of an attention-only cache, some of whose layers a forward that broke off has grown."""
+    """Cut an attention-only cache to `rows` rows, where a forward that failed half-way has grown only some layers."""
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None and layer.keys.numel():
             layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
 
 
-@inference  # what a forward made may be written to nowhere else
+@inference  # tensors made in inference mode may only be written to in it
 def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
     """Of the rows from `start` on, keep `rows` (relative to `start`, in this order) and forget the others.
 
-    The rows are moved in place, since gathering would copy all rows before them. Only for rows of the latest forward: a
-    layer has grown into new tensors for them, so no snapshot holds what is overwritten.
+    Rows are moved in place, since gathering would also copy all rows before `start`. Only for rows of the latest
+    forward: it has made new tensors to hold them, so no snapshot shares what is overwritten here.
     """
     stop = start + len(rows)
-    right = next((i for i, row in enumerate(rows) if row != i), len(rows))  # leading rows that stand where they stay
+    right = next((i for i, row in enumerate(rows) if row != i), len(rows))  # rows before this one stay where they are
     index: Tensor | None = None
     for layer in cache.layers:
         if getattr(layer, "keys", None) is None or not layer.keys.numel():
@@ -91,10 +89,10 @@ def keep_rows(cache: DynamicCache, start: int, rows: Sequence[int]) -> None:
 
 
 def widen(cache: DynamicCache, branches: Sequence[DynamicCache], dropped: Sequence[int]) -> DynamicCache:
-    """A batch of copies of `cache`: row b without its last dropped[b] rows, with the recurrent states of branches[b].
+    """A batch of copies of `cache`: copy b lacks the last dropped[b] rows and has the recurrent states of branches[b].
 
-    The rows that stay are moved to the right end, so that each branch looks like a left-padded sequence: distances
-    between columns are then distances between positions, which is what index-based sliding windows assume.
+    The rows that stay are moved to the right end, which makes each copy a left-padded sequence. Distances between
+    columns are then distances between positions, as sliding windows that count columns assume.
     """
     wide = snapshot(cache)
     for i, layer in enumerate(wide.layers):

@@ -1,4 +1,4 @@
-"""A model's own forward without a cache: what every other way of computing its logits is checked against."""
+"""A model's own forward without a cache: the reference for every other way of computing its logits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from parsedec.models.language_model import LanguageModel
 from parsedec.models.turns import turns_of
 
-# Error of a right computation, in standard deviations of the logits: the largest one where rounding is nearly nothing.
+# Errors are allowed in standard deviations of the logits. Where rounding is nearly nothing, the largest error counts.
 EXACT = {torch.float64: 0.01, torch.float32: 0.01}
-# In half precision it grows with depth, and the largest of 150,000 is a matter of luck (0.2 to 0.5 behind 64 random
-# layers), so a row's root mean square is what is looked at: 0.05 to 0.11 there, and 1.2 and more where a cache has lost
+# In half precision errors grow with depth, and the largest of 150,000 logits is a matter of luck (0.2 to 0.5 behind 64
+# random layers). So the root mean square of a row counts: 0.05 to 0.11 there, and at least 1.2 where a cache has lost
 # one of nine tokens.
 HALF = 0.3
 
 
 def excess(model: LanguageModel, ours: Tensor, plain: Tensor) -> float | None:
-    """Difference of two computations of the same logits [.., V], if it is more than rounding explains."""
+    """The error of `ours` against `plain`, both [..., V], if it is more than rounding explains; else None."""
     difference, spread = ours.float() - plain.float(), float(plain.float().std())
     if model.dtype in EXACT:
         error, allowed = float(difference.abs().max()), EXACT[model.dtype] * spread
@@ -29,7 +29,7 @@ def excess(model: LanguageModel, ours: Tensor, plain: Tensor) -> float | None:
 
 
 def plain_logits(model: LanguageModel, ids: Sequence[int], last: int = 1) -> Tensor:
-    """Logits after each of the last tokens [last, V]."""
+    """Logits after each of the `last` last tokens [last, V]."""
     with torch.inference_mode(), turns_of(model.hf).plain():
         logits: Tensor = model.hf(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
     return logits[0, -last:]

@@ -1,8 +1,8 @@
-"""Does a model do what the engine relies on? Found out on the model itself, when a stack is built.
+"""Does a model do what the engine relies on? Tried out on the model itself, when a stack is built.
 
-A model may take a cache, position ids or a mask, and quietly not honour them: results are then wrong without an error.
-Each test compares with plain forwards of the same tokens; what two equally plain ways of computing them may differ by
-is bounded by the dtype. Results are remembered (`findings`), so the engines of one model make each test once.
+A model may accept a cache, position ids or a mask and silently ignore it: results are then wrong without an error. Each
+test compares a session's logits with plain forwards of the same tokens; they may differ by what rounding explains in
+the model's dtype. Results are remembered (`findings`), so all engines of one model make each test once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from parsedec.types import JudgePath
 
 
 def check_decoding(model: LanguageModel) -> None:
-    """Raise IncompatibleStack unless decoding behind a cache equals plain forwards, for two requests in turn."""
+    """Raise IncompatibleStack unless decoding with a cache gives what plain forwards do, for two requests in turn."""
     if isinstance(model, RemoteModel):
-        return  # the server was asked when it was connected
+        return  # the server was examined when it was connected
     runs_static(model)  # raises where the backend asked for cannot run it
     problem = found_out(model, "decoding", lambda: _decoding_error(model))
     if problem:
@@ -36,12 +36,12 @@ def check_decoding(model: LanguageModel) -> None:
 
 
 def probe_error(model: LanguageModel, suffix: Sequence[int], path: JudgePath) -> str | None:
-    """Why judge passes on `path` are not right on this model, or None if they are."""
+    """What is wrong with judge passes on `path` on this model, or None if they are right."""
     return found_out(model, (path, *suffix), lambda: _probe_error(model, suffix, path))
 
 
 def _decoding_error(model: LanguageModel) -> str | None:
-    """Two requests in turn, in steps of several tokens and of one."""
+    """Two interleaved requests, each read in steps of several tokens and of one."""
     texts = [random_tokens(model, 20, seed) for seed in (0, 1)]
     sessions = [open_session(_roomy(model)) for _ in texts]
     for start, stop in ((0, 12), (12, 15), (15, 16), (16, 19)):
@@ -67,6 +67,6 @@ def _difference(model: LanguageModel, ours: Tensor, plain: Tensor, what: str) ->
 
 
 def _roomy(model: LanguageModel) -> LanguageModel:
-    """A context limit set lower than the test's few tokens says nothing about the model; nor does what a compiler
-    makes of it, which takes longer than the test."""
+    """The model without a context limit that the test's few tokens might exceed, and without the compiler, which takes
+    longer than the test."""
     return replace(model, context_limit=1 << 20, compiled=False)

@@ -1,9 +1,9 @@
-"""One request in one model: what `decoding` does with its tokens and their cache, and the verbs that judge a draft.
+"""One request in one model: a `DecodingSession`, plus the methods that judge a draft.
 
-A judged draft is staged behind the committed tokens; `keep_draft` says how much of it stays. Its probes are read in one
-packed pass under a mask, or as a batch of forked caches; without probes it is read causally, as any text.
+`judge` stages a draft behind the committed tokens; `keep_draft` then says how much of it stays. The probes are read in
+one packed pass under a mask, or as a batch of forked caches. A draft without probes is read causally, like any text.
 
-Shapes in this file:  N staged rows, K cuts or probes, S suffix rows a probe, V vocabulary, L taps, H hidden.
+Shapes in this file:  N staged rows, K cuts or probes, S suffix rows per probe, V vocabulary, L taps, H hidden.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from parsedec.sessions.decoding import DecodingSession
 from parsedec.sessions.staged import JudgeRows, ProbeRows, check_cuts, joined, stage_draft
 from parsedec.types import JudgePath
 
-# Forked probes copy the cache once each; a batch holds at most so many cached positions in all
+# Each forked probe copies the cache: the most cached positions that the copies of one batch may add up to
 FORKED_COLUMNS = 1 << 16
-# Rows of a packed pass at a time: its mask is as high as the pass, and as wide as that and the cache
+# The most rows of one packed pass: its mask has a line per row, as wide as the cache and the pass together
 PACKED_ROWS = 4096
 
 
@@ -40,18 +40,19 @@ class Session(DecodingSession):
         path: JudgePath = JudgePath.PACKED,
         wanted: Sequence[int] | None = None,
     ) -> JudgeRows:
-        """Read a draft and, after each probed cut, the verification suffix; nothing is committed.
+        """Read a draft and, after each probed cut, the verification suffix. Nothing is committed.
 
         draft    N tokens that would follow the committed ones
-        cuts     ascending positions in 1..N at which the draft may be kept; their next-token logits are remembered
-        suffix   S tokens, appended once per probe; none: what the draft's own rows show at the probed cuts
+        cuts     ascending positions in 1..N at which the draft may be kept; the logits there are remembered
+        suffix   S tokens appended to each probe; if empty, probes report what the draft's own rows show at their cuts
         probes   the cuts to judge in this pass (default: all)
-        wanted   ids whose logits will be read, the one that speaks most for the draft first; for sessions that do not
-                 have all of them (here they are all there)
+        wanted   ids whose logits the caller will read, the one in favour of the draft first. Only remote sessions,
+                 which cannot get all logits, use it
+        path     PACKED: one pass over N + K*S rows and the pending ones. FORKED: a pass over the draft, then a batch of
+                 K suffixes. Without a suffix or probes it does not matter: the N draft rows are read causally
 
-        Packed: one pass of N + K*S rows (and pending ones). Forked: the draft, then a batch of K suffixes. Without
-        suffix or probes: N rows, causally. A draft that begins with the staged one is read from there on: only its new
-        rows are computed, and those of the probes.
+        If the draft begins with the staged one, only its new rows and those of the probes are computed.
+        Raises PromptError on an empty session or a full context, and JudgeError for cuts or a path that cannot be used.
         """
         if not self.tokens:
             raise PromptError("a draft was judged on an empty session; feed the prompt first.")
@@ -81,7 +82,7 @@ class Session(DecodingSession):
         return JudgeRows(logits.float(), staged.logprobs, self.rows - before, path, taps, at_cuts)
 
     def keep_draft(self, cut: int) -> None:
-        """Commit the first `cut` tokens of the judged draft: 0 or one of the cuts the pass was told of."""
+        """Commit the first `cut` tokens of the judged draft: 0, or one of the cuts given to `judge`."""
         if self._staged is None or self._staged.logprobs is None:
             raise ValueError(f"keep_draft({cut}) needs a judged draft; call judge() first")
         if cut and cut - 1 not in self._staged.known:
@@ -89,9 +90,9 @@ class Session(DecodingSession):
         self._keep_rows(list(range(cut)))
 
     def fan_out(self, draft: Sequence[int], cuts: Sequence[int]) -> Branches:
-        """Read a draft and branch behind each of `cuts`, 0 for before the draft; nothing is committed.
+        """Read a draft and open a branch behind each of `cuts`; cut 0 branches before the draft. Nothing is committed.
 
-        `keep_draft` then commits up to one of the cuts, or all of it. What the branches read is theirs.
+        `keep_draft` can then commit up to one of the cuts, or the whole draft. Branches never change the session.
         """
         self._drop_staged()
         self._check_room(len(draft))
@@ -101,7 +102,7 @@ class Session(DecodingSession):
         return self._branches(cuts, torch.stack([self._staged.known[cut - 1] if cut else self._logits for cut in cuts]))
 
     def _branches(self, cuts: Sequence[int], logits: Tensor) -> Branches:
-        """Behind cuts of the staged draft, with the logits [B, V] there."""
+        """Branches behind cuts of the staged draft, whose logits there are `logits` [B, V]."""
         return self._copies(cuts, logits)
 
     def _copies(self, cuts: Sequence[int], logits: Tensor) -> PaddedBranches:
@@ -114,19 +115,22 @@ class Session(DecodingSession):
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
     ) -> ProbeRows:
-        """Probes and what of the draft is not staged yet in one pass; stages it, returns the probes' last rows."""
+        """One pass over the part of the draft that is not staged yet (from `done` on) and all probes.
+
+        Stages that part and returns the last row of every probe.
+        """
         if obstacle := self.model.mask_obstacle:
             raise IncompatibleStack(
                 f"{self.model.name} has {obstacle}; the packed judge pass would be wrong on it. "
                 "Use judge.path=auto or forked."
             )
-        lead = len(self.pending)  # none once a part of the draft is staged
+        lead = len(self.pending)  # 0 once a part of the draft is staged
         tokens = [*self.pending, *draft[done:]]
         if len(tokens) + len(suffix) * len(probes) > PACKED_ROWS and (tokens or len(probes) > 1):
             return self._read_in_blocks(draft, cuts, suffix, probes, done)
-        ends = [lead + cut for cut in probes]  # the pending tokens are a prefix that every probe sees
+        ends = [lead + cut for cut in probes]  # every probe also sees the pending tokens, which come first
         n, new, s = lead + len(draft), len(tokens), len(suffix)
-        positions = masks.probe_positions(self.cached, n, ends, s)  # of the staged rows, too: they are columns here
+        positions = masks.probe_positions(self.cached, n, ends, s)  # includes staged rows: they are columns
         verdicts = [new + s * (k + 1) - 1 for k in range(len(probes))]
         logits, taps = self._forward(
             tokens + list(suffix) * len(probes),
@@ -143,7 +147,7 @@ class Session(DecodingSession):
     def _read_in_blocks(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
     ) -> ProbeRows:
-        """The same in passes of fewer rows: the draft causally, then the probes."""
+        """As `_read_packed`, in passes of at most PACKED_ROWS rows: the draft causally, then the probes in groups."""
         for stop in [*range(done + PACKED_ROWS, len(draft), PACKED_ROWS), len(draft)]:
             if done < stop:
                 self._read_causally(draft[:stop], [cut for cut in cuts if cut <= stop], done)
@@ -153,8 +157,10 @@ class Session(DecodingSession):
         return joined([self._read_packed(draft, cuts, suffix, group, done) for group in groups])
 
     def _read_causally(self, draft: Sequence[int], cuts: Sequence[int], done: int) -> None:
-        """Stage what is new of the draft behind the pending tokens; for recurrent models in segments, with a snapshot
-        of the state at every cut."""
+        """Read and stage the draft from `done` on, and any pending tokens before it.
+
+        Recurrent models read it in segments, and a snapshot of their state is taken at every cut.
+        """
         recurrent = self.model.recurrent
         if recurrent and not done:
             self.feed([])  # the snapshots start behind the committed tokens
@@ -175,7 +181,7 @@ class Session(DecodingSession):
         self._staged.snapshots = snapshots
 
     def _probe_forked(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
-        """Batches of suffixes, each on a copy of the cache that ends at its cut: the probes' last rows."""
+        """Read the suffixes in batches, each on a copy of the cache that ends at its cut; the probes' last rows."""
         assert self._staged is not None
         at_once = max(1, FORKED_COLUMNS // (self.cached + len(self._staged.tokens) + len(suffix)))
         return joined([self._probe_batch(suffix, probes[i : i + at_once]) for i in range(0, len(probes), at_once)])
@@ -188,7 +194,7 @@ class Session(DecodingSession):
         return copies.read([list(suffix)] * len(probes), self.taps)
 
     def _commit_read(self, rows: int, logits: Tensor, taps: Tensor | None) -> Tensor | None:
-        """The first `rows` rows of a pass were pending tokens, which are read now. Returns the taps of the others."""
+        """Note that the first `rows` rows of a pass were the pending tokens. Returns the taps of the other rows."""
         if rows:
             self.cached += rows
             self._logits = logits[rows - 1].clone()

@@ -1,4 +1,4 @@
-"""What a pass leaves behind until `Session.keep` decides: the staged rows, and what a judge pass reports.
+"""The staged rows of a pass, which wait for `keep` or `keep_draft` to decide, and what a judge pass returns.
 
 Shapes in this file:  N staged rows, K probes, V vocabulary, L taps, H hidden.
 """
@@ -21,13 +21,13 @@ ProbeRows = tuple[Tensor, Tensor | None]  # logits [K, V] and taps [K, L, H]
 
 @dataclass(frozen=True, slots=True)
 class JudgeRows:
-    """What one judge pass gives besides the staged draft.
+    """What a judge pass returns, besides staging the draft.
 
-    probe_logits    [K, V] float32, the logits after each probe's last row; without a suffix that is the cut's own row
+    probe_logits    [K, V] float32, the logits after each probe's last row; without a suffix, that is its cut's own row
     draft_logprobs  [N] float32, the model's log-probability of every draft token
     rows            token positions this pass computed
-    probe_taps      [K, L, H] the session's taps at each probe's last row; None where it has none
-    cut_taps        [K, L, H] those at the last token of every probed prefix
+    probe_taps      [K, L, H] the session's taps at each probe's last row; None if the session has no taps
+    cut_taps        [K, L, H] the same at the last token of every probed prefix
     """
 
     probe_logits: Tensor
@@ -42,14 +42,14 @@ class JudgeRows:
 class Staged:
     """Rows in the cache behind the committed ones: the guesses of a tree, or a judged draft.
 
-    tokens     N ids, row i holding tokens[i]
-    known      row -> logits after it, where they may be needed; of a tree all of them, [N, V]
-    taps       [N, L, H]; of a tree [1 + N, L, H], the root's first
-    row_of     of a tree: the row of the pass in which every node was read, the root's being 0
-    logprobs   [N] of a judged draft
-    last       [V], logits after the last row of a judged draft: a longer draft goes on from there
-    snapshots  recurrent models: rows kept -> cache after them
-    before     recurrent models: the cache before the pass and the committed tokens it read first, to start again from
+    tokens     N ids, one per row
+    known      row -> logits after it, for the rows that may be kept last; of a tree all of them, [N, V]
+    taps       [N, L, H]; of a tree [1 + N, L, H], beginning with the root's
+    row_of     of a tree: node -> the row of the pass it was read in; the root's is 0
+    logprobs   [N], of a judged draft
+    last       [V], of a judged draft: the logits after its last row, from which a longer draft goes on
+    snapshots  recurrent models: number of rows kept -> the cache after them
+    before     recurrent models: the cache before the pass, and the committed tokens that the pass read first
     """
 
     tokens: list[int]
@@ -62,16 +62,16 @@ class Staged:
     before: tuple[DynamicCache, list[int]] | None = None
 
     def reusable(self, draft: Sequence[int], cuts: Sequence[int]) -> int:
-        """Rows that a judge pass over `draft` need not read again: all, if they are a judged beginning of it.
+        """How many staged rows a judge pass over `draft` can reuse: all if they are a judged prefix of it, else 0.
 
-        None, if the logits at one of its cuts are not known: they are gone, and the rows have to be read once more.
+        Also 0 if the logits at one of its cuts were not remembered: the rows then have to be read once more.
         """
         n = len(self.tokens)
         begins = self.logprobs is not None and list(draft[:n]) == self.tokens
         return n if begins and all(cut - 1 in self.known for cut in cuts if cut <= n) else 0
 
     def kept_taps(self, rows: Sequence[int]) -> Tensor:
-        """Taps of the rows that are kept, those of a tree's root in front of them."""
+        """Taps of the rows that are kept; of a tree, with the root's in front."""
         assert self.taps is not None
         at = [0, *(row + 1 for row in rows)] if self.row_of else list(rows)
         if at == list(range(len(at))):
@@ -79,12 +79,12 @@ class Staged:
         return self.taps.index_select(0, whole_numbers(at, self.taps.device))
 
     def logits_at(self, cuts: Sequence[int]) -> Tensor:
-        """Logits after the first so many tokens of a judged draft [K, V]."""
+        """Logits at cuts of a judged draft [K, V]."""
         assert self.last is not None
         return torch.stack([self.known[cut - 1] for cut in cuts]) if cuts else self.last[None][:0]
 
     def taps_at(self, cuts: Sequence[int]) -> Tensor | None:
-        """Taps of the last of them [K, L, H]."""
+        """Taps of the last token before each cut [K, L, H]."""
         return None if self.taps is None else self.taps[[cut - 1 for cut in cuts]]
 
 
@@ -102,10 +102,10 @@ def stage_draft(
     logits: Tensor,
     taps: Tensor | None,
 ) -> Staged:
-    """What is staged once M more draft tokens were read behind `before` (None: behind the committed tokens).
+    """What is staged once M more draft tokens have been read behind `before` (None: behind the committed tokens).
 
     first   [V], the logits after the last committed token
-    cuts    counted from the draft's beginning; those within the M rows are remembered
+    cuts    counted from the beginning of the draft; the logits at those within the M rows are remembered
     logits  [M, V] of the new rows; taps [M, L, H]
     """
     done = len(before.tokens) if before else 0
@@ -127,7 +127,7 @@ def stage_draft(
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> Tensor:
-    """Log-probability of tokens[i] under logits[i] ([N, V] -> [N] float32), in chunks: [N, V] float32 may not fit."""
+    """Log-probability of tokens[i] under logits[i] [N, V], as [N] float32; by chunks, as [N, V] float32 may not fit."""
     index = torch.tensor(list(tokens), device=logits.device)
     starts = range(0, len(index), chunk)
     parts = [logits[i : i + chunk].float().log_softmax(-1).gather(-1, index[i : i + chunk, None])[:, 0] for i in starts]
@@ -135,6 +135,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], chunk: int = 128) -> T
 
 
 def check_cuts(n: int, cuts: Sequence[int], probes: Sequence[int]) -> None:
+    """Raise JudgeError unless `cuts` and `probes`, some of them, are ascending positions in a draft of n tokens."""
     for name, positions in (("cuts", cuts), ("probes", probes)):
         ascending = list(positions) == sorted(set(positions)) and all(1 <= position <= n for position in positions)
         if not ascending or (not positions and name == "cuts"):
