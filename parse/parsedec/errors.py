@@ -1,6 +1,8 @@
-"""What can go wrong in a way the user can act on. Every message says what was wrong, the value, what was
-expected and what to do; anything else that escapes the engine is a defect, of ours or of what it was given, or a
-want of memory."""
+"""Errors that the user can act on, and checks of settings that raise them.
+
+Every message says what was wrong, the value, what was expected and what to do. Any other exception that escapes the
+engine is a bug, in it or in a part it was given, or a lack of memory.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 class ParsedecError(Exception):
-    """Base of every error the user can act on. Only `PassFailed` may stand for a bug, one request's among others that
-    have none; its text and its cause name it."""
+    """Base of all errors that the user can act on. Only `PassFailed` may stand for a bug, which its text and cause
+    name: it keeps one request's bug from the others."""
 
 
 class ModelLoadError(ParsedecError):
@@ -26,7 +28,8 @@ class ModelLoadError(ParsedecError):
 
 
 class PromptError(ParsedecError):
-    """A request cannot be run: empty, longer than the context, or in a form the model pair cannot share."""
+    """A request cannot be run: it is empty, too long for the context, or in a form that target and draft model cannot
+    share."""
 
 
 class PromptTooLong(PromptError):
@@ -42,15 +45,15 @@ class JudgeError(ParsedecError):
 
 
 class IncompatibleStack(ParsedecError):
-    """Two layers of one stack cannot work together; found when the stack is built, not at token 400."""
+    """Two parts of a stack cannot work together. Found when the stack is built, not at token 400."""
 
 
 class ConfigError(ParsedecError):
-    """A configuration value is outside what it may be."""
+    """A setting has a value it cannot have."""
 
 
 class LogitsError(ParsedecError):
-    """The logits a model gave are no numbers, mostly because they overflow in its dtype."""
+    """A model's logits are not numbers, mostly because they overflow in its dtype."""
 
 
 class OutputExistsError(ParsedecError):
@@ -58,24 +61,24 @@ class OutputExistsError(ParsedecError):
 
 
 class FileNotWritten(ParsedecError, OSError):
-    """A file of a run could not be written, mostly because the disk is full. What it held before is kept."""
+    """A file of a run could not be written, mostly because the disk is full. Its previous content is kept."""
 
 
 class PassFailed(ParsedecError):
-    """One of several requests failed by what is its own, where the others go on: a forward, a judge, a speculator. Its
-    cause is what was raised there."""
+    """One request of a batch failed in its own forward, judge or speculator; the others go on. `__cause__` is what was
+    raised there."""
 
 
 class ServerError(ParsedecError):
-    """A model server could not be reached, was busy, or answered with nonsense. Asking again may help, and is wanted
-    only after `retry_after_s` seconds where the server has said so."""
+    """A model server could not be reached, was busy, or answered with nonsense. Asking again may help, but not before
+    `retry_after_s` seconds have passed, if the server has named a time."""
 
     retry_after_s: float | None = None
 
 
 class ServerRefused(ServerError):
-    """A model server understood a request and will not serve it (an HTTP status of 4xx). `said` is what it gave as its
-    reason, without its address."""
+    """A model server understood a request and will not serve it (HTTP status 4xx). `said` is the reason it gave,
+    without its address."""
 
     def __init__(self, message: str, status: int, said: str = "") -> None:
         super().__init__(message)
@@ -83,33 +86,33 @@ class ServerRefused(ServerError):
 
 
 class TargetLost(ServerError):
-    """The target's server went away in the middle of a request. `partial` is the answer as far as it had come."""
+    """The target's server was lost in the middle of a request. `partial` is what there is of the answer."""
 
     partial: Result | None = None
 
 
 class TargetRefused(ServerRefused):
-    """The target's server will not serve a request of ours, and would not if it were asked again. `partial` is the
-    answer as far as it had come."""
+    """The target's server will not serve a request, and would not if it were asked again. `partial` is what there is of
+    the answer."""
 
     partial: Result | None = None
 
 
 def shown(value: object) -> str:
-    """A value for a message, not the whole of a long one."""
+    """A value as a message shows it: a long one is cut short."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}... ({type(value).__name__})"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line without its full stop; its kind where it says nothing."""
+    """The first line of an error's message, without its full stop; its class name if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The same error with its chain of causes, but without tracebacks: their frames hold the caches of its request.
+    """The same error, its chain of causes without tracebacks: their frames hold the caches of its request.
 
-    Where a defect was raised is then a note of it, which Python prints below its message.
+    Where a bug was raised is kept as a note of it, which Python prints below the message.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
@@ -125,10 +128,10 @@ def without_frames(error: BaseException) -> BaseException:
 
 
 def require_part(name: str, part: object, kind: type, example: str) -> None:
-    """Raise ConfigError for a part of a stack that is not of the kind its slot is for, or only the name of one.
+    """Raise ConfigError unless `part` can fill a slot of a stack; also for the name of a part, or its class.
 
-    kind     a protocol, all of whose members the part must have, or a base class of which it must be
-    example  what would be right
+    kind     a protocol, of which the part must have all members, or a class, of which it must be an instance
+    example  a right value, for the message
     """
     if isinstance(part, str):
         there = name.replace("_", ".")
@@ -150,21 +153,21 @@ def require_part(name: str, part: object, kind: type, example: str) -> None:
 
 
 def _members(protocol: type) -> list[str]:
-    """What a protocol that derives from no other asks for, in its order."""
+    """The members of a protocol that derives from no other, in the order of its definition."""
     return [name for name in {**get_annotations(protocol), **vars(protocol)} if not name.startswith("_")]
 
 
 def _lacks(part: object, member: str, protocol: type) -> bool:
-    """Whether there is no such member, or only the protocol's own, which does nothing.
+    """Whether `part` lacks a member, or has only inherited the protocol's own, which does nothing.
 
-    A property is looked for in the class: its value may be known only once the part is bound.
+    Looked up in the class first: a property may have no value before the part is bound.
     """
     found = getattr(type(part), member, None)
     return found is vars(protocol).get(member) if found is not None else not hasattr(part, member)
 
 
 def require_kind(name: str, value: object, kind: type, example: str) -> None:
-    """Raise ConfigError for a setting that is not of a class."""
+    """Raise ConfigError unless a setting is an instance of `kind`."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name}={value!r}; expected a {kind.__name__}: {example}.")
 
@@ -172,7 +175,7 @@ def require_kind(name: str, value: object, kind: type, example: str) -> None:
 def require_number(
     name: str, value: object, *, whole: bool = False, low: float | None = None, high: float | None = None
 ) -> None:
-    """Raise ConfigError for a setting that is no number from `low` to `high`, or has to be a whole one and is not."""
+    """Raise ConfigError unless a setting is a number from `low` to `high`, and a whole one if it has to be."""
     # bool is a subclass of int, yet `n: true` in a YAML is surely a slip
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if number and (low is None or value >= low) and (high is None or value <= high):  # type: ignore[operator]
@@ -182,7 +185,7 @@ def require_number(
 
 
 def require_numbers(name: str, value: object) -> None:
-    """Raise ConfigError for a setting that is no list of whole numbers from 0 on."""
+    """Raise ConfigError unless a setting is a list of whole numbers, none of them negative."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigError(f"{name}={value!r}; expected a list of whole numbers: {name}=[…].")
     for i, one in enumerate(value):
@@ -197,10 +200,11 @@ def require_texts(
     wanted: str = "a list of strings",
     empty: str = "which says nothing",
 ) -> None:
-    """Raise ConfigError for a setting that is no list of (`count`) texts, none of them empty. One text is a list of its
-    letters to Python, which nobody means.
+    """Raise ConfigError unless a setting is a list of texts (of `count` texts, if given), none of them empty.
 
-    wanted, empty  what the message calls what was expected, and what it says of an empty text
+    A single text is refused, too: to Python it is a list of its letters, which nobody means.
+
+    wanted, empty  the message's words for what was expected, and for what is wrong with an empty text
     """
     if isinstance(value, str):
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""What one request takes: wall-clock by phase, and the counts its levels add to.
+"""What one request takes: wall-clock seconds by phase, and counts of the work done.
 
-On CUDA every boundary of a phase synchronises, so a phase holds the work it started. Between the steps of one phase,
-and where a reader takes its time, nothing is waited for: a session may have the device read on meanwhile.
+On CUDA the device is waited for where a phase begins and ends, so that a phase is charged for the work it started. It
+is not waited for between the steps of a phase, nor while the reader of a stream takes its time: a session may have the
+device read ahead meanwhile.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from parsedec.types import Counters, PhaseTimes
 
 T = TypeVar("T")
 
-# Held while a device as a whole is waited for, and while a graph is captured: CUDA refuses the one during the other.
+# Held while a whole device is waited for, and while a graph is captured: CUDA refuses the one during the other.
 DEVICE_WIDE = Lock()
 
 
 def wait_for(device: torch.device | int) -> None:
-    """Until a CUDA device has done all it was asked for."""
+    """Wait until a CUDA device has done everything it was asked to do."""
     with DEVICE_WIDE:
         torch.cuda.synchronize(device)
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of one request while it runs; `Counters` is what is left of it."""
+    """Counts of a request while it runs; in the end `counters` makes `Counters` of them."""
 
     judge_passes: int = 0
     judge_rows: int = 0
@@ -43,7 +44,7 @@ class Tally:
     accepted_by_depth: list[int] = field(default_factory=list)
 
     def count_tree(self, depth: int, accepted: int) -> None:
-        """A tree of `depth` levels below the root, `accepted` of which were right."""
+        """Count a verified tree of `depth` levels below the root, of which `accepted` were right."""
         self.inner_steps += 1
         missing = depth - len(self.offered_by_depth)
         self.offered_by_depth.extend([0] * missing)
@@ -53,7 +54,7 @@ class Tally:
             self.accepted_by_depth[level] += level < accepted
 
     def counters(self, **totals: int) -> Counters:
-        """The finished counts, with the totals only the sessions know."""
+        """The finished counts, together with the totals that only the sessions know."""
         return Counters(
             judge_passes=self.judge_passes,
             judge_rows=self.judge_rows,
@@ -67,10 +68,10 @@ class Tally:
 
 
 class Meter:
-    """Seconds spent in prefill, draft, judge and decode of one request.
+    """Seconds that one request spends in prefill, draft, judge and decode.
 
-    clock  whose seconds are counted; in a batch a request's own ones (`fibers`). Only the times to the first token and
-           to the end are always plain time, others' turns included
+    clock  what tells the seconds; in a batch, those charged to this request (`fibers`). The times to the first token
+           and to the end are always real time, in which other requests had their turns, too
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -88,7 +89,7 @@ class Meter:
 
     @contextmanager
     def span(self, phase: str, settled: bool = True) -> Iterator[None]:
-        """Count what is done inside; not `settled`: without waiting for what devices were asked for."""
+        """Charge the body's time to `phase`. If not `settled`, without waiting for the devices to finish."""
         now = self.now if settled else self._clock
         start = now()
         try:
@@ -97,7 +98,7 @@ class Meter:
             self._phases[phase] += now() - start
 
     def timed(self, steps: Iterator[T], phase: str) -> Iterator[T]:
-        """Pass `steps` on, counting the time inside them but not what their reader does between."""
+        """Yield from `steps`, charging the time inside them to `phase`, but not that of their reader in between."""
         since = self.now()
         try:
             for step in steps:
@@ -111,7 +112,7 @@ class Meter:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Time that is not the request's, such as what the reader of a stream does between pieces."""
+        """Do not count the body's time: it is not the request's, but that of a stream's reader, say."""
         start, left = self._clock(), time.perf_counter()
         try:
             yield
@@ -120,8 +121,8 @@ class Meter:
             self._began += time.perf_counter() - left
 
     def saw_token(self) -> None:
-        """A token is sure to stand: the first one ends the time to first token."""
-        if self._first_token is None:  # it is known here, so the device has written it
+        """Note that a token is certain to stay in the answer: the first one ends the time to first token."""
+        if self._first_token is None:  # no need to wait for the device: the token is known
             self._first_token = time.perf_counter() - self._began
 
     def seconds(self, phase: str) -> float:

@@ -1,6 +1,6 @@
-"""What crosses a seam: frozen dataclasses that refuse to be wrong, and the counts a result is made of.
+"""What the parts of a stack hand to each other: frozen dataclasses that refuse to be wrong. And what a result is.
 
-Units are in the names (`_s` seconds); ratios are properties, so that only raw counts are stored.
+Units are in the names (`_s` for seconds). Only raw counts are stored; ratios are properties.
 Shapes in this file:  N nodes of a tree, V vocabulary, T committed tokens, A accepted tokens, L taps, H hidden.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from parsedec.errors import ConfigError, require_number, require_texts
 
-COLDEST = 1e-4  # temperature: below it logits overflow, and greedy decoding is what is meant
+COLDEST = 1e-4  # the lowest temperature: below it logits overflow, and greedy decoding is what is meant
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
 
 
 class StopReason(StrEnum):
-    """Why a request ended; decided from token ids (and the decoded text for stop strings)."""
+    """Why a request ended."""
 
     END_TOKEN = "end_token"
     STOP_STRING = "stop_string"
@@ -38,30 +38,29 @@ class Author(StrEnum):
 
 
 class JudgePath(StrEnum):
-    """How a judge pass was computed: probes in one masked pass, as a batch of forked caches or as prompts to a server
-    (same scores), or the draft alone, causally, with nothing appended."""
+    """How a judge pass was computed. The scores of a judge do not depend on it."""
 
-    PACKED = "packed"
-    FORKED = "forked"
-    CAUSAL = "causal"
-    REMOTE = "remote"
+    PACKED = "packed"  # the draft and all probes in one masked pass
+    FORKED = "forked"  # the draft, then the probes as a batch of copies of its cache
+    CAUSAL = "causal"  # the draft alone, with nothing appended
+    REMOTE = "remote"  # probes as prompts to a server
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Guesses of an inner speculator. Node 0 is the last committed token; every other node is a guess.
+    """Guesses of an inner speculator. Node 0, the root, is the last committed token; every other node is a guess.
 
     tokens   N token ids
-    parents  N indices, parents[0] = -1 and parents[i] < i
-    logq     [N, V] log of the distribution node i was drawn from (row 0 unused); None: the guess was certain
+    parents  N indices: parents[0] = -1, and parents[i] < i
+    logq     [N, V] log of the distribution node i was drawn from (row 0 is unused). None: all of it was on the guess
     """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     logq: Tensor | None = None
-    # asked for several times a step
+    # computed once, since a step asks several times
     _depths: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _laid: bool = field(init=False, repr=False, compare=False)  # every node stands right before what is below it
+    _laid: bool = field(init=False, repr=False, compare=False)  # whether the nodes are in depth-first order
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -83,7 +82,7 @@ class Tree:
 
     @classmethod
     def chain(cls, tokens: Sequence[int], logq: Tensor | None = None) -> Tree:
-        """A tree without branches: each node guesses the successor of the one before."""
+        """A tree without branches: each node guesses the token after the one before. tokens[0] is the root."""
         return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)), logq)
 
     @property
@@ -104,15 +103,17 @@ class Tree:
         return max(self._depths)
 
     def children(self) -> list[list[int]]:
-        """Of every node its children, in the order they stand in."""
+        """The children of every node, in order."""
         children: list[list[int]] = [[] for _ in self.tokens]
         for node in range(1, self.size):
             children[self.parents[node]].append(node)
         return children
 
     def depth_first(self) -> tuple[Tree, list[int]]:
-        """The tree with every node right before what is below it, siblings in their order; and of each node here its
-        place there. Itself, if it stands like that."""
+        """This tree in depth-first order, siblings in the order they have here, and the new index of every node.
+
+        The tree itself if it is in that order already.
+        """
         if self._laid:
             return self, list(range(self.size))
         children, order, waiting = self.children(), list[int](), [0]
@@ -127,7 +128,7 @@ class Tree:
         return Tree(tuple(tokens), (-1, *parents), None if self.logq is None else self.logq[order]), place
 
     def first_levels(self, depth: int) -> Tree:
-        """The tree without the nodes deeper than `depth`: what would have been proposed had drawing stopped there."""
+        """The tree without the nodes deeper than `depth`: what a speculator that stops there would have proposed."""
         kept = [node for node in range(self.size) if self._depths[node] <= depth]
         place = {node: i for i, node in enumerate(kept)}
         tokens, parents = (self.tokens[node] for node in kept), (place[self.parents[node]] for node in kept[1:])
@@ -142,8 +143,8 @@ class Tree:
 
 
 def _walk(parents: Sequence[int]) -> tuple[list[int], bool]:
-    """The depth of every node as far as each has a parent before it, and whether they stand depth-first."""
-    depths, path, laid = [0], [0], True  # path: the newest node of every depth
+    """Depths of the nodes, up to the first whose parent does not precede it; whether they are in depth-first order."""
+    depths, path, laid = [0], [0], True  # path: the latest node of every depth
     for node in range(1, len(parents)):
         parent = parents[node]
         if not 0 <= parent < node:
@@ -158,12 +159,14 @@ def _walk(parents: Sequence[int]) -> tuple[list[int], bool]:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What an inner speculator reads of the target. `hidden_layers`: indices as in `output_hidden_states`
-    (0 = embeddings, L = after the last layer's norm)."""
+    """What an inner speculator has to be given of the target.
+
+    hidden_layers  indices into `output_hidden_states`: 0 the embeddings, the last one behind the final norm
+    """
 
     hidden_layers: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:  # a list is as good
+    def __post_init__(self) -> None:  # a list will do
         object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
 
 
@@ -176,10 +179,10 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Tokens committed since the speculator's state was made, whoever wrote them, and what the target showed.
+    """What a speculator's state has to take in: tokens committed since it was made, and the target's hidden states.
 
-    tokens  A ids in order; the last one is the new root (not yet read by the target)
-    seen    taps of the A rows that ended up in the target's cache: those of the old root and of tokens[:-1]
+    tokens  A ids in order, whoever wrote them; the last one is the new root, which the target has not read yet
+    seen    taps of the A rows that the target has read: those of the old root and of tokens[:-1]
     """
 
     tokens: tuple[int, ...]
@@ -188,7 +191,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+    """How the next token is chosen. Temperature 0 is greedy; top_k=0 and top_p=1 switch these filters off."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -212,13 +215,13 @@ class Sampling:
 
 
 def warmth(asked: float) -> float:
-    """The temperature that is meant: many say greedy by one that is nearly 0, at which logits would overflow."""
+    """The temperature that is meant: users who ask for one so near to 0 that logits would overflow mean greedy."""
     return 0.0 if 0 < asked < COLDEST else asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """When a request ends besides the model's end token. `max_new_tokens` counts ids, end token included."""
+    """When a request ends, besides at the model's end token. `max_new_tokens` includes the end token."""
 
     max_new_tokens: int = 256
     stop: Sequence[str] = ()
@@ -233,7 +236,7 @@ class Limits:
 class Segment:
     """One judged piece of a draft: the text between two cuts, and the score of the prefix that ends with it.
 
-    `score` is None where the judge was not asked (the other pass of `two_pass` had decided already).
+    `score` is None where the judge was not asked: the first pass of `two_pass` had already decided.
     """
 
     text: str
@@ -247,22 +250,22 @@ class Round:
     """One draft-judge-continue cycle."""
 
     drafted: bool  # False: the gate let the target write alone
-    judged_tokens: int = 0  # the draft in target tokens, without its end token: N of the judge's pass
-    kept_tokens: int = 0  # target tokens kept, a drafted end token included
-    draft_ended: bool = False  # the draft model closed its answer by itself
+    judged_tokens: int = 0  # of the draft, in target tokens and without its end token: N of the judge pass
+    kept_tokens: int = 0  # in target tokens, a drafted end token included
+    draft_ended: bool = False  # whether the draft model wrote an end token
     accepted_whole: bool = False
     segments: tuple[Segment, ...] = ()
     judge_path: JudgePath | None = None
     judge_passes: int = 0
     judge_rows: int = 0
-    mean_draft_logprob: float | None = None  # target's mean log-probability of the judged tokens, nats
-    target_tokens: int = 0  # tokens the target wrote after the boundary
+    mean_draft_logprob: float | None = None  # the target's, over the judged tokens; nats
+    target_tokens: int = 0  # tokens the target wrote behind the kept prefix
     draft_s: float = 0.0
     judge_s: float = 0.0
     decode_s: float = 0.0
 
     def __post_init__(self) -> None:
-        # + 1: a kept end token closes the draft but is not among the judged rows
+        # + 1: a drafted end token may be kept, but is not judged
         if self.kept_tokens > self.judged_tokens + 1:
             raise ValueError(f"Round keeps {self.kept_tokens} of {self.judged_tokens} judged tokens")
 
@@ -279,19 +282,19 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Work done for one request. Rows are token positions computed; a call is one forward of the model."""
+    """Work done for one request. A call is one forward of a model; rows are the token positions it computes."""
 
     target_calls: int = 0  # forwards of the target, prefill and judge passes included
     target_rows: int = 0
     judge_passes: int = 0
     judge_rows: int = 0
-    draft_calls: int = 0  # forwards of the outer draft model; those of inner speculators are not counted
+    draft_calls: int = 0  # forwards of the outer level's draft model; inner speculators' are not counted
     draft_rows: int = 0
-    draft_tokens: int = 0  # tokens of all drafts in the target's vocabulary, a drafted end token included
-    kept_draft_tokens: int = 0  # those of them that are part of the answer
+    draft_tokens: int = 0  # of all drafts, in target tokens, drafted end tokens included
+    kept_draft_tokens: int = 0  # how many of them are part of the answer
     inner_steps: int = 0  # trees verified by the target
-    offered_by_depth: tuple[int, ...] = ()  # [d] trees that reached depth d + 1
-    accepted_by_depth: tuple[int, ...] = ()  # [d] trees accepted to depth d + 1 or more
+    offered_by_depth: tuple[int, ...] = ()  # [d] verified trees that were at least d + 1 deep
+    accepted_by_depth: tuple[int, ...] = ()  # [d] those accepted to depth d + 1 or deeper
 
     def __post_init__(self) -> None:
         beyond = [
@@ -306,10 +309,10 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTimes:
-    """Wall-clock seconds of one request by phase; `wall_s` also holds what none of the phases claims.
+    """Wall-clock seconds of one request, by phase. `wall_s` includes time that belongs to no phase.
 
-    In a batch a request is charged what it computed alone and, by rows, its share of the passes made with others: the
-    seconds of all requests add up to the batch's. Only `first_token_s` and `elapsed_s` are time that had passed.
+    In a batch, a request is charged for what it computed alone and for its share, by rows, of the passes it shared: the
+    seconds of all requests add up to the batch's. Only `first_token_s` and `elapsed_s` are then time that passed.
     """
 
     prefill_s: float
@@ -317,13 +320,13 @@ class PhaseTimes:
     judge_s: float
     decode_s: float
     wall_s: float
-    first_token_s: float  # until the first token that is sure to stand
-    elapsed_s: float | None = None  # until the answer was complete; alone it is `wall_s`. None: was not taken
+    first_token_s: float  # until the first token that was certain to stay in the answer
+    elapsed_s: float | None = None  # until the answer was complete; `wall_s` where not in a batch. None: not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A finished answer. `tokens` are the target's ids, the end token included when the answer was closed."""
+    """A finished answer. `tokens` are in the target's vocabulary and include the end token, if there was one."""
 
     text: str
     tokens: tuple[int, ...]
@@ -352,9 +355,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A token as the target saw it when it was written, at temperature 1, nats.
+    """A token of the answer and the target's log-probability of it, at temperature 1, in nats.
 
-    top  the most probable tokens in its place and their log-probabilities, the likeliest first
+    top  the most probable tokens in its place with their log-probabilities, the likeliest first
     """
 
     token: int
@@ -364,9 +367,9 @@ class Shown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """One event of `Parse.stream`: text that is sure to stand, and who wrote it.
+    """One event of `Parse.stream`: text that is certain to stay in the answer, and who wrote it.
 
-    The last event carries the finished `result` and may have no text. `shown`: one entry a token, where asked for.
+    The last event carries the finished `result` and may have no text. `shown` has an entry per token, if asked for.
     """
 
     text: str
