@@ -1,12 +1,14 @@
-"""Many requests at a time: each is the ordinary one, and their passes are made together.
+"""Many requests at a time: each runs the same code as it would alone, and their passes are made together.
 
-A request runs until it needs a pass of a model that takes several requests' rows (`joint`), and waits. When all wait,
-the passes of one model and kind are made as one forward: those that most requests wait for, so that few forwards are
-made and well filled; the others gather company meanwhile, for about `PATIENCE` forwards at most. A forward that fails
-is made again, each request's rows by themselves: only those that fail then are ended. A request that has ended leaves,
-and the next one takes its seat. So every outer level, judge and speculator works in a batch as it is. What is no pass
-of such a model - a speculator's head, a recurrent model, `model.generate` - is computed for one request after another,
-and ends its own request where it fails.
+A request runs until it needs a pass of a model that takes rows of several requests (`joint`), and then waits. When all
+of them wait, the passes of one model and kind are made as one forward: those that most requests wait for, so that few
+forwards are made and each is well filled. The others wait for more to join them, for about `PATIENCE` forwards at most.
+If a forward fails, it is repeated for each request by itself, and only requests that fail again are ended. When a
+request has ended, the next one takes its seat.
+
+So every outer level, judge and speculator works in a batch as it is. Whatever is not a pass of such a model - a
+speculator's head, a recurrent model, `model.generate` - is computed for one request after another, and if it fails, it
+ends only its own request.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# Forwards that may be made for others while a request waits for its own. Fewer would cost more forwards in all: 8 took
-# 7 % more than no bound on a batch of sixteen whose drafts end at different times, 32 no more.
+# How many forwards may be made for others while a request waits for its own. A lower bound costs more forwards in all:
+# 8 took 7 % more than no bound, on a batch of sixteen whose drafts end at different times; 32 took no more.
 PATIENCE = 32
 
 
@@ -49,8 +51,8 @@ PATIENCE = 32
 class BatchResult:
     """What became of the requests of a batch.
 
-    answers  per prompt, in their order: its result, or the error that names the request
-    wall_s   seconds from the first request's beginning to the last one's end
+    answers  for every prompt, in order: its result, or an error that names the request
+    wall_s   seconds from the beginning of the first request to the end of the last
     """
 
     answers: tuple[Result | ParsedecError, ...]
@@ -58,7 +60,7 @@ class BatchResult:
 
     @property
     def results(self) -> tuple[Result, ...]:
-        """The results of all requests; raises the first error, if there is one."""
+        """The results of all requests. Raises the first error, if there is one."""
         for answer in self.answers:
             if isinstance(answer, ParsedecError):
                 raise answer
@@ -66,7 +68,7 @@ class BatchResult:
 
     @property
     def errors(self) -> dict[int, ParsedecError]:
-        """The errors by the place of their prompt."""
+        """The errors, by the index of their prompt."""
         return {i: answer for i, answer in enumerate(self.answers) if isinstance(answer, ParsedecError)}
 
     @property
@@ -77,7 +79,7 @@ class BatchResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The requests of a batch: prompts, and what they share. `size` of them are answered at a time."""
+    """The requests of a batch: their prompts, and settings that all share. `size` of them are answered at a time."""
 
     prompts: Sequence[Prompt]
     size: int
@@ -114,10 +116,10 @@ class Batch:
             )
 
     def answers(self, engine: Parse) -> Iterator[tuple[int, Result | ParsedecError]]:
-        """(place, answer) of every prompt, as they are finished.
+        """(index of the prompt, answer), as answers are finished.
 
-        A request that has failed, and not by a ParsedecError of its own, waits here for one that has not: where there
-        is none, nothing is lost, and what the first of them failed by is raised as it is.
+        A `PassFailed` is held back until a request ends without one. If none does, the first one's cause is raised as
+        it is: no answer is lost by that.
         """
         own = for_batches(engine)
         bodies = [partial(self._answer, own, i) for i in range(len(self.prompts))]
@@ -135,7 +137,7 @@ class Batch:
             raise failed.__cause__ or failed
 
     def _answer(self, engine: Parse, i: int) -> Result | ParsedecError:
-        """The body of request `i`; whatever fails in it is its answer."""
+        """The body of request `i`. If it fails, its error is the answer."""
         try:
             result = engine.generate(
                 self.prompts[i],
@@ -149,11 +151,11 @@ class Batch:
             return _named(error, i)
         except Exception as error:
             if any(model is not None and model.shared for model in (engine.target, engine.draft)):
-                raise  # it may have failed in one process alone: the others would wait for its passes
+                raise  # the other processes may not have failed, and would wait for passes of this one
             return _named(_failed("work of its own", error), i)
 
     def _notes(self, engine: Parse) -> Iterator[str]:
-        """What a reader of a result should know; asked for in the request's own fiber, at its end."""
+        """What a reader of a result should know. To be called at the request's end, in its own fiber."""
         yield f"answered in a batch, {self.size} at a time: all seconds but those to the first token are shares"
         fiber = current()
         if fiber is not None and not fiber.asked:
@@ -167,7 +169,7 @@ class Batch:
 
 
 class Company(Generic[T]):
-    """Bodies that run together: the passes they wait for are made as one. They may join and leave at any time."""
+    """Bodies that run together: the passes they wait for are made together. They may join and leave at any time."""
 
     def __init__(self) -> None:
         self._seats: dict[Hashable, Fiber[T]] = {}
@@ -176,15 +178,15 @@ class Company(Generic[T]):
         return len(self._seats)
 
     def join(self, key: Hashable, body: Callable[[], T]) -> None:
-        """Start a body; it runs until it waits for a pass, or to its end."""
+        """Start a body. It runs until it waits for a pass or ends."""
         self._seats[key] = Fiber(body)
         self._seats[key].resume()
 
     def advance(self, *, apart: bool = False) -> list[tuple[Hashable, Fiber[T]]]:
-        """Those that have ended, which then leave; if there are none, one forward is made and the list is empty.
+        """The bodies that have ended, which then leave. If there are none, one forward is made, and the list is empty.
 
-        apart  a forward that fails for each one by itself, too, is raised in their bodies. Else it is raised here if
-               that leaves none: nothing says that any of them could have been answered.
+        apart  raise a pass that fails in its body even if all fail. Otherwise the error is raised here if every pass of
+               the company fails: nothing then says that any body could have been answered.
         """
         ended = [(key, fiber) for key, fiber in self._seats.items() if fiber.ended]
         for key, _ in ended:
@@ -194,7 +196,7 @@ class Company(Generic[T]):
         return ended
 
     def leave(self, key: Hashable) -> None:
-        """End a body where it is; its `finally` clauses run."""
+        """End a body where it is. Its `finally` clauses run."""
         self._seats.pop(key).close()
 
     def close(self) -> None:
@@ -203,9 +205,9 @@ class Company(Generic[T]):
 
 
 def in_company(bodies: Sequence[Callable[[], T]], size: int) -> Generator[tuple[int, T]]:
-    """(place, result) of every body as it ends; at most `size` run at a time, their passes made together.
+    """(index, result) of every body, as it ends. At most `size` run at a time, their passes made together.
 
-    A pass that fails is raised in the body that asked for it. What a body raises ends all of them.
+    A pass that fails raises in the body that asked for it. What a body raises ends all of them.
     """
     waiting = deque(enumerate(bodies))
     company: Company[tuple[int, T]] = Company()
@@ -225,7 +227,7 @@ def _with_place(i: int, body: Callable[[], T]) -> tuple[int, T]:
 
 
 def _make_passes(fibers: Sequence[Fiber[Any]], apart: bool) -> None:
-    """One forward, as a rule of what most of the requests wait for; those that waited for it run on."""
+    """Make one forward, usually the one that most requests wait for. The requests that waited for it run on."""
     groups: dict[object, list[Fiber[Any]]] = {}
     for fiber in fibers:
         groups.setdefault(fiber.question.group, []).append(fiber)
@@ -249,15 +251,15 @@ def _make_passes(fibers: Sequence[Fiber[Any]], apart: bool) -> None:
 
 
 def _next_group(groups: Sequence[list[Fiber[Any]]]) -> list[Fiber[Any]]:
-    """The largest, or the one that has waited longest once that is too long."""
+    """The largest group, or the one that has waited longest once that is too long."""
     oldest = max(groups, key=lambda group: max(fiber.waited for fiber in group))
     if max(fiber.waited for fiber in oldest) >= PATIENCE:
         return oldest
-    return max(groups, key=len)  # the first of several
+    return max(groups, key=len)  # the first of several that are as large
 
 
 def _failed(what: str, error: Exception) -> ParsedecError:
-    """What a request ends with of which a pass, or whatever else `what` names, has failed."""
+    """The error that a request ends with after `what` - one of its passes, say - has failed by `error`."""
     if isinstance(error, ParsedecError):
         return error
     whole = "".join(format_exception(error)).rstrip()  # exc_info would leave its frames to handlers that keep records
@@ -271,7 +273,7 @@ def _failed(what: str, error: Exception) -> ParsedecError:
 
 
 def for_batches(engine: Parse) -> Parse:
-    """The engine, its outer level without threads of its own: in a batch others' passes fill the gaps."""
+    """The engine with an outer level that starts no threads: in a batch, passes of other requests fill the gaps."""
     if not isinstance(engine.outer, StreamedVerification):
         return engine
     twin = copy.copy(engine)
@@ -280,8 +282,8 @@ def for_batches(engine: Parse) -> Parse:
 
 
 def _named(error: ParsedecError, i: int) -> ParsedecError:
-    """The error with the place of its request in front; it holds nothing of the request's work."""
-    named = type(error).__new__(type(error))  # some hold more than their message
+    """The error with the index of its request in front, and without tracebacks that hold on to the request's work."""
+    named = type(error).__new__(type(error))  # some take more than a message
     named.__dict__.update(error.__dict__)
     named.args = (f"request {i}: {error}",)
     cause = error.__cause__ if isinstance(error, PassFailed) else error

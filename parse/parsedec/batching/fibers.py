@@ -1,8 +1,8 @@
-"""Requests that can be paused in the middle of a pass, so that passes of several can be made together.
+"""Requests that pause whenever they need a pass, so that the passes of several can be made together.
 
 Each request runs the ordinary code - outer level, speculator, session - in a thread of its own. Only one of the threads
-runs at a time, until it asks for a pass or ends: they take turns like coroutines, in an order that is always the same,
-and nothing they share needs a lock. Python's own coroutines would have to be written into every function on the way.
+runs at a time, until it asks for a pass or ends. So they take turns like coroutines, in a fixed order, and nothing that
+they share needs a lock. With Python's own coroutines, every function on the way would have to be `async`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _here = threading.local()
 
 
 class Closed(BaseException):
-    """Raised where a fiber is paused when nobody wants its result any more. No `except Exception` stops it."""
+    """Raised in a paused fiber that is closed. No `except Exception` stops it."""
 
 
 class Fiber(Generic[T]):
     """`body` in a thread of its own.
 
-    question  what it waits for; None before it was started and once it has ended
-    asked     how often it has asked
-    waited    forwards made for others while it waits for this answer
-    spent     seconds: while it ran, and what `charge` added - its share of the passes made for it
+    question  what it waits for; None before it is started and after it has ended
+    asked     how many questions it has asked
+    waited    forwards made for others since it asked its question
+    spent     seconds it has run, plus those that `charge` added: its share of the passes made for it
     """
 
     def __init__(self, body: Callable[[], T]) -> None:
@@ -56,11 +56,11 @@ class Fiber(Generic[T]):
         return self._result[0]
 
     def resume(self, answer: Any = None) -> None:
-        """Let it run on with the answer to its question, until it asks again or ends."""
+        """Let it run on, with the answer to its question, until it asks again or ends."""
         self._answer = answer
         self._since = time.perf_counter()
         if self._thread.ident is None:
-            self._thread.start()  # raises where no thread can be had: then nothing runs that could be waited for
+            self._thread.start()  # raises if there can be no more threads: nothing runs then that could be waited for
         else:
             self._go.release()
         self._running = True
@@ -68,7 +68,7 @@ class Fiber(Generic[T]):
         self.spent += time.perf_counter() - self._since
 
     def fail(self, error: Exception) -> None:
-        """As `resume`, but there is no answer: its question raises `error`."""
+        """As `resume`, but its question raises `error` instead of being answered."""
         self._failure = error
         self.resume()
 
@@ -80,8 +80,8 @@ class Fiber(Generic[T]):
         return self.spent + time.perf_counter() - self._since
 
     def ask(self, question: Any) -> Any:
-        """Pause until there is an answer; to be called by the body. Raises Closed where there will be none."""
-        if self._closed:  # a `finally` clause asks while it is being ended, and nobody would answer
+        """Pause until there is an answer; to be called by the body. Raises Closed if the fiber is closed instead."""
+        if self._closed:  # asked by a `finally` clause while the fiber is being closed: nobody would answer
             raise Closed
         self.question = question
         self.asked += 1
@@ -97,9 +97,9 @@ class Fiber(Generic[T]):
         return answer
 
     def close(self) -> None:
-        """End it where it is; its `finally` clauses run, but get no answers."""
+        """End it where it is. Its `finally` clauses run, but get no answers."""
         self._closed = True
-        if self._running:  # whoever resumed it was interrupted: it may still be on its way to the next question
+        if self._running:  # its `resume` was interrupted: let it reach its next question
             self._wait()
         if self._thread.ident is not None and not self.ended:
             self._go.release()
@@ -114,8 +114,8 @@ class Fiber(Generic[T]):
         try:
             self._result.append(self._body())
         except Closed as closed:
-            self._error = closed.with_traceback(None)  # its frames hold the request's caches
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller of `result` gets it
+            self._error = closed.with_traceback(None)  # the frames of a traceback hold the request's caches
+        except BaseException as error:  # noqa: BLE001 - `result` raises it
             self._error = error
         finally:
             self.question = None
@@ -128,6 +128,6 @@ def current() -> Fiber[Any] | None:
 
 
 def clock() -> Callable[[], float]:
-    """Seconds this request has taken, from any starting point: plain time, or in a fiber what it has spent."""
+    """What tells the seconds that this request has taken: the real clock, or in a fiber what it has spent."""
     fiber = current()
     return time.perf_counter if fiber is None else fiber.seconds

@@ -1,11 +1,11 @@
-"""One forward for passes of several requests: their rows stand one behind another, without any padding.
+"""One forward for passes of several requests: their rows are concatenated, without any padding.
 
-All layers but attention treat rows alone, so they see one sequence of all rows. Attention is handed in as transformers'
-`AttentionInterface` allows it: it appends each request's keys and values to that request's own cache and attends within
-it, under that request's own mask. So caches are never joined, requests come and go freely, and a prompt, a tree and a
-judge pass may share a forward with single tokens.
+All layers but attention treat each row by itself, so they may see all rows as one sequence. The attention is ours
+(transformers' `AttentionInterface`): it appends each request's keys and values to that request's own cache and attends
+within it, under that request's own mask. So caches are never joined, requests come and go freely, and a prompt, a tree
+and a judge pass may share a forward with single tokens.
 
-Shapes in this file:  B passes, n rows of one, R = rows of all, C cached columns of a pass, A query heads, d head size,
+Shapes in this file:  n rows of a pass, R rows of all passes, C cached columns of a pass, A query heads, d head size,
 V vocabulary, L taps, H hidden.
 """
 
@@ -27,7 +27,7 @@ from parsedec import masks
 from parsedec.meter import wait_for
 from parsedec.models import ranks
 from parsedec.models.findings import crossed_window, found_out
-from parsedec.models.language_model import SELECTS_LAYERS, LanguageModel
+from parsedec.models.language_model import LanguageModel, captured
 from parsedec.models.turns import turns_of
 from parsedec.remote.model import RemoteModel
 from parsedec.sessions import kv
@@ -40,7 +40,7 @@ NAME = "parsedec_joint"
 
 
 class Pass(Protocol):
-    """A forward that a request waits for; passes of the same `group` can be made together."""
+    """A forward that a request waits for. Passes of the same `group` can be made together."""
 
     @property
     def group(self) -> object: ...
@@ -53,11 +53,11 @@ class Pass(Protocol):
 
     @property
     def separable(self) -> bool:
-        """Whether passes may be made one by one after all where the forward of several has failed."""
+        """Whether passes may be made one by one if a forward of several has failed."""
 
     @classmethod
     def together(cls, passes: Sequence[Self]) -> list[Output]:
-        """Logits [kept, V] and taps [n, L, H] of each. Where that fails, the requests' caches are as before."""
+        """Logits [kept, V] and taps [n, L, H] of each. If this raises, the requests' caches are as before."""
 
     def alone(self) -> Output:
         """The same of this pass by itself."""
@@ -65,8 +65,10 @@ class Pass(Protocol):
 
 @torch.inference_mode()
 def settled(passes: Sequence[Pass]) -> list[Output | Exception]:
-    """What each pass gives, or what it raises. Made together, and one by one where that fails: then only those are
-    without an output that fail by themselves."""
+    """The output of each pass, or what it raises.
+
+    They are made together, and if that fails, one by one: only passes that also fail alone are without an output.
+    """
     try:
         return [*_finished(passes, lambda: passes[0].together(passes))]
     except Exception as error:
@@ -77,7 +79,7 @@ def settled(passes: Sequence[Pass]) -> list[Output | Exception]:
         log.warning(
             "a forward for %d requests failed; each makes its own (%s: %s)", len(passes), type(error).__name__, error
         )
-    return [_by_itself(one) for one in passes]  # behind the handler: its error holds on to what the forward had made
+    return [_by_itself(one) for one in passes]  # outside the handler: its error keeps the failed forward's tensors
 
 
 def _by_itself(one: Pass) -> Output | Exception:
@@ -88,7 +90,7 @@ def _by_itself(one: Pass) -> Output | Exception:
 
 
 def _finished(passes: Sequence[Pass], made: Callable[[], list[Output]]) -> list[Output]:
-    """What was made, once the device is done with it: how long it took is then known, and whether it failed."""
+    """What was made, after waiting for the device: only then is it known how long it took, and whether it failed."""
     outputs = made()
     if passes[0].device.type == "cuda":
         wait_for(passes[0].device)
@@ -121,7 +123,7 @@ class HfPass:
 
     @property
     def separable(self) -> bool:
-        return not self.model.shared  # all of its processes have to make the same forwards
+        return not self.model.shared  # its processes must all make the same forwards, and one alone may have failed
 
     @classmethod
     def together(cls, passes: Sequence[HfPass]) -> list[Output]:
@@ -148,21 +150,21 @@ def alone(
     mask: Tensor | dict[str, Tensor] | None,
     taps: tuple[int, ...],
 ) -> Output:
-    """A forward that is made with no other, as an `HfPass` of these would make it."""
+    """The forward of one request by itself; arguments as of `HfPass`."""
     where = None if positions is None else positions.unsqueeze(0)
     logits, seen = model.forward([ids], cache, keep=keep, positions=where, mask=mask, taps=taps)
     return logits.squeeze(0), None if seen is None else seen.squeeze(0)
 
 
 class Rows:
-    """Attention of a joint forward: rows bounds[i] to bounds[i + 1] are those of passes[i]."""
+    """Attention of a joint forward, in which rows bounds[i] to bounds[i + 1] are those of passes[i]."""
 
     def __init__(self, passes: Sequence[HfPass], bounds: Sequence[int], kinds: Sequence[str]) -> None:
         self._kinds = kinds
         self._parts = [(p.cache, _masks(p), a, b) for p, (a, b) in zip(passes, pairwise(bounds), strict=True)]
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        """query [1, A, R, d], keys and values of all rows: [1, R, A, d]"""
+        """query [1, A, R, d], key and value of all rows; returns [1, R, A, d]."""
         layer = cast(int, module.layer_idx)
         kind, out = self._kinds[layer], []
         for cache, mask, start, stop in self._parts:
@@ -182,7 +184,7 @@ def _attention(
     joint_rows: Rows,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function as transformers calls it; `joint_rows` travels through the model's keyword arguments."""
+    """The attention function as transformers calls it; `joint_rows` comes through the model's keyword arguments."""
     return joint_rows(module, query, key, value, options), None
 
 
@@ -209,7 +211,7 @@ def _forward(passes: Sequence[HfPass]) -> list[Output]:
             position_ids=torch.cat(positions)[None].to(model.device),
             use_cache=False,  # the attention keeps the caches
             logits_to_keep=torch.cat(keep).to(model.device),
-            output_hidden_states=(list(taps) if SELECTS_LAYERS else True) if taps else None,
+            output_hidden_states=captured(taps),
             joint_rows=Rows(passes, bounds, _kinds(model)),
         )
     logits = [out.logits[0, a:b] for a, b in pairwise(kept)]
@@ -222,7 +224,7 @@ def _forward(passes: Sequence[HfPass]) -> list[Output]:
 
 @contextmanager
 def _attending(hf: PreTrainedModel) -> Iterator[None]:
-    """The model attends by `Rows` for a while; whoever else wants to run it waits."""
+    """Have the model attend by `Rows`; whoever else wants to run it meanwhile waits."""
     config = hf.config.get_text_config()
     with turns_of(hf).alone():
         before = config._attn_implementation
@@ -240,7 +242,7 @@ def _kinds(model: LanguageModel) -> list[str]:
 
 
 def _masks(one: HfPass) -> dict[str, Tensor]:
-    """Additive mask [1, 1, n, C + n] by kind of layer; none where the rows see everything, or plainly causally."""
+    """Additive mask [1, 1, n, C + n] by kind of layer; none where the rows see everything, or are simply causal."""
     model, n = one.model, one.rows
     if isinstance(one.mask, dict):
         return one.mask
@@ -258,7 +260,7 @@ def _masks(one: HfPass) -> dict[str, Tensor]:
 
 
 def joint_obstacle(model: LanguageModel) -> str | None:
-    """Why passes of several requests cannot share a forward of this model, or None where they can. Found out once."""
+    """Why passes of several requests cannot share a forward of this model, or None if they can. Tried out once."""
     return found_out(model.hf, "joint passes", lambda: _unfit(model) or _disagreement(model))
 
 
@@ -273,7 +275,7 @@ def _unfit(model: LanguageModel) -> str | None:
 
 
 def _disagreement(model: LanguageModel) -> str | None:
-    """What is wrong with a forward of two requests' rows, compared with plain forwards; windows are crossed."""
+    """What is wrong with a joint forward of two requests, compared with plain forwards that cross sliding windows."""
     texts = [random_tokens(model, n + crossed_window(model), seed) for seed, n in enumerate((9, 7))]
     caches = [kv.new_cache(model.hf) for _ in texts]
     for parts in ([ids[:-3] for ids in texts], [ids[-3:] for ids in texts]):

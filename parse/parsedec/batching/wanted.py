@@ -1,6 +1,6 @@
-"""Whether the answer that is being written is still wanted. What takes long looks here, and ends where it is not.
+"""Whether the answer that is being written is still wanted. Long computations look here, and end if it is not.
 
-Between two pieces of an answer its reader can end it; but a draft is written and judged before there is a piece.
+The reader of a stream can end it between two pieces; but a draft is written and judged before there is a first piece.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _left: ContextVar[Event | None] = ContextVar("left", default=None)
 
 
 class Unwanted(BaseException):
-    """Raised where an answer is being written that nobody waits for any more. No `except Exception` stops it."""
+    """Raised in the thread that writes an answer nobody waits for any more. No `except Exception` stops it."""
 
 
 @contextmanager
 def unless(left: Event) -> Iterator[None]:
-    """What is done inside, in this thread, ends by Unwanted soon after `left` is set."""
+    """Have the body, in this thread, end by Unwanted soon after `left` is set."""
     token = _left.set(left)
     try:
         yield
@@ -29,19 +29,19 @@ def unless(left: Event) -> Iterator[None]:
 
 
 def can_end() -> bool:
-    """Whether anybody may say that this answer is not wanted any more."""
+    """Whether there is anybody who may say that this answer is no longer wanted."""
     return _left.get() is not None
 
 
 def check() -> None:
-    """Raise Unwanted where the answer is not wanted any more."""
+    """Raise Unwanted if the answer is no longer wanted."""
     left = _left.get()
     if left is not None and left.is_set():
         raise Unwanted
 
 
 def pause(seconds: float) -> None:
-    """Sleep; raises Unwanted as soon as the answer is not wanted any more."""
+    """Sleep. Raises Unwanted as soon as the answer is no longer wanted."""
     left = _left.get()
     if left is None:
         time.sleep(seconds)

@@ -1,7 +1,7 @@
-"""Files of checkpoints: where a name leads to, and tensors out of files that may be damaged.
+"""Files of checkpoints: what a source leads to, and the tensors in files that may be damaged.
 
-A source is a directory, a `.gguf` file, a hub id (`ORG/NAME`; `ORG/NAME/FILE.gguf` for a file there), each of the hub's
-also at a commit, tag or branch (`ORG/NAME@REVISION`), or `zoo:NAME` for what ships with parsedec.
+A source is a directory, a `.gguf` file, a hub id (`ORG/NAME`, or `ORG/NAME/FILE.gguf` for a file there; either also at
+a commit, tag or branch, `ORG/NAME@REVISION`), or `zoo:NAME` for what ships with parsedec.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DAMAGE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.Unpickli
 
 
 def zoo_names() -> list[str]:
-    """What `zoo:NAME` can name: models and heads."""
+    """What `zoo:NAME` can name: models, heads and probes."""
     return sorted(entry.name for entry in _zoo_folder().iterdir() if (entry / "config.json").is_file())
 
 
@@ -41,10 +41,10 @@ def in_zoo(source: str) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a source leads to.
+    """What a source leads to.
 
     location  a directory, or the id of a repository on the hub
-    gguf      the file of it that is the model, where it is a GGUF file
+    gguf      the file there that is the model, if that is a GGUF file
     revision  commit, tag or branch of a repository; None: its main branch
     """
 
@@ -68,14 +68,14 @@ class Checkpoint:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `from_pretrained` is told besides the location."""
+        """Arguments for `from_pretrained`, besides the location."""
         given = {"gguf_file": self.gguf, "revision": self.commit}
         return {name: value for name, value in given.items() if value is not None}
 
     def find(self, name: str) -> Path | None:
-        """A file of it, downloaded if need be; None if it has no such file, or cannot be reached.
+        """The path of one of its files, downloaded if need be; None if there is no such file, or no connection.
 
-        Raises OSError for a repository or revision that the hub has not, or that needs a login.
+        Raises OSError for a repository or revision that does not exist on the hub, or that needs a login.
         """
         if self.local:
             path = Path(self.location) / name
@@ -87,29 +87,29 @@ class Checkpoint:
         return None if found is None else Path(found)
 
     def read_at(self, commit: str | None) -> None:
-        """Remember the commit it was read at, for what is read of it from now on; None: it is a directory."""
+        """Remember the commit it was read at: its other files are read at the same one. None: it is a directory."""
         if commit is not None:
             _commits[self.id] = commit
 
 
-# A branch moves, so what is read of it once is read at that commit until the process ends, and a record names it.
+# A branch moves: once read at some commit, a repository is read at that commit until the process ends. Records name it.
 _commits: dict[str, str] = {}
 
 
 def hub_commits() -> dict[str, str]:
-    """Which commit of each repository of the hub this process has read."""
+    """The commit at which this process has read each repository of the hub."""
     return dict(sorted(_commits.items()))
 
 
 def pin_commits(commits: Mapping[str, str]) -> None:
-    """Read these repositories at these commits: those of a record that is gone on with."""
+    """Read these repositories at these commits, which are those of a record that is resumed."""
     _commits.update(commits)
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
-    """Where a source leads to; nothing is downloaded. The output folder of a recipe is the model in it.
+    """What a source leads to; nothing is downloaded. The output folder of a training recipe leads to the model in it.
 
-    Raises ModelLoadError for a local path that does not exist, and for a name the zoo has not.
+    Raises ModelLoadError for a local path that does not exist, and for a name that is not in the zoo.
     """
     source = str(source)
     if source.startswith("zoo:"):
@@ -140,10 +140,9 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def find_file(source: str | Path, name: str) -> Path | None:
-    """A file of a checkpoint; None if the source has no such file, or is a hub id that cannot be reached.
+    """The path of a checkpoint's file; None if the source has no such file, or is a hub id that cannot be reached.
 
-    Raises IncompatibleStack for a directory that does not exist, and a repository or revision that the hub has not or
-    that needs a login.
+    Raises IncompatibleStack for a directory, repository or revision that does not exist, or that needs a login.
     """
     try:
         return find_checkpoint(source).find(name)
@@ -156,7 +155,7 @@ def find_file(source: str | Path, name: str) -> Path | None:
         ) from error
 
 
-PARTS = {  # what is no model, and how it is used: in a command, in Python
+PARTS = {  # parts that are not models, and how each is used: in a command, in Python
     "an EAGLE-3 head": ("inner=eagle3 inner.head={}", "parsedec_adapters.eagle3.Eagle3(head='{}')"),
     "a set of Medusa heads": ("inner=medusa inner.heads={}", "parsedec_adapters.medusa.Medusa(heads='{}')"),
     "a ParallelSpec head": (
@@ -169,14 +168,15 @@ EAGLE_KEYS = {"draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_
 
 
 def refuse_part(place: Checkpoint, source: str) -> None:
-    """Raise ModelLoadError for what belongs to a model and is none: a head, or probes. Some of their configurations
-    would pass for a model's, whose missing weights are then drawn at random.
+    """Raise ModelLoadError for a checkpoint that is only a part for a model, such as a head or probes.
+
+    Some of their configurations would pass for a model's, and transformers would draw its missing weights at random.
     """
     config = place.find("config.json")
     try:
         raw = json.loads(config.read_bytes()) if config else {}
     except ValueError:
-        return  # damage is named by who reads it in earnest
+        return  # whoever loads it will report the damage
     heads = place.local and any(Path(place.location).glob("medusa_lm_head.*"))
     kind = _part(raw if isinstance(raw, dict) else {}, heads)
     if kind is not None:
@@ -188,7 +188,7 @@ def refuse_part(place: Checkpoint, source: str) -> None:
 
 
 def _part(raw: Mapping[str, Any], medusa_file: bool) -> str | None:
-    """Which of PARTS a config.json is of; None: a model's, for all it says."""
+    """Which of PARTS a config.json belongs to; None: a model, as far as it says."""
     named = " ".join(map(str, raw.get("architectures") or ()))
     if "ForCausalLMEagle" in named or raw.get("speculators_model_type") == "eagle3" or EAGLE_KEYS & set(raw):
         return "an EAGLE-3 head"
@@ -196,7 +196,7 @@ def _part(raw: Mapping[str, Any], medusa_file: bool) -> str | None:
         return "a ParallelSpec head"
     if raw.get("model_type") == "parsedec_probe":
         return "a set of judge probes"
-    # Medusa-2 has its heads inside a whole model, whose kind is then named
+    # Medusa-2 stores its heads inside a whole model, and its config.json then names a model_type
     return "a set of Medusa heads" if not raw.get("model_type") and (medusa_file or "medusa_num_heads" in raw) else None
 
 
@@ -204,9 +204,9 @@ Version = tuple[tuple[str, int, int], ...]
 
 
 def version_of(source: str | Path) -> Version:
-    """Which version of a folder this is, for caches of loaded weights: training writes one more than once.
+    """The state of a folder, as a key for caches of loaded weights: training may write the same folder again.
 
-    Empty for a hub id and for a single file.
+    Empty for a hub id or a single file.
     """
     folder = Path(source).expanduser()
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -216,11 +216,11 @@ def version_of(source: str | Path) -> Version:
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a `.safetensors` or pickled file whose names begin with `prefix`, on the CPU.
 
-    Raises IncompatibleStack that names the file if it is damaged or holds something else.
+    Raises IncompatibleStack, which names the file, if it is damaged or holds something else.
     """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:  # of a whole model's file only what is wanted is read
+            with safe_open(path, "pt") as file:  # reads no more of a whole model's file than is wanted
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
                 return {name: file.get_tensor(name) for name in names}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -237,11 +237,11 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Path:
-    """Write a `.safetensors` file that `read_tensors` and others read; its folder is made."""
+    """Write a `.safetensors` file, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(stored, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves it to its owner alone
+    path.chmod(0o644)  # safetensors lets nobody but the owner read it
     return path
 
 

@@ -1,7 +1,7 @@
-"""What was found out about a model by trying, so that it is tried once.
+"""What was found out about a model by trying it, remembered so that each thing is tried once.
 
-Numbers that differ and whatever a model raises say what it cannot do. That memory was short says nothing of it: it is
-raised as it is, and tried again the next time.
+Wrong numbers, and whatever a model raises, say what it cannot do. A lack of memory says nothing about the model: it is
+raised as it is, and the trial is made again next time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import torch
 from parsedec.errors import first_line
 from parsedec.models.language_model import LanguageModel
 
-LONGEST_WINDOW = 512  # sliding windows beyond this are not crossed by a trial: it would take too long on a CPU
-# Of the RuntimeErrors by which torch says it where it has no kind of its own: those of its allocators on the CPU, of
-# CUDA's runtime and driver, of cuBLAS and cuDNN
+LONGEST_WINDOW = 512  # trials do not cross longer sliding windows: that would take too long on a CPU
+# How plain RuntimeErrors of torch say it: those of its CPU allocators, of CUDA's runtime and driver, cuBLAS and cuDNN
 SHORT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "alloc_failed")
 
 _found: WeakKeyDictionary[object, dict[Hashable, str | None]] = WeakKeyDictionary()
 
 
 def found_out(model: object, what: Hashable, trial: Callable[[], str | None]) -> str | None:
-    """What keeps a model from `what`, or None where nothing does: the result of the first trial that had memory."""
+    """What keeps a model from `what`, or None: the result of the first trial that did not run out of memory."""
     known = _found.setdefault(model, {})
     if what not in known:
         try:
@@ -36,12 +35,12 @@ def found_out(model: object, what: Hashable, trial: Callable[[], str | None]) ->
 
 
 def short_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is short, on whatever device."""
+    """Whether an error says that memory is short, on any device."""
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT_OF_MEMORY):
         return True
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def crossed_window(model: LanguageModel) -> int:
-    """The longest sliding window that a trial crosses; 0: there is none."""
+    """The longest of the model's sliding windows that a trial can cross; 0 if there is none."""
     return max((window for window in model.windows.values() if window and window <= LONGEST_WINDOW), default=0)

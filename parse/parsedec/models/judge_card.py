@@ -1,4 +1,4 @@
-"""What a checkpoint that was trained to judge says about itself: `judge.json`, beside its weights."""
+"""The judge card, `judge.json` beside a checkpoint's weights: how to use a checkpoint that was trained to judge."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from parsedec.models.checkpoints import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeCard:
-    """What a checkpoint that was trained to judge says about it; settings left at null are taken from here.
+    """How to ask a checkpoint that was trained to judge. A judge's settings that are null are taken from here.
 
     question                   the user turn of the verification suffix
-    labels                     (right, wrong)
-    threshold, full_threshold  calibrated for prefixes and for complete drafts
+    labels                     the words for (right, wrong)
+    threshold, full_threshold  calibrated for prefixes, and for complete drafts
     """
 
     question: str
@@ -33,7 +33,7 @@ class JudgeCard:
 
 
 def read_judge_card(checkpoint: Checkpoint) -> JudgeCard | None:
-    """`judge.json` beside the checkpoint, in a directory or on the hub, if there is one."""
+    """The `judge.json` beside a checkpoint, in a directory or on the hub, if there is one. Raises ModelLoadError."""
     path = checkpoint.find("judge.json")
     if path is None:
         return None

@@ -1,6 +1,6 @@
-"""A causal language model with its tokenizer: what the engine needs to know of it, found out once.
+"""A causal language model with its tokenizer, and the facts about both that the engine needs; `load` reads one.
 
-`load` takes a hub id, a directory, a GGUF file or `zoo:NAME`.
+Shapes in this file:  B rows of n ids, V vocabulary, L taps, H hidden.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ log = logging.getLogger(__name__)
 # 4-D tensor aborts the process (torch 2.13, CPU).
 MASKABLE = {"eager", "sdpa"}
 NO_THINKING = {"enable_thinking": False}  # what Qwen3-type chat templates read; others ignore it
-# transformers before 5.23 capture all hidden states or none
-SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")
+SELECTS_LAYERS = hasattr(output_capturing, "selected_hidden_states")  # before 5.23, transformers captures all or none
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BACKENDS = ("eager", "static", "auto")
 JUDGE_KERNELS = ("auto", "sdpa", "cascade", "flex")
@@ -54,15 +53,15 @@ class LanguageModel:
     """A Hugging Face causal LM, its tokenizer, and the facts about both that the engine relies on.
 
     name             what records and error messages call it
-    hf               the model, in eval mode. What is read off it is remembered: move or change it before it is wrapped
+    hf               the model, in eval mode. Facts about it are remembered: move or change it before wrapping it
     tokenizer        its tokenizer
     context_limit    most tokens a request may hold, prompt included
     chat_template    Jinja text that replaces the tokenizer's own, or None
     template_args    extra variables for the template, e.g. {"enable_thinking": False}
-    judge_card       how this checkpoint wants to be asked, if it was trained to judge (judge.json beside it)
-    backend          what its sessions run on: "eager", "static" or "auto" (`backends`)
-    compiled         run the decode steps of static sessions through torch.compile
-    judge_kernel     attention of static sessions' judge passes: "auto", "sdpa", "cascade", "flex" (`static.judging`)
+    judge_card       how to ask this checkpoint for a verdict, if it was trained to judge (judge.json beside it)
+    backend          what its sessions run on: "eager", "static" or "auto" (`sessions.backends`)
+    compiled         whether static sessions run their decode steps through torch.compile
+    judge_kernel     attention in judge passes of static sessions: "auto", "sdpa", "cascade", "flex" (`static.judging`)
     """
 
     name: str
@@ -96,7 +95,10 @@ class LanguageModel:
         compiled: bool = False,
         judge_kernel: str = "auto",
     ) -> LanguageModel:
-        """Use a model in memory; other arguments as for `load`. Whoever holds a model may change it, hence "eager"."""
+        """Use a model that is in memory; arguments as for `load`.
+
+        The default backend is "eager": whoever holds the model may still change it.
+        """
         if isinstance(hf, LanguageModel):
             raise ConfigError(
                 f"LanguageModel.wrap() was given {hf.name}, which is wrapped already; expected a transformers model. "
@@ -122,7 +124,7 @@ class LanguageModel:
             compiled=compiled,
             judge_kernel=judge_kernel,
         )
-        _ = model.end_ids  # read now and remembered: `generation_config` may be set aside for a while
+        _ = model.end_ids  # remembered now: `generation_config` may be replaced for a while (`drop_in`)
         return model
 
     @cached_property
@@ -135,7 +137,7 @@ class LanguageModel:
 
     @cached_property
     def shared(self) -> bool:
-        """Whether several processes hold parts of it (tensor parallelism, `ranks`)."""
+        """Whether several processes each hold a part of it (tensor parallelism, `ranks`)."""
         return (getattr(self.hf, "_tp_size", None) or 1) > 1
 
     @property
@@ -145,7 +147,7 @@ class LanguageModel:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Rows of the output matrix; may exceed the tokenizer's vocabulary (padding)."""
+        """Rows of the output matrix; because of padding there may be more than the tokenizer has tokens."""
         return int(self.hf.config.get_text_config().vocab_size)
 
     @cached_property
@@ -171,7 +173,7 @@ class LanguageModel:
         return tuple(found)
 
     def ending_with(self, end_ids: tuple[int, ...]) -> LanguageModel:
-        """The same model for requests that end with these ids; itself, if it does so anyway."""
+        """The same model with other end ids; itself if it has these already."""
         if set(end_ids) == set(self.end_ids):
             return self
         other = replace(self)
@@ -180,7 +182,7 @@ class LanguageModel:
 
     @cached_property
     def windows(self) -> dict[str, int | None]:
-        """Layer kind -> sliding window (None: full attention), one entry per kind the model's layers have."""
+        """Layer kind -> its sliding window (None: full attention), for every kind of layer in the model."""
         config = self.hf.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         if not getattr(config, "use_sliding_window", True):
@@ -190,18 +192,18 @@ class LanguageModel:
 
     @cached_property
     def recurrent(self) -> bool:
-        """Whether layers carry states that cannot be cut back to an earlier token."""
+        """Whether any layer carries a state that cannot be cut back to an earlier token."""
         return kv.is_recurrent(DynamicCache(config=self.hf.config))
 
     @cached_property
     def cache_argument(self) -> str:
-        """The name the model's forward gives its cache (Mamba's differs, and a wrong name is silently ignored)."""
+        """What the model's forward calls its cache (Mamba's has another name, and a wrong one is silently ignored)."""
         parameters = inspect.signature(self.hf.forward).parameters
         return "cache_params" if "cache_params" in parameters else "past_key_values"
 
     @cached_property
     def has_attention(self) -> bool:
-        """Whether any layer attends to earlier tokens (pure Mamba models have none and take no mask)."""
+        """Whether any layer attends to earlier tokens (pure Mamba models have none, and take no mask)."""
         return any(hasattr(layer, "keys") for layer in DynamicCache(config=self.hf.config).layers)
 
     @cached_property
@@ -218,7 +220,7 @@ class LanguageModel:
 
     @property
     def attention(self) -> str:
-        """The implementation of its own attention, also while another thread has it attend for several requests."""
+        """Its own attention implementation, which a joint forward in another thread (`joint`) replaces for a while."""
         with turns_of(self.hf).plain():
             return str(self.hf.config._attn_implementation)
 
@@ -235,19 +237,17 @@ class LanguageModel:
     ) -> tuple[Tensor, Tensor | None]:
         """One forward behind `cache`, which grows by it.
 
-        ids        B rows of n ids; B is 1 for everything but forked probes
-        keep       how many of the last rows, or which rows, logits are wanted for
-        positions  [B, n]; None: plainly onwards
+        ids        B rows of n ids; B is 1 except for forked probes and branches
+        keep       which tokens of a row to give logits for: indices, or how many of the last ones
+        positions  [B, n]; None: counting on from the end of the cache
         mask       as the model takes it; None: causal
 
-        Returns logits [B, kept, V] and the hidden states `taps` [B, n, L, H], None where none were asked for.
+        Returns logits [B, kept, V], and the hidden states of the layers `taps` [B, n, L, H], None for no taps.
         """
         if self.shared:
             ranks.check_same(self.name, self.device, ids)
         one = len(ids) == 1
         rows = whole_numbers(ids[0], self.device).unsqueeze(0) if one else torch.tensor(ids, device=self.device)
-        # capturing all layers where only some are read would keep them all alive through a long prefill
-        wanted = (list(taps) if SELECTS_LAYERS else True) if taps else None
         with turns_of(self.hf).plain():
             out = self.hf(
                 input_ids=rows,
@@ -255,26 +255,29 @@ class LanguageModel:
                 attention_mask=mask,
                 use_cache=True,
                 logits_to_keep=keep if isinstance(keep, int) else keep.to(self.device),
-                output_hidden_states=wanted,
+                output_hidden_states=captured(taps),
                 **{self.cache_argument: cache},
             )
         return out.logits, torch.stack([out.hidden_states[i] for i in taps], dim=2) if taps else None
 
     def encode(self, text: str, *, plain: bool = False, whole: bool = False) -> list[int]:
-        """Token ids of a piece of text. `plain`: control tokens spelt in it are only text. `whole`: it is all of an
-        input, and gets what the tokenizer puts around one."""
+        """Token ids of a piece of text.
+
+        plain  read control tokens that are spelt out in it as mere text
+        whole  it is a complete input: add what the tokenizer adds to one, such as a BOS token
+        """
         tokenizer = plain_reader(self.tokenizer) if plain else self.tokenizer
         return list(tokenizer.encode(text, add_special_tokens=whole, split_special_tokens=plain))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of tokens; special ones are left out unless asked for."""
+        """The text of tokens, without special tokens unless `special`."""
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         )
 
     def same_vocabulary(self, other: LanguageModel) -> bool:
-        """Whether ids mean the same tokens in both models, padding aside (`readable`). Compared once per pair:
-        vocabularies are large."""
+        """Whether ids mean the same tokens in both models, apart from padding (`readable`). Vocabularies are large, so
+        each pair is compared once."""
         if self is other:
             return True
         known = _same_vocabulary.setdefault(self, WeakKeyDictionary())
@@ -283,14 +286,21 @@ class LanguageModel:
         return known[other]
 
     def readable(self, ids: Sequence[int]) -> list[int]:
-        """Ids of a model of the same vocabulary, each one that this model has a row for.
+        """Ids of another model of the same vocabulary, those that this model has no row for replaced by its last row.
 
-        Models of one vocabulary may have different numbers of rows (Qwen2.5: 7B has 152,064, 0.5B 151,936). Those
-        beyond the tokenizer are padding and spell nothing, yet a model may write them, and prompts may hold them: this
-        model's last row stands for those it has not.
+        Models of one vocabulary may have different numbers of rows (Qwen2.5: 7B has 152,064, 0.5B 151,936). Rows beyond
+        the tokenizer's tokens are padding and spell nothing, yet a model may write them, and prompts may hold them.
         """
         last = self.vocab_size - 1
         return [min(i, last) for i in ids]
+
+
+def captured(taps: Sequence[int]) -> list[int] | bool | None:
+    """`output_hidden_states` for a forward of which the layers `taps` are read: no others, where that can be said, as
+    they would all stay in memory through a long prefill."""
+    if not taps:
+        return None
+    return list(taps) if SELECTS_LAYERS else True
 
 
 _same_vocabulary: WeakKeyDictionary[LanguageModel, WeakKeyDictionary[LanguageModel, bool]] = WeakKeyDictionary()
@@ -315,20 +325,22 @@ def load(
     """Load a model and its tokenizer.
 
     source         directory, `.gguf` file, hub id (also ID@REVISION and ID/FILE.gguf), or `zoo:NAME` for one of ours
-    dtype          "float32", "bfloat16", "float16", or torch's own, or "auto": the checkpoint's; float32 for the zoo's
-                   small models and where the processor does not multiply in the checkpoint's
+    dtype          "float32", "bfloat16", "float16", a torch dtype, or "auto": the checkpoint's own, but float32 for the
+                   zoo's small models and where the processor has no fast products in the checkpoint's
     device         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
     attention      "auto" (transformers' choice) or a Hugging Face name; the packed judge pass needs "sdpa" or "eager"
     chat_template  Jinja text, or the path of a file that holds it, in place of the tokenizer's own
     template_args  variables for the template; None: {"enable_thinking": False}, for templates that know it
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
-    tp_plan        "auto": this process' share of the model, one of those that torchrun started (`ranks`); `device` is
-                   then ignored, and the backend is eager
-    backend        "eager" (Hugging Face's forward), "static" (preallocated caches; dense families), "auto": if it can
-    compiled       static backend: torch.compile the decode step. The first tokens take long, the others less
-    judge_kernel   static backend, attention of judge passes: "auto" (by size and device), "sdpa", "cascade", "flex"
+    tp_plan        "auto": load this process' part of a model that torchrun divides among processes (`ranks`); `device`
+                   is then ignored, and the backend is eager
+    backend        "eager" (Hugging Face's forward), "static" (preallocated caches, for dense families), or "auto":
+                   static for models that qualify
+    compiled       static backend: torch.compile the decode step. The first tokens then take long, later ones less
+    judge_kernel   static backend: attention in judge passes, "auto" (by size and device), "sdpa", "cascade" or "flex"
 
-    Raises ModelLoadError for anything that is missing, damaged or not on this machine.
+    Raises ModelLoadError for anything that is missing, damaged or not on this machine, and ConfigError for a setting
+    that does not exist.
     """
     where, precision = placement.device_of(device), placement.dtype_of(dtype, str(source))
     spread = placement.spread(device_map, tp_plan, backend)
@@ -359,10 +371,10 @@ def load(
 
 
 def _read(place: Checkpoint, source: str, **given: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a checkpoint, all of it at one commit; `given` are what the model's loader is told."""
+    """Model and tokenizer of a checkpoint, both at one commit. `given` goes to the model's `from_pretrained`."""
     try:
-        place.find(place.gguf or "config.json")  # from here on its commit is settled
-        if place.gguf is None:  # of a repository that is not there, a configuration says so and a tokenizer does not
+        place.find(place.gguf or "config.json")  # settles the commit that everything is read at
+        if place.gguf is None:  # if the repository does not exist, AutoConfig says so, and AutoTokenizer does not
             refuse_part(place, source)
             AutoConfig.from_pretrained(place.location, **place.arguments)
         tokenizer = AutoTokenizer.from_pretrained(place.location, **place.arguments)
@@ -382,7 +394,7 @@ def _read(place: Checkpoint, source: str, **given: Any) -> tuple[PreTrainedModel
 
 
 def read_template(chat_template: str | None) -> str | None:
-    """A template given as Jinja text or as the path of a file."""
+    """The chat template of a setting that is Jinja text or the path of a file."""
     if chat_template is None or "{" in chat_template:
         return chat_template
     path = Path(chat_template).expanduser()

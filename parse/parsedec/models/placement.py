@@ -12,9 +12,9 @@ from parsedec.errors import ConfigError, ModelLoadError
 
 
 def device_of(device: str) -> torch.device:
-    """The device of a setting.
+    """The device that a setting names.
 
-    Raises ConfigError for what is none, ModelLoadError for one that this machine has not.
+    Raises ConfigError if it names none, and ModelLoadError if this machine does not have it.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,10 +31,10 @@ def device_of(device: str) -> torch.device:
 
 
 def dtype_of(dtype: str | torch.dtype, source: str) -> torch.dtype | str:
-    """The precision of a setting, by its name or as torch's object, for `from_pretrained`. The zoo's models are meant
-    for more than they are stored in.
+    """The precision that a setting names, as `from_pretrained` takes it.
 
-    Raises ConfigError for what is none.
+    "auto" is float32 for the zoo's models, which are stored in less than they are meant to run in. Raises ConfigError
+    for an unknown name.
     """
     names = ("float32", "bfloat16", "float16")
     known: dict[str, torch.dtype | str] = {"auto": "auto", **{name: getattr(torch, name) for name in names}}
@@ -45,7 +45,7 @@ def dtype_of(dtype: str | torch.dtype, source: str) -> torch.dtype | str:
 
 
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether matrix products in `dtype` are fast on `device`. On a CPU without instructions for half precision they
+    """Whether matrix products in `dtype` are fast on `device`: on a CPU without instructions for half precision, they
     take many times as long as in float32."""
     asked = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or asked is None:
@@ -55,7 +55,7 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def spread(device_map: str | None, tp_plan: str | None, backend: str) -> dict[str, Any]:
-    """What `from_pretrained` is told of a model on several devices; nothing for one device."""
+    """Arguments for `from_pretrained` that spread a model over several devices; none for one device."""
     if tp_plan is None:
         return {} if device_map is None else {"device_map": device_map}
     if tp_plan != "auto" or device_map is not None or backend == "static":

@@ -1,13 +1,12 @@
-"""Tensor parallelism: the processes that share one target, each with its part of every layer, and what they must agree
-on.
+"""Tensor parallelism: several processes share one target, each with a part of every layer. What they must agree on.
 
-Every rank runs the whole engine; only the target's matrix products are divided, and their sums are the same bits on all
-ranks. So the ranks make the same decisions as long as they are given the same request and draw the same numbers. Where
-they did not, their next passes would differ, and they would wait for each other for ever or mix two texts. Hence
+Every rank runs the whole engine. Only the target's matrix products are divided, and their sums have the same bits on
+all ranks. So all ranks make the same decisions, as long as they are given the same request and draw the same random
+numbers. If they did not, their next passes would differ, and they would wait for each other forever or mix two texts:
 
-    requests and passes        compared: prompt, limits and settings, then the tokens of every pass (`check_same`)
-    random numbers             every rank's generator starts from the first rank's state (`share_generator`)
-    clocks                     differ; nothing that is decided may depend on them (`check_gate`)
+    requests and passes    are compared: prompt, limits and settings, then the tokens of every pass (`check_same`)
+    random numbers         every rank's generator starts from the first rank's state (`share_generator`)
+    clocks                 differ, so no decision may depend on them (`check_gate`)
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ from parsedec.gate import Adaptive
 
 
 def leading() -> bool:
-    """Whether this process writes what a run leaves behind: the first of several that `torchrun` started, or the only
-    one."""
+    """Whether this process writes the files of a run: the first of those that `torchrun` started, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def check_gate(gate: object) -> None:
-    """Raise IncompatibleStack for a gate that decides by this process' clock, for a target that several share."""
+    """Raise IncompatibleStack for a gate that decides by this process' clock. For targets that several share."""
     if isinstance(gate, Adaptive) and gate.cost_per_token is None:
         raise IncompatibleStack(
             "the target is shared by several processes (tp_plan), and gate=adaptive measures what a drafted token "

@@ -1,4 +1,4 @@
-"""A tokenizer for threads: how control tokens are read is a state of it, which requests share."""
+"""A tokenizer for threads: how a tokenizer reads control tokens is part of its state, which all requests share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _copying = Lock()
 
 
 def plain_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that reads control tokens as text, made once. With a lock around the tokenizer instead, all requests would
-    wait for one that reads a long prompt."""
+    """A copy that reads control tokens as text, made once. With a lock on the tokenizer instead, every request would
+    wait while another one encodes a long prompt."""
     with _copying:
         if tokenizer not in _plain_readers:
             _plain_readers[tokenizer] = copy.deepcopy(tokenizer)

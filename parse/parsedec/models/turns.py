@@ -1,7 +1,7 @@
-"""Who may run a Hugging Face model when, among threads: many plain forwards at a time, or one that changes the model.
+"""Which threads may run a Hugging Face model when: any number of plain forwards, or a single one that changes it.
 
-A forward for several requests has the model attend in another way for a while (`joint`), and to the model that is a
-setting: whatever else ran it meanwhile would attend so, too, and would get wrong numbers.
+A forward for several requests (`joint`) replaces the model's attention for a while. That is a setting of the model: any
+other forward made meanwhile would use that attention, too, and give wrong numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class Turns:
-    """Those of one model. Plain forwards may be made within plain ones."""
+    """The turns of one model: a lock with many readers (`plain`) or one writer (`alone`). `plain` may be nested."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -24,7 +24,7 @@ class Turns:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """While others may run the model as it is."""
+        """Run the model as it is; others may do so at the same time."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._plain += 1
@@ -37,7 +37,7 @@ class Turns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While nobody else runs the model."""
+        """Change the model for a while; nobody else runs it meanwhile."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone and not self._plain)
             self._alone = True
@@ -54,7 +54,7 @@ _making = Lock()
 
 
 def turns_of(hf: nn.Module) -> Turns:
-    """Made at the first forward, and found at all others."""
+    """The turns of a model, made when it is first run."""
     found = _turns.get(hf)
     if found is None:
         with _making:
@@ -63,5 +63,5 @@ def turns_of(hf: nn.Module) -> Turns:
 
 
 def share_turns(view: nn.Module, hf: nn.Module) -> None:
-    """For a module that has layers of another: they take turns together."""
+    """Have `view`, a module made of layers of `hf`, take turns with it."""
     _turns[view] = turns_of(hf)
