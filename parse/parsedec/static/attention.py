@@ -1,8 +1,8 @@
-"""Rows of a pass against the columns of a cache: keys and values are written in place and read as views.
+"""Attention of a pass's rows to the columns of a cache: keys and values are written in place and read as views.
 
-Heads that share keys and values are a second head dimension of stride zero, so nothing is repeated in memory. Long
-passes are cut into blocks of rows by the session, so a mask has at most a block of rows and all columns: memory grows
-with the length of a pass, not with its square.
+Query heads that share keys and values see them through a dimension of stride zero, so nothing is repeated in memory.
+The session cuts long passes into blocks of rows, so a mask has at most the rows of a block: memory grows with the
+length of a pass, not with its square.
 
 Shapes in this file:  R rows, T columns before the pass, A query heads, G key and value heads, d head size.
 """
@@ -27,9 +27,9 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 3e-4}  # 
 
 
 class Rows:
-    """R rows written behind the first `start` columns, each seeing those, the rows before it and itself.
+    """R rows written behind the first `start` columns. Each sees those columns, the rows before it and itself.
 
-    mask  [R, start + R] additive, if they see anything else, or are several behind others
+    mask  [R, start + R] additive; needed if they see anything else, and for several rows behind others
     """
 
     __slots__ = ("_causal", "_columns", "_mask", "_scale", "_slots")
@@ -50,7 +50,7 @@ class Rows:
 
 
 def rows_behind(lease: Lease, rows: int, allowed: Tensor | None) -> Rows:
-    """The attention of so many rows behind those of a lease.  allowed  [R, columns] bool; None: causal"""
+    """The attention of rows behind those of a lease.  allowed  [R, columns] bool; None: causal"""
     weights, start = lease.pool.weights, lease.rows
     mask = None
     if allowed is not None:
@@ -61,11 +61,12 @@ def rows_behind(lease: Lease, rows: int, allowed: Tensor | None) -> Rows:
 
 
 class Bucket:
-    """Attention with all sizes fixed: R rows, some of them padding, written to slots that the device alone knows.
+    """Attention of fixed size: R rows, some of them padding, written to slots that only the device knows.
 
-    columns  views of the first T columns of every layer, where T is a bucket
-    slots    [R] columns the rows are written to;  mask  [R, T] additive
-    each     views a layer has
+    columns  views of the first T columns of every layer
+    slots    [R] the columns that the rows are written to
+    mask     [R, T] additive
+    each     how many of `columns` belong to one layer
     """
 
     each: ClassVar[int]
@@ -74,13 +75,13 @@ class Bucket:
         self._columns, self._scale, self._slots, self._mask = columns, scale, slots, mask
 
     def only(self, layer: int) -> Self:
-        """The attention of one layer, as if it were the only one: what is compiled for it fits all others."""
+        """The attention of one layer as if it were the only one, so that code compiled for it fits all layers."""
         columns = self._columns[self.each * layer : self.each * (layer + 1)]
         return type(self)(columns, self._scale, self._slots, self._mask)
 
 
 class BucketRows(Bucket):
-    """By torch's kernels.  columns  M of [1, G, T, d]"""
+    """By torch's kernels.  columns  two views [1, G, T, d] per layer, of its keys and its values"""
 
     each = 2
 
@@ -95,7 +96,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, caus
     """q [R, A, d] against keys and values [1, G, T, d]: [R, A * d].  mask  [R, T] additive, or None."""
     (rows, heads, size), shared = q.shape, keys.shape[1]
     group = heads // shared
-    if rows == 1:  # the heads that share keys are rows of one product: all of them see the same columns
+    if rows == 1:  # the heads that share keys become rows of one product: all see the same columns
         together = q.view(1, shared, group, size)
         out = scaled_dot_product_attention(together, keys, values, mask, scale=scale)
     elif group == 1:
@@ -120,9 +121,10 @@ def agrees(
     plain: Callable[[], Tensor],
     fails: tuple[type[Exception], ...] = (),
 ) -> bool:
-    """Whether a quick way gives what the plain one does, on numbers of about one; a warning says what happens if not.
+    """Whether `quick` gives what `plain` does, on numbers of about one.
 
-    fails  what else it may end in than what torch's operations do
+    otherwise  what happens if it does not, for a warning
+    fails      errors that `quick` may raise, besides those of torch's operations
     """
     ends: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, *fails)
     try:
@@ -138,13 +140,13 @@ def agrees(
 
 
 def hidden(dtype: torch.dtype) -> float:
-    """What is added to a score that is not to count: far below any, but still a number when kernels take it to base 2.
-    So a piece of which nothing is seen has a weight, which is none beside the others'."""
+    """What is added to a score that is masked: far below any other, but finite even after kernels scale it to base 2.
+    So a piece of the columns of which a row sees nothing still has a weight, which vanishes beside the others'."""
     return -3e4 if dtype is torch.float16 else -1e30
 
 
 def additive(allowed: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """True where a row may attend, as a mask that is added to the scores."""
+    """A mask to be added to scores, made of a bool one that is True where a row may attend."""
     low = torch.finfo(dtype).min
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed.to(device), low)
 

@@ -1,6 +1,6 @@
-"""Cascade attention for probes: the text they share and their own suffixes are read apart and merged.
+"""Cascade attention for probes: the text they share and their own suffixes are read separately, then merged.
 
-Softmax over the columns of two parts is their average, weighted with the share of each in the sum of exponentials:
+Attention to two parts of the columns is the average of both, weighted by their shares in the sum of exponentials:
 
     out = out_1 e^(l_1 - l) + out_2 e^(l_2 - l),      l = log(e^l_1 + e^l_2),      l_i the log-sum-exp of part i
 
@@ -10,7 +10,7 @@ beginnings of different length, a staircase:
               text of the draft
     probe 0   xxxx
     probe 1   xxxxxxxxx
-    probe 2   xxxxxxxxxxx          a group of probes sees all columns before its first cut: no mask there
+    probe 2   xxxxxxxxxxx          all probes of a group see the columns before its first cut: no mask there
 
 Shapes in this file:  R = K * S rows, K probes, S rows a probe, T columns, A query heads, G key and value heads,
 g = A / G, d head size.
@@ -31,10 +31,10 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from parsedec.static.attention import HALF, additive, agrees
 from parsedec.static.memory import Buffers
 
-GROUP = 128  # rows of a group of probes, about: fewer leave less behind the first cut, more fill the processor
-PAGE = 256  # columns of a page: flash attention asks for a multiple of it
-CAUSAL = (-1, 0)  # varlen_attn's name for it; rows stand at the right end of their columns
-# Before torch 2.13 varlen_attn knows neither pages nor lengths nor shared heads; the operator under it knows the latter
+GROUP = 128  # about how many rows a group of probes has: fewer leave less behind its first cut, more fill the processor
+PAGE = 256  # columns of a page: flash attention wants a multiple of it
+CAUSAL = (-1, 0)  # what varlen_attn calls it; rows are at the right end of their columns
+# Before torch 2.13, varlen_attn has neither pages nor lengths nor shared heads; the operator below it has the last two
 PAGED = "block_table" in inspect.signature(varlen_attn).parameters
 
 Part = tuple[Tensor, Tensor]  # [..., R, d] and the log-sum-exp of its scores [..., R], float32
@@ -42,9 +42,9 @@ Part = tuple[Tensor, Tensor]  # [..., R, d] and the log-sum-exp of its scores [.
 
 @dataclass(frozen=True, slots=True)
 class Stair:
-    """Some neighbouring probes: rows start, …, stop - 1, all of which see the first `shared` columns.
+    """A group of neighbouring probes: rows start, …, stop - 1, all of which see the first `shared` columns.
 
-    tail  [stop - start, last cut - shared] additive: which of them see what of the text behind; None if there is none
+    tail  [stop - start, last cut - shared] additive mask: which rows see which of the text behind those; None for none
     """
 
     start: int
@@ -70,7 +70,7 @@ def stairs(cuts: Sequence[int], suffix: int, dtype: torch.dtype, device: torch.d
 def probes(
     q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, staircase: Sequence[Stair], suffix: int, scale: float
 ) -> Tensor:
-    """Rows of probes q [R, A, d] against text [1, G, T, d] and their own k and v [R, G, d]: [R, A * d]."""
+    """Attention of probes q [R, A, d] to the text [1, G, T, d] and to their own k and v [R, G, d]: [R, A * d]."""
     rows, shared = q.shape[0], k.shape[1]
     own, weight = _own(q, k, v, suffix, scale)  # [G, g, R, d], [G, g, R]
     out = torch.empty_like(own)
@@ -88,7 +88,7 @@ def probes(
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, suffix: int, scale: float) -> Part:
-    """Each probe against itself."""
+    """Causal attention of each probe to itself: [G, g, R, d] and its log-sum-exp [G, g, R]."""
     shared, size = k.shape[1:]
     group, count = q.shape[1] // shared, q.shape[0] // suffix
     queries = q.view(count, suffix, shared, group, size).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [K * G, g, S, d]
@@ -105,9 +105,9 @@ def _by_head(q: Tensor, shared: int) -> Tensor:
 
 
 def part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False) -> Part:
-    """q [B, g, R, d] against keys and values [1, B, T, d], with a mask [R, T] that is added; causal needs R = T.
+    """Attention of q [B, g, R, d] to keys and values [1, B, T, d], with an additive mask [R, T]; causal needs R = T.
 
-    A row that sees nothing here weighs nothing when parts are merged.
+    A row that sees nothing here gets no weight when parts are merged.
     """
     (batch, group), columns = q.shape[:2], keys.shape[2]
     keys, values = (x.transpose(0, 1).expand(batch, group, columns, -1) for x in (keys, values))
@@ -120,7 +120,7 @@ def part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: fl
 
 
 def by_hand(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Part:
-    """The same with all scores in memory at once; keys and values [B, 1 or g, T, d]."""
+    """As `part`, with all scores in memory at once; keys and values [B, 1 or g, T, d]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) @ keys.to(wide).transpose(-1, -2)) * scale
     if mask is not None:
@@ -133,7 +133,7 @@ def by_hand(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale:
 
 
 def merged(parts: Sequence[Part]) -> Tensor:
-    """[..., R, d]"""
+    """Parts merged by their log-sum-exps [..., R, d]."""
     weights = torch.stack([weight for _, weight in parts]).softmax(0)[..., None]  # [parts, ..., R, 1]
     total = weights[0] * parts[0][0]
     for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
@@ -142,13 +142,13 @@ def merged(parts: Sequence[Part]) -> Tensor:
 
 
 def seen_of_itself(q: Tensor, k: Tensor, v: Tensor, suffix: int, scale: float) -> Part:
-    """Rows of probes q [R, A, d] against their own k and v [R, G, d]: [R, A, d] and [R, A]."""
+    """Causal attention of probes q [R, A, d] to their own k and v [R, G, d]: [R, A, d] and [R, A]."""
     out, weight = _own(q, k, v, suffix, scale)
     return out.permute(2, 0, 1, 3).flatten(1, 2), weight.permute(2, 0, 1).flatten(1, 2)
 
 
 def joined(text: Part, own: Part) -> Tensor:
-    """What rows of probes have seen of the text, [R * g, G, d] and [R * g, G] as `_packed`, with what they see of
+    """What probes have seen of the text, [R * g, G, d] and [R * g, G] as `_packed`, merged with what they see of
     themselves, [R, A, d] and [R, A]: [R, A, d]."""
     group = len(text[0]) // len(own[0])
     return merged([(_unpacked(text[0], group), _unpacked(text[1], group)), own])
@@ -156,17 +156,20 @@ def joined(text: Part, own: Part) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """A block for flash attention with sequences of their own length (torch.nn.attention.varlen), on CUDA.
+    """A block for flash attention over sequences of different lengths (torch.nn.attention.varlen), on CUDA.
 
-    The cache is read as pages of PAGE columns. All probes have the same pages; each uses the columns before its cut.
-    Where there are no pages (PAGED), each probe's columns begin with the first one of the text.
+    The cache is read as pages of PAGE columns. All probes have the same pages, and each uses the columns before its
+    cut. Where torch has no pages (PAGED), the columns of every probe begin with the first one of the text.
 
     states          [M, G, C / PAGE, PAGE, d] the cache of all layers
     table           [K, pages] int32, the same for every probe
-    used            [K] int32, columns each probe sees
-    starts          [K + 1] int32, where the rows of each probe begin;  first  [K + 1] zeros
-    draft_rows, draft_columns   [2] int32, of the one sequence the draft is
-    quick           the module `fused`, if its kernels are to do what flash attention leaves
+    used            [K] int32, how many columns each probe sees
+    starts          [K + 1] int32, where the rows of each probe begin
+    first           [K + 1] zeros, where its columns begin
+    draft_rows      [2] int32, where the draft, a single sequence, begins and ends; draft_columns likewise
+    drafted, text   rows of the draft; columns of text with these
+    longest         the most columns that a probe sees
+    quick           the module `fused`, if its kernels are to read the probes themselves and merge both
     """
 
     states: Tensor
@@ -208,7 +211,7 @@ class Pages:
         )
 
     def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [R, A, d] against text [1, G, T, d] and the block's own k and v [R, G, d]: [R, A * d]."""
+        """Attention of q [R, A, d] to the text [1, G, T, d] and to the block's own k and v [R, G, d]: [R, A * d]."""
         n, out = self.drafted, torch.empty_like(q)
         keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)  # [T, G, d]
         if n:
@@ -218,8 +221,8 @@ class Pages:
             table, first = (self.table, None) if PAGED else (None, self.first)
             if PAGED:
                 keys, values = self.states[2 * layer : 2 * layer + 2].permute(0, 2, 3, 1, 4)  # [pages, PAGE, G, d]
-            # All rows and heads of a probe see the same columns, so those that share keys are rows of one sequence: a
-            # probe alone would leave most of a tile of 128 rows empty, once for every head.
+            # All rows and heads of a probe see the same columns, so heads that share keys become rows of one sequence:
+            # the rows of a head by itself would leave most of a tile of 128 rows empty.
             heads, group = k.shape[1], q.shape[1] // k.shape[1]
             packed, starts, sizes = _packed(q[n:], heads), self.starts * group, (self.suffix * group, self.longest)
             text = _flash(packed, keys, values, starts, first, sizes, scale, used=self.used, table=table)
@@ -256,7 +259,7 @@ def _flash(
     used: Tensor | None = None,
     table: Tensor | None = None,
 ) -> Part:
-    """Sequences of rows q [R, A, d] against columns of their own: out [R, A, d] and weights [R, A]."""
+    """Attention of sequences of rows q [R, A, d] to the columns of each: [R, A, d], and its log-sum-exp [R, A]."""
     if not PAGED:
         out, weight, *_ = flash_forward(
             q, keys, values, row_starts, column_starts, *longest, 0.0, causal, False, scale=scale, seqused_k=used
@@ -283,7 +286,7 @@ def _flash(
 
 
 def fused_for(buffers: Buffers, suffix: int) -> bool:
-    """Whether flash attention reads these buffers, and has been seen to give the right numbers on this device."""
+    """Whether flash attention can read these buffers, and was found to give the right numbers on this device."""
     states = buffers.states
     fits = states.device.type == "cuda" and states.dtype in HALF and buffers.capacity % PAGE == 0
     return fits and suffix > 0 and _flash_agrees(states.device, states.dtype, states.shape[2], states.shape[-1])
@@ -296,7 +299,7 @@ def flash_forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
 
 @cache
 def _flash_agrees(device: torch.device, dtype: torch.dtype, shared: int, size: int) -> bool:
-    """A block of a small judge pass both ways, once per device and shape of heads."""
+    """Whether a block of a small judge pass comes out the same both ways; tried once per device and shape of heads."""
     generator = torch.Generator().manual_seed(0)
     cuts, suffix, drafted, before, heads = (130, 259, 300), 5, 40, 260, 2 * shared
     rows = drafted + len(cuts) * suffix

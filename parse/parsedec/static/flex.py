@@ -1,9 +1,9 @@
 """FlexAttention (torch; arXiv 2412.05496) for a block of a judge pass.
 
-Two integers a row say which squares of 128 rows by 128 columns are read, and decide inside them.
+Two integers per row say which squares of 128 rows by 128 columns are read, and what is masked inside them.
 
-Rows and columns are padded to buckets, so that there are few shapes to compile. On the CPU it is not compiled and has
-all scores of a block in memory at once: that is for looking at numbers only.
+Rows and columns are padded to buckets, so that there are few shapes to compile for. On the CPU it is not compiled and
+holds all scores of a block in memory: good for checking numbers only.
 
 Shapes in this file:  R rows of a bucket, T columns of a bucket, A query heads, G key and value heads, d head size.
 """
@@ -23,13 +23,14 @@ from parsedec.static.memory import Buffers, bucket
 SQUARE = 128
 LEAST_ROWS = 128  # buckets of rows are this many and its doubles
 LEAST_COLUMNS = 256  # and of columns
-BUCKETS = 1 << 8  # torch takes one function compiled for more than eight shapes for a mistake
+BUCKETS = 1 << 8  # shapes to compile for; torch takes more than eight of one function for a mistake
 
 
 class FlexRows:
     """Rows written behind the first `before` columns of buffers.
 
-    reach  [rows] columns of text each row sees;  own  [rows] where its own probe begins: up to itself it sees that, too
+    reach  [rows] how many columns of text each row sees
+    own    [rows] the first column of its own probe, of which it sees the columns up to itself
     """
 
     def __init__(self, buffers: Buffers, before: int, rows: int, reach: Tensor, own: Tensor, scale: float) -> None:
@@ -50,10 +51,10 @@ class FlexRows:
 
 @cache
 def compiled() -> Callable[..., Tensor]:
-    """One function for all buckets; each is compiled when it is first met."""
+    """One function for all buckets, compiled for each when it is first needed."""
     from torch._dynamo import config  # takes a second to import
 
-    # only torch.compile of 2.13 takes the limit itself
+    # before 2.13, torch.compile does not take the limit itself
     made: Callable[..., Tensor] = config.patch(recompile_limit=BUCKETS)(torch.compile(uncompiled, dynamic=False))
     return made
 
@@ -66,9 +67,9 @@ def uncompiled(q: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: 
 
 
 def block_mask(reach: Tensor, own: Tensor, before: int, rows: int, columns: int, device: torch.device) -> BlockMask:
-    """The squares in which some row sees some column, and those in which every row sees every column.
+    """The squares in which any row sees any column, and those in which every row sees every column.
 
-    Padding rows see the first column, so that their softmax is of something.
+    Padding rows see the first column, so that their softmax is defined.
     """
     missing = rows - len(reach)
     reach = torch.cat([reach, torch.ones(missing, dtype=torch.long)])
@@ -87,7 +88,7 @@ def block_mask(reach: Tensor, own: Tensor, before: int, rows: int, columns: int,
 
 
 def _squares(reach: np.ndarray, own: np.ndarray, before: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two [rows / 128, columns / 128] bool; the first may hold squares in which nothing is seen after all."""
+    """Squares [rows / 128, columns / 128] bool that are seen, and seen in full; the first may include unseen ones."""
     left = np.arange(0, columns, SQUARE)
     right = np.minimum(left + SQUARE, columns)
     by_row = reach.reshape(-1, SQUARE)
@@ -100,7 +101,7 @@ def _squares(reach: np.ndarray, own: np.ndarray, before: int, columns: int) -> t
 
 
 def _listed(squares: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many squares each row of them has, and which: [1, 1, R / 128] and [1, 1, R / 128, T / 128] int32."""
+    """How many squares each row of squares has, and which: [1, 1, R / 128] and [1, 1, R / 128, T / 128] int32."""
     which = np.argsort(~squares, axis=1, kind="stable")
     counts, order = (torch.from_numpy(x.astype(np.int32))[None, None].to(device) for x in (squares.sum(1), which))
     return counts, order

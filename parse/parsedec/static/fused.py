@@ -1,15 +1,15 @@
-"""What stands between the matrix products of a layer on CUDA, by few kernels in Triton.
+"""Everything between the matrix products of a layer on CUDA, by a few Triton kernels.
 
-Torch's own are three times as many, and of a decode step each is over before the device is busy; of a judge pass they
-take what they give to memory and back. Here
+Torch takes three times as many kernels. In a decode step each of them is over before the device is busy, and in a judge
+pass every result goes to memory and back. Here
 
-    normed    adds what the product before gave, and norms the sum
-    placed    norms and rotates queries and keys, and puts keys and values where they belong
-    seen      reads the columns of a decode step, in pieces side by side (Flash-Decoding, Dao et al. 2023)
-    probed    lets the rows of probes see their own probe, and joins what they have seen of the text
+    normed    adds the output of the product before it, and norms the sum
+    placed    norms and rotates queries and keys, and writes keys and values to the cache
+    seen      is the attention of a decode step, to pieces of columns in parallel (Flash-Decoding, Dao et al. 2023)
+    probed    is the attention of probes to themselves, merged with what they have seen of the text
     gated     is the activation and the product inside the MLP
 
-Shapes in this file:  R rows, T columns, H hidden, I inside the MLP, A query heads, G key and value heads, g = A / G,
+Shapes in this file:  R rows, T columns, H hidden, I intermediate, A query heads, G key and value heads, g = A / G,
 d head size, P pieces, K probes, S rows of each.
 """
 
@@ -28,32 +28,32 @@ from parsedec.static.rotary import Angles, rotated
 from parsedec.static.weights import Layer, Norm
 
 SIZES = (16, 32, 64, 128)  # of a head
-LEAST_TILE = 16  # rows of queries a program holds, those of all heads that share keys
-MOST_TILE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # as far as registers go
-COLUMNS = 64  # that a program reads at a time
+LEAST_TILE = 16  # rows of queries that a program holds; all heads that share keys count as rows
+MOST_TILE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # as many as registers can hold
+COLUMNS = 64  # columns that a program reads at a time
 PROGRAMS = 264  # about as many keep a GPU busy
-MOST = 32  # pieces
-WIDTH = 1024  # of the MLP that a program computes
-LONGEST = 128  # rows of a probe, which a program reads at a time
+MOST = 32  # most pieces of the columns
+WIDTH = 1024  # columns of the MLP that a program computes
+LONGEST = 128  # most rows of a probe: a program reads a whole one at a time
 
 
 class FusedRows(Bucket):
-    """By kernels of our own, from the product on that queries, keys and values are parts of.
+    """By our own kernels, from the joint product of queries, keys and values on.
 
-    columns  keys and values [2, 1, G, T, d] of each layer: one tensor, since torch.compile makes copies of two that a
-             kernel writes to and that share their memory
+    columns  keys and values of each layer, in one tensor [2, 1, G, T, d]: of two tensors that share memory and that a
+             kernel writes to, torch.compile would make copies
     """
 
     each = 1
 
     def projected(self, i: int, layer: Layer, product: Tensor, angles: Angles) -> Tensor:
-        """Rows [R, (A + 2 * G) * d] to what their heads have seen [R, A * d]."""
+        """The product of the rows [R, (A + 2 * G) * d] to the attention's output [R, A * d]."""
         q = placed(product, layer.norms, angles, self._columns[i], self._slots)
         return seen(q, self._columns[i], self._mask, self._scale)
 
 
 def normed(x: Tensor, more: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """x [R, H], with what is to be added to it, and that normed."""
+    """The sum of x and `more` [R, H], and the same normed."""
     rows, size = x.shape
     y, whole = torch.empty_like(x), x if more is None else torch.empty_like(x)
     kernels.normed[(rows,)](
@@ -64,7 +64,7 @@ def normed(x: Tensor, more: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def gated(product: Tensor) -> Tensor:
-    """silu(gate) * up of their product [R, 2 * I]: [R, I]."""
+    """silu(gate) * up [R, I], of a product that holds both [R, 2 * I]."""
     rows, size = product.shape[0], product.shape[1] // 2
     y = product.new_empty(rows, size)
     kernels.gated[(rows, _parts(size, WIDTH))](product, y, size, WIDTH)
@@ -76,7 +76,7 @@ def placed(
 ) -> Tensor:
     """Queries [R, A, d], normed and rotated, of a product [R, (A + 2 * G) * d].
 
-    Keys likewise, and values, go to columns `slots` [R] of `states` [2, 1, G, T, d], or one behind another.
+    Keys, treated likewise, and values are written to `states` [2, 1, G, T, d]: to columns `slots` [R], or in order.
     """
     (_, _, shared, _, size), rows = states.shape, product.shape[0]
     heads = product.shape[1] // size - 2 * shared
@@ -91,9 +91,9 @@ def placed(
 
 
 def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float, programs: int = PROGRAMS) -> Tensor:
-    """q [R, A, d] against keys and values [2, 1, G, T, d] with a mask [R, T] that is added: [R, A * d].
+    """Attention of q [R, A, d] to keys and values [2, 1, G, T, d] with an additive mask [R, T]: [R, A * d].
 
-    programs  to do it by, about: more of them read in more pieces
+    programs  about how many to run: the more, the more pieces the columns are read in
     """
     (rows, heads, size), (_, _, shared, columns, _) = q.shape, states.shape
     group = heads // shared
@@ -117,10 +117,11 @@ def seen(q: Tensor, states: Tensor, mask: Tensor, scale: float, programs: int = 
 def probed(
     q: Tensor, k: Tensor, v: Tensor, text: Tensor, weight: Tensor, out: Tensor, suffix: int, scale: float
 ) -> None:
-    """What rows of probes q [K * S, A, d] see of their own keys and values [K * S, G, d] up to themselves, and have
-    seen of the text, to `out` [K * S, A, d].
+    """Causal attention of probes q [K * S, A, d] to their own keys and values [K * S, G, d], merged with what they have
+    seen of the text; written to `out` [K * S, A, d].
 
-    text  [K * S * g, G, d], each head of a group a row of its own;  weight  [K * S * g, G] its scores' log-sum-exp
+    text    [K * S * g, G, d], in which each head of a group is a row of its own
+    weight  [K * S * g, G] the log-sum-exp of its scores
     """
     (rows, heads, size), shared = q.shape, k.shape[1]
     assert k.stride() == v.stride()
@@ -141,10 +142,10 @@ def _parts(whole: int, part: int) -> int:
 def right(
     device: torch.device, dtype: torch.dtype, heads: int, shared: int, size: int, hidden_size: int, has_norms: bool
 ) -> bool:
-    """Whether the kernels give what torch's give for such a model on this device; tried once, on random numbers.
+    """Whether the kernels give what torch's operations do for such a model, on random numbers; tried once per device.
 
-    Heads of a few rows, with slots and without; a decode step in two pieces of several blocks, the last one not whole;
-    a tree in as many pieces as blocks; as many rows as a step has, in one piece; and probes.
+    Tried are: heads of a few rows, with slots and without; a decode step in two pieces of several blocks, the last one
+    incomplete; a tree in as many pieces as blocks; as many rows as a step can have, in one piece; and probes.
     """
     if dtype not in MOST_TILE or size not in SIZES:
         return False
@@ -158,7 +159,7 @@ def right(
         return Norm(numbers(of) / 4, 1e-6, None, None)
 
     def tree(rows: int) -> Tensor:
-        """Each row sees what is before all and those of its own before it; one block and more nobody sees."""
+        """Each row sees the columns before all rows, the rows before it and itself; more than a block nobody sees."""
         start, mask = columns - COLUMNS - 40 - rows, torch.zeros(rows, columns, dtype=dtype, device=device)
         mask.narrow(1, start, columns - start).fill_(hidden(dtype)).triu_(1)
         return mask

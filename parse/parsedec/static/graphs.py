@@ -1,7 +1,7 @@
-"""CUDA graphs of what runs again and again on tensors that stay where they are.
+"""CUDA graphs of computations that are repeated on tensors that stay where they are.
 
-A graph is captured at the first call and replayed from then on: the host then launches one graph instead of some
-hundred kernels. Where there is no CUDA the same code is called directly.
+A graph is captured at the first call and replayed from then on: the host launches one graph instead of some hundred
+kernels. Without CUDA, the same code is called directly.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from parsedec.static.network import on_device
 
 log = logging.getLogger(__name__)
 
-WARM_UPS = 3  # calls before a capture, in which libraries allocate and choose kernels
+WARM_UPS = 3  # calls before a capture, in which libraries allocate memory and choose kernels
 ATTEMPTS = 3  # captures that may fail before a network goes on without graphs
-STREAMS = 32  # of one device and priority, which torch hands out in turn
+STREAMS = 32  # torch hands out so many streams per device and priority, in turn
 
 Output = TypeVar("Output")
 
@@ -31,10 +31,10 @@ _streams: WeakValueDictionary[tuple[int, int], torch.cuda.Stream] = WeakValueDic
 
 
 def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that no other holder of one has, as long as there are any left.
+    """A stream that no other caller holds, as long as there are any left.
 
-    It goes first where several have work: a decode step waits for each of its few kernels, and a judge's long pass, on
-    the stream of whoever calls, gives way between its own.
+    It has priority: each of a decode step's few kernels then starts between two kernels of a judge's long pass, which
+    runs on its caller's stream, instead of behind all of them.
     """
     for _ in range(STREAMS):
         stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -46,12 +46,12 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Graphs:
-    """The graphs of one network. They share memory: what one of them computed is read before the next is replayed.
+    """The graphs of one network. They share memory: the output of one has to be read before the next is replayed.
 
-    what      they are of, for a warning
-    captures  how many there are
-    device    a context in which streams and graphs are those of the network's device
-    turn      held from a replay until what it computed was read, for threads that run one model
+    what      what they compute, for a warning
+    captures  how many were captured
+    device    a context in which the current device is the network's
+    turn      a lock that threads running one model hold from a replay until its output is read
     total     captures of all networks so far
     """
 
@@ -65,34 +65,34 @@ class Graphs:
         self.turn = RLock()
         self._attempts = ATTEMPTS if on_cuda else 0
         self._memory = torch.cuda.graph_pool_handle() if on_cuda else None
-        # A stream of their own, for two reasons: torch's common one belongs to the device that captured first, and a
-        # graph that goes takes the workspace of its stream's matrix products with it, whoever else uses that.
+        # A stream of their own, for two reasons: torch's common one belongs to the device that captured first, and when
+        # a graph is destroyed, the workspace for matrix products on its stream goes with it, whoever else uses that.
         self._stream = own_stream(device) if on_cuda else None
-        self._kept: list[torch.cuda.CUDAGraph] = []  # so they go together, those that failed as well
+        self._kept: list[torch.cuda.CUDAGraph] = []  # destroyed together, those that failed as well
 
     @property
     def possible(self) -> bool:
-        """Whether there are graphs here."""
+        """Whether graphs can be captured here."""
         return self._attempts > 0
 
     def captured(self, body: Callable[[], Output]) -> tuple[Callable[[], object], Output] | None:
-        """(replay, its outputs) of a CUDA graph of `body`, its inputs in place; None if it could not be captured."""
+        """(replay, its outputs) of a CUDA graph of `body`, whose inputs are in place; None if it cannot be captured."""
         assert self._stream is not None
         callers = torch.cuda.current_stream()
         self._stream.wait_stream(callers)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
-                body()  # what this raises - a compiler's error, too little memory - has nothing to do with graphs
+                body()  # an error here - a compiler's, a lack of memory - has nothing to do with graphs
         callers.wait_stream(self._stream)
         try:
             self._kept.append(graph := torch.cuda.CUDAGraph())
-            # the judge may work in another thread meanwhile: what it allocates is none of the capture's business
+            # thread_local: a judge in another thread may allocate memory during the capture
             capture = torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local")
             with DEVICE_WIDE, _uncollected(), capture:
                 outputs = body()
         except RuntimeError as error:
-            torch.cuda.set_stream(callers)  # torch leaves it out where the end of a capture fails
-            self._memory = torch.cuda.graph_pool_handle()  # that one may count a capture that has not ended
+            torch.cuda.set_stream(callers)  # torch does not, if the end of a capture fails
+            self._memory = torch.cuda.graph_pool_handle()  # the old pool may still count the capture as unfinished
             self._attempts -= 1
             lost = "runs without one this time" if self.possible else "runs without them from now on"
             log.warning("%s could not be captured in a CUDA graph and %s: %s", self.what, lost, error)
@@ -104,7 +104,7 @@ class Graphs:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without collecting garbage: graphs of models that are gone would be destroyed in the middle of a capture."""
+    """No garbage collection: it would destroy graphs of models that are gone, which breaks a capture."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -115,9 +115,9 @@ def _uncollected() -> Iterator[None]:
 
 
 class Replayed(Generic[Output]):
-    """A computation without arguments, captured when it is first called. Its outputs are overwritten by the next call.
+    """A computation without arguments, captured when it is first called. The next call overwrites its outputs.
 
-    begun  whether it has run once: what failed before, in a compiler say, is tried again
+    begun  whether a call has succeeded; one that failed, in a compiler say, is tried again
     """
 
     def __init__(self, graphs: Graphs, body: Callable[[], Output]) -> None:

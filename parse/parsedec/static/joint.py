@@ -1,8 +1,8 @@
-"""One forward of the static network for passes of several requests: their rows stand one behind another (`joint`).
+"""One forward of the static network for passes of several requests, as `batching.joint` makes them.
 
-Each pass attends in its own buffers. Everything else is one operation for all rows.
+Their rows are concatenated. Each pass attends within its own buffers; everything else is one operation for all rows.
 
-Shapes in this file:  n rows of a pass, R = rows of all, V vocabulary, L taps, H hidden, A query heads, d head size.
+Shapes in this file:  n rows of a pass, R rows of all passes, V vocabulary, L taps, H hidden.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StaticPass:
-    """A block of rows behind those of `lease`, which grows by them; the arguments are those of `StaticSession.run`."""
+    """A block of rows behind those of `lease`, which grows by them; arguments as of `StaticSession.run`."""
 
     session: StaticSession
     lease: Lease
@@ -70,14 +70,14 @@ class StaticPass:
         return attention_behind(session.network, self.lease, self.rows, self.allowed, self.block, wanted)
 
     def kept(self) -> Tensor:
-        """The rows whose logits are wanted."""
+        """The rows to give logits for."""
         if isinstance(self.keep, Tensor):
             return self.keep.cpu()
         return torch.arange(self.rows - (self.rows if self.keep is None else self.keep), self.rows)
 
 
 class StaticBranches(Branches):
-    """Branches that are leases on the buffers of `session`; one that reads on moves to its own."""
+    """Branches that are leases on the buffers of `session`. A branch that reads on moves to buffers of its own."""
 
     def __init__(self, session: StaticSession, leases: Sequence[Lease], logits: Tensor) -> None:
         super().__init__(logits)
@@ -93,7 +93,7 @@ class StaticBranches(Branches):
 
 
 class JointRows:
-    """Attention of a joint forward: rows bounds[i] to bounds[i + 1] attend as parts[i] does."""
+    """Attention of a joint forward, in which rows bounds[i] to bounds[i + 1] attend by parts[i]."""
 
     def __init__(self, parts: Sequence[Attend], bounds: Sequence[int]) -> None:
         self._parts = [(part, a, b) for part, (a, b) in zip(parts, pairwise(bounds), strict=True)]

@@ -1,11 +1,12 @@
 """Attention of a judge pass, block by block: three kernels that give the same numbers (PARSE, arXiv 2605.04263).
 
-A row of a judge pass sees two runs of columns: the text up to its `reach`, and its own probe up to itself. Two integers
-a row say all of it, so no mask of all rows by all columns is ever made.
+A row of a judge pass sees two ranges of columns: the text up to its `reach`, and its own probe up to itself. Two
+integers per row say so, and no mask of all rows by all columns is ever made.
 
-    sdpa      a dense mask of one block of rows by all columns before them. Any device, any dtype
-    cascade   probes read the shared text and their own suffix apart, merged by the log-sum-exp of their scores. On CUDA
-              in half precision by flash attention over the cache as pages, without any mask; else by torch's own parts
+    sdpa      a dense mask, of the rows of one block by all columns so far. Any device, any dtype
+    cascade   the shared text and each probe's own suffix are read separately and merged by the log-sum-exp of their
+              scores. On CUDA in half precision by flash attention over the cache as pages, without any mask; otherwise
+              by torch's own operations
     flex      FlexAttention (torch): a mask of blocks of 128 by 128 and a function of indices, compiled once per bucket
 
 Shapes in this file:  R rows of a block, N those of the draft among them, K probes, S rows a probe, T columns, A query
@@ -26,16 +27,17 @@ from parsedec.static.attention import Rows, additive, attention, rows_behind
 from parsedec.static.memory import Buffers, Lease
 from parsedec.static.network import Attend, Network
 
-# kernel=auto: cascade for blocks with more text than this behind them, by device and by flash attention
+# kernel=auto: cascade for blocks behind more columns of text than this, by device; fewer with flash attention
 CASCADE_COLUMNS = {"cpu": 1024, "cuda": 2048}
 FLASH_COLUMNS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows of a judge pass behind `before` columns: N = `drafted` more rows of the draft, then one probe per cut.
+    """Rows of a judge pass behind `before` columns: N = `drafted` rows of the draft, then one probe per cut.
 
-    cuts    columns, cached ones included, that each probe sees, ascending; S = `suffix` rows follow each of them
+    cuts    how many columns of text each probe sees, cached ones included; ascending
+    suffix  S, the rows of a probe
     """
 
     before: int
@@ -53,23 +55,23 @@ class Block:
         return self.drafted + len(self.cuts) * self.suffix
 
     def reach(self) -> Tensor:
-        """Columns of text each row sees, [R]: a row of the draft those up to itself, a probe those before its cut."""
+        """How many columns of text each row sees [R]: of the draft, up to itself; of a probe, up to its cut."""
         draft = torch.arange(self.before + 1, self.text + 1)
         return torch.cat([draft, torch.tensor(self.cuts, dtype=torch.long).repeat_interleave(self.suffix)])
 
     def own(self) -> Tensor:
-        """First column of each row's own probe, [R]; for a row of the draft, which has none, the one behind all."""
+        """The first column of each row's own probe [R]. A row of the draft has none: the column behind all others."""
         last = self.before + self.rows
         starts = torch.arange(len(self.cuts)) * self.suffix + self.text
         return torch.cat([torch.full((self.drafted,), last), starts.repeat_interleave(self.suffix)])
 
     def positions(self) -> Tensor:
-        """Position ids [R]: the draft goes on, each probe starts right behind its cut."""
+        """Position ids [R]: those of the draft count on, those of each probe start behind its cut."""
         probes = torch.tensor(self.cuts, dtype=torch.long)[:, None] + torch.arange(self.suffix)
         return torch.cat([torch.arange(self.before, self.text), probes.flatten()])
 
     def allowed(self, device: torch.device) -> Tensor:
-        """[R, before + R] bool, as `masks.probe_mask` draws it."""
+        """The mask [R, before + R] bool, as `masks.probe_mask` draws it."""
         column = torch.arange(self.before + self.rows, device=device)
         reach, own = self.reach().to(device)[:, None], self.own().to(device)[:, None]
         itself = column[self.before :, None]
@@ -77,7 +79,7 @@ class Block:
 
 
 class CascadeRows:
-    """The rows of a block, written behind its columns: what they share is read once for all of them."""
+    """The rows of a block, with the cascade kernel: the text that its probes share is read once for all of them."""
 
     def __init__(self, buffers: Buffers, block: Block, scale: float, quick: Any = None) -> None:
         self._block, self._scale = block, scale

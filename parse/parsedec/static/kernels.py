@@ -1,7 +1,7 @@
-"""The kernels of `fused`, in Triton. What is not said otherwise lies row behind row; rows of several long passes are
-counted in 64 bits, since their numbers exceed 32.
+"""The Triton kernels of `fused`. Tensors are contiguous unless said otherwise. Row numbers are 64-bit, since offsets
+into the rows of several long passes exceed 32 bits.
 
-Shapes in this file:  R rows, T columns, H hidden, I inside the MLP, A query heads, G key and value heads, g = A / G,
+Shapes in this file:  R rows, T columns, H hidden, I intermediate, A query heads, G key and value heads, g = A / G,
 d head size, P pieces.
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-# the last four where what launches kernels cannot be compiled, found or loaded
+# the last four are raised where Triton's launcher cannot be compiled, found or loaded
 FAILS = TritonError, OSError, subprocess.SubprocessError, ImportError, AssertionError
 
 
@@ -20,7 +20,7 @@ def normed(
     x, more, weight, whole, y,
     EPSILON: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """A row of x [R, H], with that of `more` if it ADDS to `whole`, and its RMSNorm to y."""
+    """RMSNorm of a row of x [R, H] to y; if ADDS, of its sum with the row of `more`, which goes to `whole`."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     there = at < SIZE
     place = row * SIZE + at
@@ -37,7 +37,7 @@ def normed(
 
 @triton.jit
 def gated(product, y, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """silu(gate) * up of a part of a row, of [R, 2 * I] to [R, I]."""
+    """silu(gate) * up for a part of a row, [R, 2 * I] to [R, I]."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     there = at < SIZE
     gate = tl.load(product + row * (2 * SIZE) + at, mask=there, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def placed(
     EPSILON: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, NORMED: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row: of a query to `q` [R, A, d], of a key or value to its column, or if not SLOTS its row."""
+    """One head of one row: a query's to `q` [R, A, d], a key's or value's to its slot or, if not SLOTS, to its row."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, SIZE)
     here = product + row * row_stride + head * SIZE
@@ -85,9 +85,10 @@ def seen(
     SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of rows, each head of a group a row of its own, sees of one piece of the columns.
+    """Attention of a tile of rows, in which each head of a group is a row, to one piece of the columns.
 
-    out  [P, R, A, d] averages of values;  weight  [P, R, A] the logarithms of what they weigh
+    out     [P, R, A, d] averages of values
+    weight  [P, R, A] the log-sum-exp of their scores
     """
     tile, shared, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     each = tile * TILE + tl.arange(0, TILE)
@@ -132,7 +133,7 @@ def seen(
 
 @triton.jit
 def together(out, weight, whole, pieces, heads, SIZE: tl.constexpr, PIECES: tl.constexpr):
-    """The average over the pieces [P, R, A, d], by their weights [P, R, A], of one head of one row."""
+    """Merge the pieces [P, R, A, d] of one head of one row, by their weights [P, R, A]."""
     head = tl.program_id(0)
     piece, at = tl.arange(0, PIECES), tl.arange(0, SIZE)
     there = piece < pieces
@@ -150,11 +151,12 @@ def probed(
     SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SUFFIX: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a probe's rows, each head of a group a row of its own: what they see of the probe up to themselves,
-    averaged with what they have seen of the text.
+    """Causal attention of a tile of a probe's rows, in which each head of a group is a row, to their own probe, merged
+    with what they have seen of the text.
 
-    q, out  [R, A, d], and k, v [R, G, d], SUFFIX rows for each probe;  text  [R * g, G, d] averages of values;
-    text_weight  [R * g, G] the logarithms of what they weigh
+    q, out       [R, A, d], SUFFIX rows per probe; k and v likewise [R, G, d]
+    text         [R * g, G, d] averages of values
+    text_weight  [R * g, G] the log-sum-exp of their scores
     """
     tile, shared, probe = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     each = tile * TILE + tl.arange(0, TILE)

@@ -1,8 +1,8 @@
 """Keys and values of requests: buffers that stay where they are, and leases on their rows.
 
-A lease holds the first `rows` rows of its buffers. Going back is a shorter lease; a fork is a second lease on the same
-buffers. Rows are only ever written behind a lease's own, and only if no other lease reaches further; else the writer
-first moves to buffers of its own (copy on write). So of two forks the first that goes on writes in place.
+A lease holds the first `rows` rows of its buffers. To go back is to shorten the lease; a fork is a second lease on the
+same buffers. A lease only writes behind its own rows, and only if no other lease reaches further; otherwise it first
+moves to buffers of its own (copy on write). So of two forks, the first to go on writes in place.
 
 Shapes in this file:  M = 2 * layers (keys and values of each), G heads, C capacity, d head size.
 """
@@ -21,37 +21,37 @@ from torch import Tensor
 from parsedec.static.weights import Weights
 
 FIRST_CAPACITY = {"cpu": 256, "cuda": 2048}
-SPARE = 2  # buffers nobody holds, kept for the next requests
+SPARE = 2  # unused buffers that are kept for the next requests
 
 
 def bucket(count: int, least: int) -> int:
-    """The smallest of `least` and its doubles that is at least `count`."""
+    """The smallest number of least, 2 * least, 4 * least, … that is at least `count`."""
     while least < count:
         least *= 2
     return least
 
 
 class Buffers:
-    """One allocation for all layers. `states` [M, 1, G, C, d]: 2 * i are the keys of layer i, 2 * i + 1 its values."""
+    """One allocation for all layers: states [M, 1, G, C, d], 2 * i being the keys of layer i, 2 * i + 1 its values."""
 
     def __init__(self, weights: Weights, capacity: int) -> None:
         shape = (2 * len(weights.layers), 1, weights.kv_heads, capacity, weights.head_size)
-        # zeros: rows that were never written are masked, and a mask does not hide what is not a number
-        with torch.inference_mode(False):  # a normal tensor, so that whoever holds it may write to it
+        # zeros: rows that were never written are masked, but a mask would not hide a NaN
+        with torch.inference_mode(False):  # a normal tensor may be written to in and out of inference mode
             self.states = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         self.capacity = capacity
         self.leases: WeakSet[Lease] = WeakSet()
-        self.graphs: dict[Any, Any] = {}  # captured steps hold these addresses, so they live and die with them
+        self.graphs: dict[Any, Any] = {}  # captured steps use these addresses, so they live as long
 
     def clear(self) -> None:
         self.states.zero_()
 
     def columns(self, start: int, count: int) -> tuple[Tensor, ...]:
-        """Views of rows start, …, start + count - 1: M of [1, G, count, d]."""
+        """Views of rows start, …, start + count - 1: M views [1, G, count, d]."""
         return self.states.narrow(3, start, count).unbind(0)
 
     def layers(self, count: int) -> tuple[Tensor, ...]:
-        """Views of the first `count` rows, of each layer [2, 1, G, count, d]."""
+        """Views of the first `count` rows: for each layer [2, 1, G, count, d]."""
         return self.states.narrow(3, 0, count).split_with_sizes([2] * (self.states.shape[0] // 2))
 
 
@@ -65,28 +65,28 @@ class Held(Protocol):
     def leases(self) -> WeakSet[Any]: ...
 
     def clear(self) -> None:
-        """Write zeros to all rows."""
+        """Fill all rows with zeros."""
 
 
 B = TypeVar("B", bound=Held)
 
 
 class Stock(Generic[B]):
-    """Buffers of one kind, a few of which are kept for the next requests when nobody holds them any more.
+    """Buffers of one kind. When nobody holds them any more, a few are kept for the next requests.
 
-    make    new ones for so many rows, on `device`
-    clears  whether they are handed on cleared: steps with fixed sizes also read rows that are nobody's, and what is no
-            number there, after a request whose numbers were too large, no mask hides
+    make    makes new ones, of so many rows, on `device`
+    clears  whether to clear them before they are used again: steps of fixed size also read rows beyond a request's own,
+            and no mask hides a NaN there, left by a request that overflowed
     """
 
     def __init__(self, make: Callable[[int], B], device: torch.device) -> None:
         self._make, self._device = make, device
         self._all: list[B] = []
         self.clears = device.type == "cuda"
-        self._choosing = Lock()  # a judge in a thread of its own must not choose what is being chosen here
+        self._choosing = Lock()  # a judge in another thread may be taking buffers, too
 
     def take(self, capacity: int, holder: object) -> B:
-        """Buffers of at least `capacity` rows that nobody holds but, from now on, `holder`."""
+        """Buffers of at least `capacity` rows, which from now on only `holder` holds."""
         with self._choosing:
             buffers = self._kept(capacity) or self._new(capacity)
             buffers.leases.add(holder)
@@ -104,7 +104,7 @@ class Stock(Generic[B]):
     def _new(self, capacity: int) -> B:
         free = [buffers for buffers in self._all if not buffers.leases]
         for buffers in sorted(free, key=lambda buffers: buffers.capacity)[: max(0, len(free) - SPARE + 1)]:
-            self._all.remove(buffers)  # the smallest go first: requests have outgrown them
+            self._all.remove(buffers)  # the smallest first: requests have outgrown them
         self._all.append(self._make(bucket(capacity, FIRST_CAPACITY.get(self._device.type, 256))))
         return self._all[-1]
 
@@ -135,7 +135,7 @@ class Lease:
         return twin
 
     def writable(self, count: int) -> Buffers:
-        """The buffers, in which `count` rows may be written behind those of this lease."""
+        """Buffers that have `count` rows to write to behind those of this lease; it moves to new ones if need be."""
         buffers = self._buffers
         if buffers is not None and self.rows + count <= buffers.capacity and self._reaches_furthest(buffers):
             return buffers
@@ -145,10 +145,10 @@ class Lease:
     def gather(self, start: int, rows: Sequence[int]) -> None:
         """Of the rows from `start` on, keep `rows` (relative to `start`, ascending) and forget the others.
 
-        One gather and one copy for all layers. Only behind what other leases hold, as after a pass of this one.
+        One gather and one copy for all layers. Only for rows that no other lease holds, as after a pass of this one.
         """
         assert self._buffers is not None
-        right = next((i for i, row in enumerate(rows) if row != i), len(rows))  # leading rows stand where they stay
+        right = next((i for i, row in enumerate(rows) if row != i), len(rows))  # the rows before it stay
         if right < len(rows):
             states = self._buffers.states
             index = torch.tensor(rows[right:], device=states.device) + start
@@ -160,7 +160,7 @@ class Lease:
 
     @torch.inference_mode()
     def _move(self, count: int) -> Buffers:
-        """To buffers of its own with room for `count` rows more."""
+        """Move to buffers of its own, with room for `count` more rows."""
         old = self._buffers
         new = self.pool.take(self.rows + count, self)
         if old is not None:

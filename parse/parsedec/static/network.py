@@ -1,9 +1,9 @@
 """The forward of a dense decoder over the rows of one pass: embeddings to logits, in few operations.
 
-Attention is handed in: it writes the rows' keys and values into a cache and reads what they may see (`attention`).
+Attention is passed in: it writes the rows' keys and values into a cache and reads what they may see (`attention`).
 
-Shapes in this file:  R rows of the pass, H hidden, A query heads, G key and value heads, d head size, V vocabulary,
-L taps, K rows logits are wanted for.
+Shapes in this file:  R rows of the pass, H hidden, I intermediate, A query heads, G key and value heads, d head size,
+V vocabulary, L taps, K rows to give logits for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import embedding, silu
 from parsedec.static.rotary import Angles, RotaryTable, rotated
 from parsedec.static.weights import Layer, Norm, Weights
 
-LEAST_GPU = (8, 0)  # older ones have too few registers for the kernels
+LEAST_GPU = (8, 0)  # compute capability: older GPUs have too few registers for the kernels
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +32,18 @@ class Attend(Protocol):
 
 
 class AttendProduct(Protocol):
-    """The same from the product [R, (A + 2 * G) * d] on, whose parts are q, k and v, still to be normed and rotated."""
+    """The same, but given q, k and v as one product [R, (A + 2 * G) * d], still to be normed and rotated."""
 
     def projected(self, i: int, layer: Layer, product: Tensor, angles: Angles, /) -> Tensor: ...
 
 
-Stream = tuple[Tensor, Tensor | None]  # rows [R, H] and, where the next layer's norm adds it, what is still to be added
+Stream = tuple[Tensor, Tensor | None]  # rows [R, H], and what the next norm has still to add to them, if anything
 Attends = Attend | AttendProduct
 EachLayer = Callable[[int, Layer, Stream, Angles, Attends], Stream]  # as Network.layer
 
 
 class Network:
-    """A model's forward. It holds weights and rotary angles; a request's cache comes with each pass."""
+    """A model's forward. It holds weights and rotary angles; the cache of a request comes with each pass."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -51,7 +51,7 @@ class Network:
         self.kernels = kernels_for(weights)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
-        """[R, H]"""
+        """Embeddings of the tokens [R, H]."""
         table = self.weights.embedding
         if len(tokens) == 1:
             return table.narrow(0, tokens[0], 1)  # a view: nothing to send to the device
@@ -73,10 +73,12 @@ class Network:
         taps: tuple[int, ...] = (),
         each: EachLayer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Embedded rows [R, H] to logits [K, V] of the last `keep` rows or of the rows `keep`, and taps [R, L, H].
+        """Embedded rows x [R, H] to logits [K, V] and taps [R, L, H].
 
-        `taps` are indices as in `output_hidden_states`: 0 the embeddings, the last one behind the final norm.
-        `each` is what runs a layer, in place of `layer`.
+        keep  the rows to give logits for: indices, or how many of the last ones
+        taps  layers whose hidden states are wanted, as in `output_hidden_states`: 0 the embeddings, the last one behind
+              the final norm
+        each  runs a layer in place of `self.layer`
         """
         weights, rows, run = self.weights, x.shape[0], each or self.layer
         shown = {0: x}
@@ -111,11 +113,11 @@ class Network:
 
     @property
     def _quick(self) -> Any:
-        """The kernels, where nothing else joins operations."""
+        """The Triton kernels, unless torch.compile is fusing operations by itself."""
         return None if torch.compiler.is_compiling() else self.kernels
 
     def _normed(self, stream: Stream, norm: Norm) -> tuple[Tensor, Tensor]:
-        """The rows as a whole, and normed."""
+        """The rows with all that was still to be added, and the same normed."""
         if self._quick is not None:
             both: tuple[Tensor, Tensor] = self._quick.normed(*stream, norm)
             return both
@@ -123,7 +125,7 @@ class Network:
         return x, norm(x)
 
     def _gated(self, layer: Layer, y: Tensor) -> Tensor:
-        """[R, H] to [R, I]"""
+        """silu(gate) * up, [R, H] to [R, I]."""
         parts = [part(y) for part in layer.gate_up]
         if self._quick is not None:
             product: Tensor = self._quick.gated(*parts)
@@ -150,23 +152,23 @@ class Network:
         if layer.norms is not None:
             apart = both.split_with_sizes((heads, shared), 1)
             both = torch.cat([norm(x) for norm, x in zip(layer.norms, apart, strict=True)], 1)
-        q, k = rotated(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys in one go
+        q, k = rotated(both, angles).split_with_sizes((heads, shared), 1)  # queries and keys at once
         return q, k, v
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which `device` is the current one: streams and graphs belong to that, and Triton launches there,
-    whatever device its tensors are on."""
+    """A context in which `device` is the current one. Streams and graphs belong to the current device, and Triton
+    launches on it, whatever device its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def kernels_for(weights: Weights) -> Any:
-    """The module `fused`: on CUDA, where Triton is and the kernels have been seen to be right for such a model."""
+    """The module `fused`, or None unless on CUDA with Triton and the kernels were found right for such a model."""
     joined = all(len(layer.qkv) == len(layer.gate_up) == 1 for layer in weights.layers)
     if weights.device.type != "cuda" or not joined or torch.cuda.get_device_capability(weights.device) < LEAST_GPU:
         return None
     try:
-        from parsedec.static import fused  # Triton comes with torch for CUDA on Linux, and with no other
+        from parsedec.static import fused  # needs Triton, which only comes with torch for CUDA on Linux
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("triton"):
             raise
@@ -181,5 +183,5 @@ def _whole(stream: Stream) -> Tensor:
     x, more = stream
     if more is None:
         return x
-    # But for the dimension, torch.compile sees a sum with a product and makes it a product onto a copy (torch 2.11).
+    # Without the extra dimension, torch.compile turns sum and product into a product onto a copy of x (torch 2.11).
     return (x[None] + more[None])[0]

@@ -1,10 +1,10 @@
 """The static backend: a session whose cache is a lease on preallocated buffers.
 
-Everything a session promises, and the books it keeps - committed, pending and staged tokens, counters, taps - are those
-of `Session`. Only what touches keys and values is replaced; the cache of the base class stays empty.
+The interface and all bookkeeping - committed, pending and staged tokens, counters, taps - are those of `Session`. Only
+what touches keys and values is replaced; the base class's cache stays empty.
 
-Passes longer than a block of rows are cut into blocks, each run through all layers before the next. A probe of a judge
-pass is not kept, so the probes of a later block are written where those of the block before were.
+A long pass is cut into blocks of rows, each of which runs through all layers before the next. Rows of probes are not
+kept, so the probes of a block overwrite those of the block before.
 
 Shapes in this file:  R rows, N draft rows, K probes, S suffix rows a probe, V vocabulary, L taps, H hidden.
 """
@@ -38,15 +38,16 @@ from parsedec.types import Tree
 
 log = logging.getLogger(__name__)
 
-BLOCK = {"cpu": 512, "cuda": 2048}  # most rows at a time: enough to be bound by arithmetic, few enough to mask
+BLOCK = {"cpu": 512, "cuda": 2048}  # most rows of a block: enough to be bound by arithmetic, few enough for a mask
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What the sessions of one model share.
 
-    steps       decode steps in buckets, by whether they are compiled; None where passes run as they are
-    prefetches  whether the device works on while the host looks at a token
+    block       most rows of a block
+    steps       whether steps are compiled -> the decode steps in buckets; None: passes run as they are
+    prefetches  whether a session reads a token ahead while the host waits for its value
     """
 
     network: Network
@@ -59,7 +60,7 @@ class Machine:
     def of(cls, weights: Weights) -> Machine:
         network, graphs = Network(weights), weights.device.type == "cuda"
         if graphs and torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
-            # on Hopper torch takes cuDNN's attention before all others, and plans it anew for every length of a text
+            # on Hopper, torch prefers cuDNN's attention, which makes a new plan for every length of a text
             torch.backends.cuda.enable_cudnn_sdp(False)
             log.info(
                 "the static backend turns cuDNN's attention off for this process: it is slow on lengths that change"
@@ -73,7 +74,7 @@ _machines: WeakKeyDictionary[PreTrainedModel, Machine] = WeakKeyDictionary()
 
 
 def machine_of(model: LanguageModel) -> Machine:
-    """The machine of a model without an obstacle, made once; made anew if its parameters are not what was read."""
+    """The machine of a model that qualifies: made once, and again when the model's parameters have changed."""
     machine = _machines.get(model.hf)
     if machine is None or not machine.network.weights.fresh:
         machine = _machines[model.hf] = Machine.of(read_weights(model.hf))
@@ -81,15 +82,15 @@ def machine_of(model: LanguageModel) -> Machine:
 
 
 def forget_machine(model: LanguageModel) -> None:
-    """For a model whose modules or parameters are others now; sessions that are open go on with what they hold."""
+    """To be called when modules or parameters of a model were replaced. Open sessions go on with the old machine."""
     _machines.pop(model.hf, None)
 
 
 @dataclass(slots=True)
 class Prefetched:
-    """A token that is read, but neither committed nor counted: its row is behind those of the session's books.
+    """A token that was read ahead, but is neither committed nor counted. Its row is the last one of the lease.
 
-    token  None while the host does not know it
+    token  None until the host knows it
     """
 
     token: int | None
@@ -97,13 +98,13 @@ class Prefetched:
 
 
 class StaticSession(Session):
-    """A session of a model that `static_obstacle` has nothing against."""
+    """A session of a model for which `static_obstacle` is None."""
 
     def __init__(self, model: LanguageModel, taps: tuple[int, ...] = (), *, ids: int = 0) -> None:
         super().__init__(model, taps, ids=ids)
         self._machine = machine_of(model)
         self._steps = self._machine.steps[model.compiled]
-        self._lease = Lease(self._machine.pool)  # rows: cached ones, and staged ones or a prefetched one behind them
+        self._lease = Lease(self._machine.pool)  # the cached rows, then the staged ones or a prefetched one
         self._prefetched: Prefetched | None = None
         self._readback = Readback(model.device)
 
@@ -119,7 +120,7 @@ class StaticSession(Session):
 
     @torch.inference_mode()
     def prefetch(self, token: Tensor) -> int:
-        """What is read in the end need not be this token: the row is then forgotten, and written over."""
+        """If another token is committed in the end, the prefetched row is forgotten and overwritten."""
         if not self.prefetches:
             return int(token)
         if self.next_logits is None:
@@ -129,7 +130,7 @@ class StaticSession(Session):
         self._forget_prefetched()
         self._readback.begin(token)
         output = self._steps.run(self._lease, token.view(1), None, None, self.taps)
-        self._prefetched = Prefetched(None, output)  # already here: the wait may be interrupted
+        self._prefetched = Prefetched(None, output)  # set before the wait, which may be interrupted
         self._prefetched.token = known = self._readback.wait()
         return known
 
@@ -147,7 +148,7 @@ class StaticSession(Session):
         positions: Tensor | None = None,
         mask: Tensor | dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Causal rows behind the cache, in blocks; only the last `keep` of them give logits."""
+        """Causal rows behind the cache, in blocks. Only the last `keep` of them give logits."""
         assert isinstance(keep, int)
         assert positions is None
         assert mask is None
@@ -176,7 +177,7 @@ class StaticSession(Session):
     def _read_packed(
         self, draft: Sequence[int], cuts: Sequence[int], suffix: Sequence[int], probes: list[int], done: int
     ) -> ProbeRows:
-        """In blocks of rows, each staged when it was read: logits of all rows at once would be [N, V]."""
+        """In blocks, each staged as soon as it is read: the logits of all rows at once would be [N, V]."""
         tokens = [*self.pending, *draft[done:]]
         ends = [self.cached + len(self.pending) + cut for cut in probes]
         self.calls += 1
@@ -204,7 +205,7 @@ class StaticSession(Session):
 
     def _probe_batch(self, suffix: Sequence[int], probes: list[int]) -> ProbeRows:
         self.calls += 1
-        self.rows += len(suffix) * len(probes)  # and nothing is copied for the branches
+        self.rows += len(suffix) * len(probes)  # nothing is copied: a block of a judge pass reads them in place
         blocks = self._judge_blocks([], suffix, [self.cached + cut for cut in probes])
         return joined([_verdicts(rows, len(suffix), logits, taps) for rows, logits, taps in blocks])
 
@@ -212,12 +213,12 @@ class StaticSession(Session):
     def _judge_blocks(
         self, tokens: list[int], suffix: Sequence[int], ends: list[int]
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Rows of a draft, which stay in the cache, and probes behind columns `ends`, which do not.
+        """Read a draft, whose rows stay in the cache, and a probe behind each of the columns `ends`, which do not stay.
 
-        Yields for every block how many rows of the draft it holds, their logits and then those of its probes' last rows
-        [rows + probes, V], and taps [all rows, L, H].
+        Yields for every block: how many rows of the draft it has; their logits, followed by those of its probes' last
+        rows [rows + probes, V]; and the taps of all its rows.
         """
-        self._forget_prefetched()  # blocks are laid out behind what the lease holds
+        self._forget_prefetched()  # a block begins where the lease ends
         size, first, start = self._machine.block, 0, 0
         while start < len(tokens) or first < len(ends):
             text = tokens[start : start + size]
@@ -243,10 +244,12 @@ class StaticSession(Session):
         block: Block | None = None,
         keep: Tensor | int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One block of rows behind those of the lease, which grows by it.
+        """One block of rows behind those of the lease, which grows by it. In a batch, it may share a forward (`joint`).
 
-        positions  [R], None: plainly onwards;  allowed  [R, columns] bool, None: causal;  keep  None: logits of all
-        block      rows of a judge pass, in place of positions and allowed
+        positions  [R]; None: counting on from the end of the lease
+        allowed    [R, columns] bool, which columns a row may attend to; None: causal
+        block      for rows of a judge pass, in place of positions and allowed
+        keep       which rows to give logits for: indices, or how many of the last ones; None: all
         """
         self._forget_prefetched()
         if self._maps_ids:
@@ -290,5 +293,5 @@ class StaticSession(Session):
 
 
 def _verdicts(text: int, suffix: int, logits: Tensor, taps: Tensor | None) -> ProbeRows:
-    """The last rows of a block's probes, which stand behind `text` rows of the draft."""
+    """The last rows of the probes in a block that begins with `text` rows of the draft."""
     return logits[text:], None if taps is None else taps[text + suffix - 1 :: suffix]

@@ -1,9 +1,9 @@
-"""The decode step with all sizes fixed, so that it can be compiled, and captured in CUDA graphs.
+"""Decode steps of fixed size, so that they can be compiled, and captured in CUDA graphs.
 
-A step reads a chain or a tree of a few tokens behind the cache. Rows are padded to a bucket and attention runs over a
-bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay where
-they are. Of the layers one is compiled, if any, which all then run: compiling all of them together gains little, since
-few operations reach over the end of a layer, and takes as many times as long as there are layers.
+A step reads a chain or a tree of a few tokens behind the cache. Its rows are padded to a bucket, and attention runs
+over a bucket of columns, the unused ones masked; what changes from step to step is written into input tensors that stay
+where they are. If layers are compiled, one is, and all run its code: compiling all of them together would gain little,
+since few operations could be fused across layers, and would take as many times as long as there are layers.
 
 On CUDA each step is captured once per buffers, bucket and taps, and replayed from then on (`graphs`).
 
@@ -29,9 +29,9 @@ from parsedec.static.rotary import Angles
 from parsedec.static.weights import Layer
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # buckets; longer passes are bound by arithmetic and run as they are
-COMPILED_ROWS = (1, 8, 64)  # fewer, since each is compiled: up to 64 rows cost little more than one
-LEAST_COLUMNS = 256  # buckets of columns are this many, its doubles, and one half more than each
-MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake from the eighth on
+COMPILED_ROWS = (1, 8, 64)  # fewer, since each has to be compiled: up to 64 rows cost little more than one
+LEAST_COLUMNS = 256  # buckets of columns: this many, 3/2 of it, twice as many, 3/2 of that, and so on
+MANY = 1 << 12  # one function is compiled for every bucket, which torch takes for a mistake after the eighth
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -39,8 +39,8 @@ Output = tuple[Tensor, Tensor | None]
 class Steps(Graphs):
     """The steps of one network.
 
-    compiled  run through torch.compile, which takes a while at the first use of every bucket; not the layers where the
-              network has kernels, which leave it nothing to join
+    compiled  run through torch.compile, which takes a while at the first use of every bucket. Not the layers of a
+              network that has Triton kernels: they leave nothing to fuse
     """
 
     def __init__(self, network: Network, *, compiled: bool) -> None:
@@ -59,8 +59,9 @@ class Steps(Graphs):
     ) -> Output:
         """Logits [rows, V] and taps [rows, L, H] of at most 64 rows behind those of the lease, which grows by them.
 
-        ids        also one that is known on the device alone [1]
-        positions  None: plainly onwards;  sees  [rows, rows] bool, which rows see which; None: those before them
+        ids        a list, or a tensor of one id that only the device knows [1]
+        positions  None: counting on from the end of the lease
+        sees       [rows, rows] bool, which rows see which; None: each sees the rows before it
         """
         count, start = len(ids), lease.rows
         rows = next(bucket for bucket in (COMPILED_ROWS if self.compiled else ROWS) if bucket >= count)
@@ -76,7 +77,7 @@ class Steps(Graphs):
             return logits[:count].clone(), None if shown is None else shown[:count].clone()
 
     def attention(self, buffers: Buffers, columns: int) -> Callable[[Tensor, Tensor], Attends]:
-        """What makes the attention of steps on so many columns from their slots and mask."""
+        """A function of slots and mask that makes the attention of steps over so many columns."""
         scale, kernels = self.network.weights.scale, self.network.kernels
         if kernels is not None:
             return partial(kernels.FusedRows, buffers.layers(columns), scale)
@@ -84,7 +85,7 @@ class Steps(Graphs):
 
 
 class Readback:
-    """A whole number fetched from the device without waiting for what the device was asked for afterwards."""
+    """Fetches an integer from the device without waiting for work that the device was given afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -92,7 +93,7 @@ class Readback:
         self._copied: torch.cuda.Event | None = None
 
     def begin(self, number: Tensor) -> None:
-        """number  []"""
+        """Start to fetch a number []."""
         if self._device.type != "cuda":
             self._number = number
             return
@@ -103,7 +104,7 @@ class Readback:
         self._copied.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> int:
-        """The number `begin` was given last."""
+        """The number that `begin` was given last."""
         assert self._number is not None
         if self._copied is not None:
             self._copied.synchronize()
@@ -111,7 +112,7 @@ class Readback:
 
 
 def column_bucket(count: int) -> int:
-    """The smallest bucket of at least so many columns. One row's attention takes as long as its bucket is wide."""
+    """The smallest bucket of at least `count` columns. The attention of a row takes as long as its bucket is wide."""
     columns = LEAST_COLUMNS
     while columns < count:
         columns = columns * 4 // 3 if columns & (columns - 1) else columns * 3 // 2
@@ -119,10 +120,10 @@ def column_bucket(count: int) -> int:
 
 
 class Step:
-    """A step for one bucket on one set of buffers.
+    """The step for one bucket on one set of buffers.
 
-    Inputs: ids and positions [R], where the first row goes [1], and which rows see which [R, R], additive. Padding
-    rows follow the others: nothing sees them, and the next step overwrites what they write.
+    Its inputs are ids and positions [R], the column of the first row [1], and which rows see which [R, R], additive.
+    Padding rows come last: no row sees them, and the next step overwrites what they write.
     """
 
     def __init__(self, steps: Steps, buffers: Buffers, rows: int, columns: int, taps: tuple[int, ...]) -> None:
@@ -131,7 +132,7 @@ class Step:
         network.positions.reach(buffers.capacity)
         self.rows, self.columns, self.taps = rows, columns, taps
         self._network = network
-        # by reference: these stay valid for a captured graph if the tables grow
+        # kept here: if the tables grow, a captured graph goes on with these
         self._cos, self._sin = network.positions.cos, network.positions.sin
         self._attend = steps.attention(buffers, columns)
         device, low = weights.device, hidden(weights.dtype)
@@ -158,9 +159,9 @@ class Step:
             return self._run()
 
     def _load_one(self, token: int | Tensor, start: int) -> None:
-        """One row plainly onwards: nothing is copied from the host, so nothing has to be waited for."""
+        """A single row at the next position. Nothing is copied from the host, so nothing has to be waited for."""
         at = self._numbers.narrow(0, 0, 1)
-        if isinstance(token, Tensor):  # what no forward could give would end the process if it was looked up
+        if isinstance(token, Tensor):  # an id beyond the table would end the process
             torch.clamp(token.view(1), max=self._network.weights.embedding.shape[0] - 1, out=at)
         else:
             at.fill_(token)
@@ -184,7 +185,7 @@ class Step:
         self._sees_chain = sees is None
 
     def _body(self) -> Output:
-        """The step on its inputs; nothing in it depends on the host."""
+        """The step on its inputs. Nothing in it depends on the host."""
         network, weights = self._network, self._network.weights
         inputs = (self._numbers, self._sees, self._row, self._column, self._shown, self._hidden)
         tables = (weights.embedding, self._cos, self._sin)
@@ -198,22 +199,22 @@ def _opened(
     numbers: Tensor, sees: Tensor, row: Tensor, column: Tensor, shown: Tensor, hidden: Tensor,
     embeddings: Tensor, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Angles, Tensor, Tensor]:  # fmt: skip
-    """What stands before the layers: embedded rows [R, H], angles [R, 1, d], columns to write to [R], mask [R, T]."""
+    """What comes before the layers: embedded rows [R, H], angles [R, 1, d], columns to write to [R], mask [R, T]."""
     rows = row.shape[0]
     ids, positions, start = numbers.split_with_sizes((rows, rows, 1))
     column = column - start  # 0 for the first of the rows' own columns
     own = sees.index_select(1, column.clamp(0, rows - 1))  # [R, T]
-    # no index_copy into an expanded row: compiled, the copies of that row share their memory (torch 2.13, CPU)
+    # no index_copy into an expanded row: when compiled, the copies of that row share memory (torch 2.13, CPU)
     mask = torch.where(column < 0, shown, torch.where(column < rows, own, hidden))
     angles = cos.index_select(0, positions), sin.index_select(0, positions)
     return embedding(ids, embeddings), angles, start + row, mask
 
 
 def _one_of_many(network: Network, i: int, layer: Layer, stream: Stream, angles: Angles, attend: Attends) -> Stream:
-    """A layer by the code that was compiled for the first one of its shape. It is not told which one it is."""
+    """Run a layer by code that was compiled once for all layers of its shape: it is not told which layer it is."""
     assert isinstance(attend, Bucket)
     x, more = stream
-    if x.is_cuda and more is None:  # the first one would need code of its own
+    if x.is_cuda and more is None:  # only in the first layer, which would need code of its own
         stream = x, torch.zeros_like(x)
     out: Stream = _compiled(_layer)(network, layer, stream, angles, attend.only(i))
     return out
@@ -230,7 +231,7 @@ def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _many_shapes() -> AbstractContextManager[Any]:
-    """Compile for as many buckets as there are."""
+    """Let torch compile one function for as many buckets as there are."""
     from torch._dynamo import config  # takes a second to import, and only compiled steps need it
 
     changed: AbstractContextManager[Any] = config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)

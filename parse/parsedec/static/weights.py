@@ -22,8 +22,8 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Angles that depend on the position alone. "dynamic" and "longrope" change with the length of the text.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 DEVICES = ("cpu", "cuda")
-HARMLESS = ("transformers.utils.output_capturing", "parsedec.")  # hooks from there
-PACK_LIMIT = 1 << 30  # bytes of weights up to which copies are made
+HARMLESS = ("transformers.utils.output_capturing", "parsedec.")  # modules whose hooks change no result
+PACK_LIMIT = 1 << 30  # bytes: the largest weights that packed copies are made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class Linear:
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
     def onto(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x + y W + b, as x and what is to be added to it, or on the CPU as the whole, the sum inside the product.
+        """x + y W + b: on the CPU as one tensor, since the product can add x; on CUDA as x and what is to be added.
 
-        On CUDA that would be a copy of x and a product onto it, where the norm that follows adds in passing.
+        On CUDA the product would first copy x, while the norm that follows adds at no cost.
         """
         if x.is_cuda:
             return x, self(y)
@@ -50,8 +50,8 @@ class Linear:
 class Norm:
     """RMSNorm over the last dimension, of size H: x w / sqrt(mean(x²) + epsilon).
 
-    Packed: `scaled` is w sqrt(H) and `least` sqrt(H epsilon), so that x scaled / hypot(|x|, least) is the same. That is
-    four operations; on the CPU torch takes ten.
+    Packed: with scaled = w sqrt(H) and least = sqrt(H epsilon), the same is x scaled / hypot(|x|, least). That is four
+    operations; on the CPU, torch takes ten.
     """
 
     weight: Tensor
@@ -74,10 +74,9 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer; norms of queries and keys where the family has them.
+    """One decoder layer; with norms of queries and keys, if the family has them.
 
-    Packed and joined layers have one product each for queries, keys and values and for gate and up; others have three
-    and two.
+    Packed and joined layers have one matrix for queries, keys and values, and one for gate and up; others have more.
     """
 
     qkv: tuple[Linear, ...]  # [H, A * d], [H, G * d] twice; or [H, (A + 2 * G) * d]
@@ -91,20 +90,20 @@ class Layer:
 
     @property
     def norms(self) -> tuple[Norm, Norm] | None:
-        """Those of queries and keys."""
+        """The norms of queries and keys."""
         return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All of a model: its tensors, and the few numbers that say how they are used.
+    """A whole model: its tensors, and the few numbers that say how to use them.
 
     rotary    the model's own module, (x, position ids) -> (cos, sin)
     scale     of the attention scores
-    packed    bytes of copies that were made
+    packed    bytes of the copies that were made
     versions  of the parameters when they were read
-    points    where copies were made, a number of each parameter, and `values`, what those were: writing to `.data`, as
-              merging adapters does, counts as no version
+    points    if copies were made: one number of each parameter, and in `values` what it was. Writing to `.data`, as
+              merging adapters does, does not count as a new version
     """
 
     embedding: Tensor  # [V, H]
@@ -124,7 +123,7 @@ class Weights:
 
     @property
     def fresh(self) -> bool:
-        """Whether the parameters are still what was read: where they were and, of copies, with the same content."""
+        """Whether the parameters are still those that were read; if copies were made, with the same content."""
         same = _versions(self.parameters, bool(self.packed)) == self.versions
         return same and (self.values is None or torch.equal(torch.cat(self.points), self.values))
 
@@ -142,7 +141,7 @@ class Weights:
 
 
 def static_obstacle(model: LanguageModel) -> str | None:
-    """Why the static backend cannot run this model, or None where it can."""
+    """Why the static backend cannot run this model, or None if it can."""
     hf = model.hf
     if type(hf).__name__ not in FAMILIES or not type(hf).__module__.startswith("transformers.models."):
         return f"an architecture that is not written for it ({type(hf).__name__}; it has {', '.join(FAMILIES)})"
@@ -158,15 +157,15 @@ def static_obstacle(model: LanguageModel) -> str | None:
 
 
 def foreign_hooks(module: nn.Module) -> tuple[int, ...]:
-    """Which hooks of its forward a module has, but for those that collect or count."""
-    if not module._forward_hooks and not module._forward_pre_hooks:  # nearly always, and asked whenever a session opens
+    """The hooks of a module's forward, except harmless ones that only collect or count."""
+    if not module._forward_hooks and not module._forward_pre_hooks:  # the usual case, checked for every new session
         return ()
     hooks = {**module._forward_hooks, **module._forward_pre_hooks}
     return tuple(key for key, hook in hooks.items() if not str(getattr(hook, "__module__", "")).startswith(HARMLESS))
 
 
 def _strange_modules(hf: Any) -> str | None:
-    """Quantised layers and adapters are modules of their own kind in the same places."""
+    """Modules of an unknown kind, as quantisation and adapters put in the places of plain ones."""
     kinds = {type(module).__name__ for module in _projections(hf) if type(module) is not nn.Linear}
     if kinds or type(hf.model.embed_tokens) is not nn.Embedding:
         found = sorted(kinds) or [type(hf.model.embed_tokens).__name__]
@@ -205,18 +204,19 @@ def _projections(hf: Any) -> Iterator[Any]:
 def read_weights(hf: Any) -> Weights:
     """The weights of a model that has no obstacle.
 
-    They are the modules' own tensors: nothing is copied, and what is trained or loaded into them is seen. The one
-    exception is a model in float32 on the CPU of up to PACK_LIMIT bytes. There, products of few rows are bound by how
-    the matrix is walked through, and copies that are laid out [in, out], those that are read together side by side,
-    make a token a third faster (MKL, two kinds of CPU); they are made again when a parameter has changed.
+    They are the modules' own tensors: nothing is copied, and whatever is trained or loaded into them counts at once.
 
-    On CUDA those that are read together are joined: the modules' parameters become parts of one tensor. A step then has
-    three matrix products less a layer, and none of them is too small to keep the memory busy.
+    The one exception is a float32 model of up to PACK_LIMIT bytes on the CPU. There, the time of a product of few rows
+    depends on the order in which the matrix is read. Copies laid out [in, out], side by side where they are read
+    together, make a token a third faster (MKL, two kinds of CPU). They are made again when a parameter has changed.
+
+    On CUDA, weights that are read together are joined: the modules' parameters become parts of one tensor. This saves
+    three matrix products per layer, and leaves none too small to keep the memory busy.
     """
     attention, parameters = hf.model.layers[0].self_attn, tuple(hf.parameters())
     if hf.device.type == "cuda":
         join_weights(hf)
-        torch.cuda.empty_cache()  # what the parameters were in before: blocks too small for anything joined
+        torch.cuda.empty_cache()  # the parameters' former blocks, which are too small for joined ones
     size = attention.head_dim
     copied = sum(module.weight.nbytes for module in _projections(hf))
     pack = hf.device.type == "cpu" and hf.dtype == torch.float32 and copied <= PACK_LIMIT
@@ -256,10 +256,10 @@ def _layer(module: Any, pack: bool) -> Layer:
 
 @torch.no_grad()
 def join_weights(hf: Any) -> None:
-    """Make the weights that one product can read together lie one behind another, as they do in `joined`.
+    """Move weights that one product can read together next to each other in memory, so that `joined` finds them.
 
-    The parameters stay what they are, for the modules and for an optimizer; only where they are changes, a group of one
-    layer at a time.
+    The parameters stay the same objects, for the modules and for an optimizer; only their storage changes, one group of
+    a layer at a time.
     """
     for layer in hf.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -273,7 +273,7 @@ def join_weights(hf: Any) -> None:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor whose rows are those of `parts`, one behind another, if they lie so in memory."""
+    """One tensor of all rows of `parts`, if they are next to each other in memory; else None."""
     first, at = parts[0], parts[0].storage_offset()
     for part in parts:
         one_storage = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
@@ -296,5 +296,5 @@ def _linears(modules: list[Any], pack: bool) -> tuple[Linear, ...]:
 
 
 def _versions(parameters: tuple[Tensor, ...], content: bool) -> tuple[tuple[int, int], ...]:
-    """Where the parameters are, and how often they were written to (not counted for inference tensors)."""
+    """Where the parameters are and, for `content`, how often they were written to (unknown for inference tensors)."""
     return tuple((p.data_ptr(), p._version if content and not p.is_inference() else 0) for p in parameters)
