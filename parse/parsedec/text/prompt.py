@@ -16,31 +16,31 @@ from parsedec.types import Message
 
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
-    """A prompt in both models' tokens, as `Parse.read` gives it: a request then has nothing left to encode. `draft`:
-    None where no draft model reads it."""
+    """A prompt in both models' tokens, made by `Parse.read`, so that the request has nothing left to encode. `draft` is
+    None if no draft model reads it."""
 
     target: list[int]
     draft: list[int] | None
 
 
-# a mapping is what a tokenizer returns
+# a mapping: what a tokenizer returns
 Prompt = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any] | ReadPrompt
 
 
 class NewTurn(list[Message]):
-    """Messages that are answered in a turn of its own, even where the last of them is an assistant's: what OpenAI's API
-    does. Other lists that end like that are gone on with."""
+    """Messages that get an answer in a turn of its own, even if the last one is the assistant's, as in OpenAI's API. In
+    any other list, a last message of the assistant's is continued."""
 
 
 class BareText(str):
-    """Text that is gone on with as it is, in no chat template; each model reads it in tokens of its own."""
+    """Text to be continued as it is, without a chat template. Each model reads it in its own tokens."""
 
 
 def token_ids(prompt: Prompt) -> list[int]:
-    """The prompt's token ids, if that is what it is; else nothing.
+    """The token ids of a prompt that is given as such; of any other prompt, an empty list.
 
-    They are a list, a tensor or array of one dimension or of one row, or what a tokenizer returns: `input_ids` of one
-    prompt, without those that its `attention_mask` hides.
+    They may be a list, a tensor or array of one dimension or of one row, or what a tokenizer returns: `input_ids` of
+    one prompt, of which those hidden by `attention_mask` are left out.
     """
     whole = prompt if isinstance(prompt, Mapping) else {"input_ids": prompt}
     rows = _one_row(whole.get("input_ids"), nested=whole is prompt)
@@ -54,7 +54,7 @@ def token_ids(prompt: Prompt) -> list[int]:
 
 
 def _one_row(ids: Any, *, nested: bool) -> Any:
-    """Ids as a list; the only row of a tensor or array, or, `nested`, of a list of lists."""
+    """Ids as a list. Of a tensor or array with one row, or if `nested` of a list of one list, that row."""
     array = isinstance(ids, (Tensor, np.ndarray))
     rows = ids.tolist() if array else ids
     one = (array or nested) and isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], list)
@@ -62,7 +62,7 @@ def _one_row(ids: Any, *, nested: bool) -> Any:
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
-    """A user message, or a dialogue, as messages. Raises PromptError for anything else."""
+    """A user message or a dialogue, as messages. Raises PromptError for anything else."""
     messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, Sequence) or isinstance(messages, bytes):
         raise PromptError(
@@ -82,7 +82,7 @@ def messages_of(prompt: Prompt) -> list[Message]:
 
 
 def _text(content: Any) -> str:
-    """What a message says: a text, or parts of one as OpenAI's clients send them."""
+    """The text of a message, which may come in parts as from OpenAI's clients."""
     parts = [content] if isinstance(content, str) or not isinstance(content, Sequence) else content
     read = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in parts]
     texts = [part for part in read if isinstance(part, str) and is_unicode(part)]
@@ -95,7 +95,7 @@ def _text(content: Any) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it is text: JSON can spell half of a surrogate pair, which no tokenizer reads."""
+    """Whether a string is valid text: JSON can spell half of a surrogate pair, which no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -104,7 +104,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_length(model: LanguageModel, ids: Sequence[int]) -> None:
-    """Raise PromptTooLong where a prompt leaves no room for an answer."""
+    """Raise PromptTooLong if a prompt leaves no room for an answer."""
     if len(ids) >= model.context_limit:
         raise PromptTooLong(
             f"the prompt has {len(ids)} tokens and leaves no room in the context of {model.name}, "

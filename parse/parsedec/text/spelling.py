@@ -1,4 +1,4 @@
-"""Where tokens end in the text they spell, and drafts carried from one vocabulary to another."""
+"""Tokens and the text they spell: where each token ends, text that grows, and drafts for another vocabulary."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ UNSETTLED = 8  # last tokens of an encoded text that its continuation may still 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A whole answer by the draft model, in the target's tokens, its end token left out.
+    """A draft, in the target's tokens and without its end token.
 
     tokens    N target ids
     text      what they spell
-    ends      [N] offset in `text` after each token
-    ended     the draft model closed the answer by itself
-    logprobs  [N] the draft model's log-probability of each token at temperature 1, nats; None: nobody asked for them
+    ends      [N] where each token ends in `text`
+    ended     whether the draft model wrote an end token behind them
+    logprobs  [N] the draft model's log-probability of each token at temperature 1, in nats; None: not recorded
     """
 
     tokens: tuple[int, ...]
@@ -35,7 +35,7 @@ class Draft:
         return cls(tuple(tokens), text, tuple(ends), ended)
 
     def first(self, n: int, *, ended: bool) -> Draft:
-        """The draft as it was when its first n tokens were written, n at least 1."""
+        """The draft as it was after its first n tokens, n at least 1."""
         logprobs = None if self.logprobs is None else self.logprobs[:n]
         return Draft(self.tokens[:n], self.text[: self.ends[n - 1]], self.ends[:n], ended, logprobs)
 
@@ -48,7 +48,7 @@ class Draft:
         return self.text[self.ends[start - 1] if start else 0 : self.ends[stop - 1] if stop else 0]
 
     def part(self, start: int, stop: int) -> Draft:
-        """tokens[start:stop] as a draft of their own, which is ended if the draft ends there."""
+        """tokens[start:stop] as a draft of its own, which is ended if it ends where this one does."""
         offset = self.ends[start - 1] if start else 0
         ends = tuple(end - offset for end in self.ends[start:stop])
         ended = self.ended and stop == len(self.tokens)
@@ -57,16 +57,16 @@ class Draft:
 
 
 class TextStream:
-    """Text of a token sequence that grows: `push` returns what new tokens added.
+    """The text of a token sequence that grows: `push` returns what the new tokens add to it.
 
-    Decoded in a sliding window that restarts at the last complete character, as streaming servers do: token by token
-    would lose leading spaces and split characters, and from the start each time would be quadratic.
+    As in streaming servers, tokens are decoded in a window that starts at the last complete character: to decode them
+    one by one would lose leading spaces and split characters, and to decode all of them each time would be quadratic.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self._window: list[int] = []
-        self._read = 0  # leading tokens of the window whose text is out already
+        self._read = 0  # first tokens of the window, whose text was returned before
 
     def push(self, *tokens: int) -> str:
         self._window.extend(tokens)
@@ -80,7 +80,7 @@ class TextStream:
 
 
 class GrowingDraft:
-    """A text still being written: what it is made of as in `Draft`, which `draft` makes a copy of."""
+    """A draft that is still being written. Attributes are those of `Draft`; `draft` returns it as it is now."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.tokens: list[int] = []
@@ -94,7 +94,7 @@ class GrowingDraft:
         self.ends.append(len(self.text))
 
     def position(self, offset: int) -> int:
-        """As of a draft."""
+        """As `Draft.position`."""
         return token_at_offset(self.ends, offset)
 
     def draft(self) -> Draft:
@@ -118,11 +118,10 @@ def token_ends(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, list[i
 def carried(
     source: LanguageModel, before: Sequence[int], tokens: Sequence[int], into: LanguageModel, after: Sequence[int]
 ) -> list[int]:
-    """`tokens` of one model, written behind `before`, as tokens of another that will stand behind `after`.
+    """`tokens` of one model, written behind `before`, as tokens of another model that will follow `after`.
 
-    Many decoders drop the leading space of what they decode, and many encoders put one in front; so both sides see
-    some of the text before. A character cut in half at the end is left out, and text that looks like a control token
-    stays text.
+    Many decoders drop a leading space, and many encoders add one, so both are given some of the text before. A
+    character that is incomplete at the end is left out, and text that looks like a control token stays text.
     """
     head = source.decode(list(before))
     text = source.decode([*before, *tokens])[len(head) :].rstrip(INCOMPLETE)
@@ -130,7 +129,7 @@ def carried(
 
 
 def encoded_behind(into: LanguageModel, text: str, after: Sequence[int]) -> list[int]:
-    """`text` as tokens of a model that will stand behind `after`."""
+    """`text` as tokens of a model, which will follow `after`."""
     anchor = into.decode(list(after[-8:]))
     known = into.encode(anchor, plain=True)
     joined = into.encode(anchor + text, plain=True)
@@ -146,7 +145,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class StopText:
-    """Holds back streamed text that may be the beginning of a stop string, which is not part of the answer."""
+    """Holds back streamed text while it may be the beginning of a stop string, which is not part of the answer."""
 
     def __init__(self, stream: TextStream, stop: Sequence[str]) -> None:
         self.stream = stream
@@ -155,7 +154,7 @@ class StopText:
         self._held = ""
 
     def push(self, *tokens: int) -> str:
-        """Text that is sure to be part of the answer after more tokens."""
+        """The text that, with these tokens, is now certain to be part of the answer."""
         text = self._held + self.stream.push(*tokens)
         found = [text.find(s) for s in self.stop if s in text]
         if found:
@@ -175,5 +174,5 @@ class StopText:
         return text[:safe]
 
     def rest(self, answer: str) -> str:
-        """What of the finished answer was still held back."""
+        """The part of the finished answer that was still held back."""
         return answer[self.sent :]
