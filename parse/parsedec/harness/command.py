@@ -22,7 +22,6 @@ from parsedec.experiment.cli import INTERRUPTED, USAGE, explain, stderr
 from parsedec.experiment.nodes import conf_folder
 from parsedec.tasks.base import require_extra
 
-SUBCOMMANDS = ("run", "ls", "validate")
 CHOOSES_A_MODEL = ("--model", "-M", "--config", "-C")
 
 
