@@ -172,7 +172,7 @@ class Predictor:
         for p, pair in enumerate(pairs):
             closed = decisions.whole[p] & self.ended
             written = self.written(kept[p], closed)
-            spoilt = self._spoilt(samples, decisions.whole[p], kept[p], segmenter, pair)
+            spoilt = self._spoilt(samples, decisions.whole[p], pair)
             share = float((kept[p] + closed).sum() / max(1.0, (self.drafted + self.ended).sum()))
             for inner in inners:
                 seconds = expected_seconds(
@@ -208,9 +208,7 @@ class Predictor:
         ratios: Floats = self.target[self.draws].sum(1) / np.asarray(seconds)[self.draws].sum(1)
         return ratios
 
-    def _spoilt(
-        self, samples: Sequence[Sample], whole: NDArray[np.bool_], kept: NDArray[Any], segmenter: str, pair: Pair
-    ) -> NDArray[np.bool_]:
+    def _spoilt(self, samples: Sequence[Sample], whole: NDArray[np.bool_], pair: Pair) -> NDArray[np.bool_]:
         """Whether something wrong is kept [n]; with final answers alone, whether a wrong draft replaces a right one."""
         own = np.array([trial.own_correct for trial in self.trials])
         correct = np.array([sample.correct for sample in samples])
