@@ -1,7 +1,7 @@
-"""Who writes in an output folder: one process at a time, told by a lock on a file beside the record.
+"""Claims on output folders: one process at a time may write in a folder, by a lock on a file beside the record.
 
-That a folder holds no record yet does not make it free: another run may have begun there and not saved. The lock is
-the operating system's, not the file's, so that a process that was killed leaves none behind.
+A folder without a record need not be free: another run may have begun there and not have saved yet. The lock is the
+operating system's, so a process that was killed leaves none behind.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import atexit
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from parsedec.errors import OutputExistsError
@@ -24,9 +26,9 @@ _held: dict[Path, int] = {}  # the descriptors of this process' locks, by file
 
 
 def claim(record: Path) -> None:
-    """Make this process the only one that writes `record`, until `release` or its end; again is no harm.
+    """Make this process the only one that writes `record`, until `release` or its end. It may claim twice.
 
-    Threads of one process are not told apart. Raises OutputExistsError while another process has the claim.
+    Threads of one process share its claim. Raises OutputExistsError while another process has the claim.
     """
     path = _beside(record)
     if fcntl is None or path in _held:
@@ -44,11 +46,21 @@ def claim(record: Path) -> None:
 
 
 def release(record: Path) -> None:
-    """Give up a claim, and remove its file; nothing where there is none."""
+    """Give up a claim and remove its file, if there is one."""
     path = _beside(record)
     if (descriptor := _held.pop(path, None)) is not None:
         path.unlink(missing_ok=True)  # before the lock goes: whoever comes next makes a file of its own
         os.close(descriptor)
+
+
+@contextmanager
+def released_on_error(record: Path) -> Iterator[None]:
+    """Give up a claim where the body fails: nothing more is written then."""
+    try:
+        yield
+    except BaseException:
+        release(record)
+        raise
 
 
 @atexit.register
@@ -62,7 +74,7 @@ def _beside(record: Path) -> Path:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that has the lock of `path`. Raises BlockingIOError where another process has it."""
+    """A descriptor that holds the lock of `path`. Raises BlockingIOError if another process does."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

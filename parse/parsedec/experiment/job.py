@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from parsedec.errors import ConfigError, ParsedecError, require_texts
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
-from parsedec.experiment.claim import release
+from parsedec.experiment.claim import released_on_error
 from parsedec.experiment.cli import progress
 from parsedec.experiment.growing import GrowingRecord
 from parsedec.experiment.nodes import draft_node, name_of, target_node
@@ -43,11 +43,8 @@ def run_job(
     answers are to problems that are not asked any more or are others now.
     KeyboardInterrupt passes through after the record says `interrupted`.
     """
-    try:
+    with released_on_error(folder / "record.json"):
         return _run_job(cfg, folder, make_arms, baseline)
-    except BaseException:
-        release(folder / "record.json")  # it writes no more
-        raise
 
 
 def _run_job(

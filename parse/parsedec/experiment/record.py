@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from parsedec.errors import FileNotWritten, OutputExistsError, ParsedecError, first_line
-from parsedec.experiment.claim import claim, release
+from parsedec.experiment.claim import claim, released_on_error
 from parsedec.experiment.threads import recall_threads, settled_threads
 from parsedec.models.checkpoints import hub_commits, pin_commits
 from parsedec.models.ranks import leading
@@ -158,11 +158,8 @@ def earlier_record(
         raise OutputExistsError(f"output={path.parent} is a file; expected a folder, which need not exist yet.")
     if leading():  # the others do not write
         claim(path)  # before looking: a run that has begun may not have saved yet
-    try:
+    with released_on_error(path):
         return _to_go_on_from(path, config, resume, free)
-    except BaseException:
-        release(path)
-        raise
 
 
 def _to_go_on_from(
