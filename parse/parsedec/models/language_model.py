@@ -334,13 +334,11 @@ def load(
     device_map     as in transformers, for a model spread over several devices; `device` is then ignored
     tp_plan        "auto": load this process' part of a model that torchrun divides among processes (`ranks`); `device`
                    is then ignored, and the backend is eager
-    backend        "eager" (Hugging Face's forward), "static" (preallocated caches, for dense families), or "auto":
-                   static for models that qualify
+    backend        "eager" (Hugging Face's forward), "static" (preallocated caches) or "auto": static where it can
     compiled       static backend: torch.compile the decode step. The first tokens then take long, later ones less
     judge_kernel   static backend: attention in judge passes, "auto" (by size and device), "sdpa", "cascade" or "flex"
 
-    Raises ModelLoadError for anything that is missing, damaged or not on this machine, and ConfigError for a setting
-    that does not exist.
+    Raises ModelLoadError for anything that is missing, damaged or not on this machine.
     """
     where, precision = placement.device_of(device), placement.dtype_of(dtype, str(source))
     spread = placement.spread(device_map, tp_plan, backend)
