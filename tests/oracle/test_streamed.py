@@ -10,6 +10,7 @@ import functools
 import random
 import re
 import string
+import threading
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from parsedec import LabelJudge, Parse, PrefixVerification, StopReason, drafter, load
+from parsedec import LabelJudge, Parse, PrefixVerification, StopReason, drafter, load, streamed
 from parsedec.boundary import FirstFailure, LongestValid, Smoothed
 from parsedec.errors import ConfigError, JudgeError
 from parsedec.gate import Adaptive, Never
@@ -414,28 +415,32 @@ def test_two_streams_change_nothing(family):
         assert_same(answer(target, draft, Streamed, seed, **options), in_turn)
 
 
-def test_the_draft_stops_within_a_token_of_the_verdict(tiny_target, tiny_draft, monkeypatch):
-    """In a thread: the draft model writes on until the judge is done, and not a step longer."""
-    steps_after, verdict = [], []
-    judged, step = tiny.ScriptedJudge.score, drafter.Writing.step
+def test_the_draft_goes_on_until_the_verdict_and_not_a_step_longer(tiny_target, tiny_draft, monkeypatch):
+    """In a thread. The judge gives its verdict during the draft model's tenth step."""
+    steps, tenth, told = [], threading.Event(), threading.Event()
+    judged, run, step = tiny.ScriptedJudge.score, streamed.Judging._run, drafter.Writing.step
 
-    def slow(self, session, draft, cuts, probes):
-        time.sleep(0.02)
-        scores = judged(self, session, draft, cuts, probes)
-        verdict.append(True)
-        return scores
+    def waiting(self, *arguments):
+        assert tenth.wait(20), "the draft model has stopped for the judge"
+        return judged(self, *arguments)
+
+    def telling(self, *arguments):
+        run(self, *arguments)
+        told.set()
 
     def watched(self):
         more = step(self)
-        time.sleep(0.004)
-        steps_after.append(bool(verdict))
+        steps.append(told.is_set())
+        if len(steps) == 10:
+            tenth.set()
+            assert told.wait(20)
         return more
 
-    monkeypatch.setattr(tiny.ScriptedJudge, "score", slow)
+    monkeypatch.setattr(tiny.ScriptedJudge, "score", waiting)
+    monkeypatch.setattr(streamed.Judging, "_run", telling)
     monkeypatch.setattr(drafter.Writing, "step", watched)
     result = answer(tiny_target, tiny_draft, Streamed, value=0.0, chunk=1, overlap="always")
-    assert 6 <= len(steps_after) < NEW, "it went on while the judge worked, and stopped before its end"
-    assert sum(steps_after) <= 2  # the step during which the verdict came, and the one in which it was seen
+    assert steps == [False] * 10
     assert result.counters.judge_passes == 1
 
 
