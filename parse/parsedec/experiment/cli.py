@@ -39,7 +39,7 @@ stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
 def run_command(main: Callable[[], Any], conf: Path) -> None:
-    """Run a `@hydra.main` function as a command: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run a `@hydra.main` function as a command: exit code 0, 2 for errors the user can mend, 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without our suggestion
     logging.basicConfig(
         level=logging.INFO,
@@ -68,7 +68,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """A command's function, that first refuses settings of the wrong kind; to stand below `@hydra.main`."""
+    """A decorator for below `@hydra.main`: first refuses settings of the wrong kind."""
 
     @wraps(task)
     def run(cfg: DictConfig) -> None:
@@ -84,9 +84,9 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 
 def expand_shorthand(argument: str, conf: Path) -> list[str]:
-    """`target=WHERE` and `draft=WHERE` for any model; `draft.inner=NAME` for the speculator of the draft model;
-    `calibration=FILE` for the thresholds that calibrate.py wrote there. `labels.fit` and `labels.check` take every
-    setting of the task, also those that the file in conf/ does not name."""
+    """What a shorthand argument stands for: `target=WHERE` and `draft=WHERE` for any model, `draft.inner=NAME` for the
+    draft model's speculator, `calibration=FILE` for thresholds of calibrate.py, `labels.fit` and `labels.check` with
+    any setting of the task, even one that the file in conf/ does not name."""
     key, _, value = argument.partition("=")
     if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file():
         several = [value] if Path(value).exists() else value.split(",")  # of a sweep
@@ -96,14 +96,14 @@ def expand_shorthand(argument: str, conf: Path) -> list[str]:
     if key == "calibration" and value not in ("", "null"):
         return [f"calibration={_quoted(value)}", *read_calibration(Path(value))["overrides"]]
     if re.fullmatch(r"labels\.(fit|check)(\.\w+)?", key):
-        return [f"++{argument}"]  # only the task knows its settings, and says which of these are none
+        return [f"++{argument}"]  # only the task knows its settings, and it will refuse others
     if key == "draft.inner":
         return [f"inner@draft.inner={value}"]
     return [argument]
 
 
 def explain(error: Exception, conf: Path) -> str:
-    """The message of an error a user can mend, with the closest names that do exist."""
+    """The message of an error that the user can mend, with the closest names that do exist."""
     cause = error.__cause__
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause) if isinstance(cause, ParsedecError) else f"{str(error).splitlines()[0]} {cause}"
@@ -133,7 +133,7 @@ def explain(error: Exception, conf: Path) -> str:
 
 
 def known_settings(conf: Path) -> list[str]:
-    """Every dotted setting of every group member, and the groups themselves."""
+    """The dotted names of all settings of all group members, and of the groups themselves."""
     names: set[str] = set()
     for path in conf.rglob("*.yaml"):
         parent = path.parent.relative_to(conf)
@@ -155,8 +155,8 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def announced(record_path: Path) -> Iterator[None]:
-    """Ends a command's stdout with the path of its record: when it is done, and after Ctrl-C if one was written. Then
-    other processes may go on with it."""
+    """End a command's stdout with the path of its record, when it is done, or after Ctrl-C if there is one; and give up
+    the claim on its folder, so that other processes may go on with it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -170,7 +170,7 @@ def announced(record_path: Path) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, a line a minute elsewhere; call what it yields with a label after each step."""
+    """Progress as a bar on a terminal, else as a line a minute. Call what it yields with a label after each step."""
     if not stderr.is_terminal:
         yield _told(total)
         return
@@ -187,7 +187,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _told(total: int) -> Callable[[str], None]:
-    """Steps counted in the log, where nobody can see a bar: after a minute and every minute from then on."""
+    """Progress in the log, where nobody can see a bar: a line every minute."""
     began = told = time.monotonic()
     done = 0
 

@@ -1,10 +1,11 @@
 """95 % intervals of comparisons over paired problems: of ratios of sums, of kept shares, of changes of accuracy.
 
-PARSE's times have two humps: drafts that stand and drafts that do not. With few problems a percentile bootstrap is then
-too short: simulated with three of four drafts standing it holds the truth in 88 % of experiments with 10 problems and
-91 % with 20. Student's interval of the ratio's logarithm, with the jackknife's standard error, does in 90, 94 and (30
-problems) 95 %, and with ordinary noise in 94 % from 5 problems on, where BCa has 82 %. No method sees a hump that none
-of the problems shows: below `FEWEST` there is no interval, and one of 10 is still to be read with care.
+PARSE's times have two modes: drafts that stand, and drafts that do not. With few problems the interval of a percentile
+bootstrap is then too short. In simulations where three of four drafts stand, it covers the truth in 88 % of experiments
+with 10 problems and in 91 % with 20. Student's interval of the ratio's logarithm, with the jackknife's standard error,
+does in 90 and 94 %, and in 95 % with 30; with ordinary noise in 94 % from 5 problems on, where BCa has 82 %. No method
+sees a mode that none of the problems shows: there is no interval for fewer than `FEWEST` problems, and one for 10 is
+still to be read with care.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
-FEWEST = 5  # problems that have an interval
+FEWEST = 5  # problems that an interval takes
 Z = 1.959964  # 97.5 % of a normal distribution lie below
 
 
@@ -26,8 +27,9 @@ def jackknifed(rows: Floats, ratio: Callable[[Floats], float]) -> tuple[float, f
     """A positive ratio of sums over problems, and its interval.
 
     rows   [n, facts] of the problems
-    ratio  of the sums of facts
-    The interval is (None, None) of fewer than `FEWEST` problems, and where the ratio without one of them is not finite
+    ratio  takes the sums of the facts
+
+    The interval is (None, None) for fewer than `FEWEST` problems, and if the ratio without one of them is not finite
     and positive. Raises ValueError for no rows.
     """
     if not len(rows):
@@ -45,7 +47,7 @@ def jackknifed(rows: Floats, ratio: Callable[[Floats], float]) -> tuple[float, f
 
 
 def student(freedom: int) -> float:
-    """What 97.5 % of Student's t lie below (Abramowitz and Stegun 26.7.5): to 0.001 from 4 degrees of freedom on."""
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5), to 0.001 from 4 degrees of freedom on."""
     z, inverse = Z, 1 / freedom
     terms = (
         z,
@@ -58,11 +60,12 @@ def student(freedom: int) -> float:
 
 
 def paired_change(gained: float, lost: float, n: int) -> Interval:
-    """Of the difference (gained - lost) / n of two shares on the same n problems: Tango's score interval (1998).
+    """Tango's score interval (1998) for (gained - lost) / n, the difference of two shares on the same n problems.
 
-    gained, lost  problems that only the second, or only the first, has right; parts of one count where it has several
+    gained, lost  problems that only the second, or only the first, has right; fractions, where problems have several
                   answers
-    Where nothing was gained or lost the difference may still be Z^2 / (n + Z^2), about 4 / n: all agree by chance.
+
+    If nothing was gained or lost, the difference may still be Z^2 / (n + Z^2), about 4 / n: all agree by chance.
     """
     return _least_change(gained, lost, n), -_least_change(lost, gained, n)
 
@@ -71,9 +74,9 @@ def _least_change(gained: float, lost: float, n: int) -> float:
     """The lower end: the difference from which the observed one is `Z` standard errors away."""
 
     def beyond(change: float) -> float:
-        """Above 0 where the observed difference is further than that from `change`."""
+        """Positive if the observed difference is further away from `change` than that."""
         linear = (2 * n - gained + lost) * change - gained - lost
-        # the most likely share of losses if the difference were `change`
+        # the most likely share of losses, if the difference were `change`
         losses = (math.sqrt(max(0.0, linear**2 + 8 * n * lost * change * (1 - change))) - linear) / (4 * n)
         variance = n * (2 * losses + change * (1 - change))
         return gained - lost - n * change - Z * math.sqrt(max(0.0, variance))
@@ -86,13 +89,13 @@ def _least_change(gained: float, lost: float, n: int) -> float:
 
 
 def ratio_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | None, ...]:
-    """(sum of a / sum of b, low, high) of (problem, a, b), over problems; None for what there is not."""
+    """(sum of a / sum of b, low, high) of (problem, a, b), over problems; None for what cannot be told."""
     rows = by_problem(((problem, (a, b)) for problem, a, b in pairs), 2)
     return jackknifed(rows, lambda sums: sums[0] / sums[1]) if rows[:, 1].sum() else (None, None, None)
 
 
 def share_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | None, ...]:
-    """The same of a share, a being a part of b: the interval is that of its odds, so that it stays between 0 and 1."""
+    """The same for a share, where a is a part of b: by the interval of its odds, which keeps it between 0 and 1."""
     rows = by_problem(((problem, (a, b)) for problem, a, b in pairs), 2)
     if not rows[:, 1].sum():
         return (None, None, None)
@@ -101,7 +104,7 @@ def share_interval(pairs: Sequence[tuple[str, float, float]]) -> tuple[float | N
 
 
 def by_problem(answers: Iterable[tuple[str, Sequence[float]]], facts: int) -> Floats:
-    """[n, facts], those of all answers (problem, facts) to a problem summed."""
+    """Facts by problem [n, facts]: the sums over all answers (problem, facts) to it."""
     sums: dict[str, Floats] = {}
     for problem, own in answers:
         sums[problem] = sums.get(problem, np.zeros(facts)) + np.array(own, dtype=float)
@@ -109,6 +112,6 @@ def by_problem(answers: Iterable[tuple[str, Sequence[float]]], facts: int) -> Fl
 
 
 def with_interval(value: float, low: float | None, high: float | None, digits: int = 2) -> str:
-    """As text; [-] for an interval that there is not."""
+    """A value with its interval, as text; [-] if it has none."""
     ends = "-" if low is None or high is None else f"{low:.{digits}f}, {high:.{digits}f}"
     return f"{value:.{digits}f} [{ends}]"

@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 def run_job(
     cfg: DictConfig, folder: Path, make_arms: Callable[[], Sequence[Arm]], baseline: str | None = None
 ) -> dict[str, Any]:
-    """Run (or finish) a configuration in `folder`; the record is on disk every few seconds, whatever happens.
+    """Run (or finish) a configuration in `folder`. The record is saved every few seconds, and whatever ends the run.
 
-    Of several processes that share a target (`ranks`), the first one writes; all go on from what it wrote.
-    A record that is finished, with the same configuration and problems, is returned as it is when resuming: no model
-    is loaded.
-    Raises OutputExistsError before a model is loaded if the folder holds a record and this is no resumption, or its
-    answers are to problems that are not asked any more or are others now.
-    KeyboardInterrupt passes through after the record says `interrupted`.
+    Of several processes that share a target (`ranks`), the first one writes; all resume from what it wrote. If a
+    resumed run is finished, with the same configuration and problems, its record is returned and no model is loaded.
+
+    Raises OutputExistsError, before a model is loaded, if the folder holds a record and this does not resume it, or if
+    that has answers to problems that have changed or are no longer asked. KeyboardInterrupt passes through, after the
+    record says `interrupted`.
     """
     with released_on_error(folder / "record.json"):
         return _run_job(cfg, folder, make_arms, baseline)
@@ -77,7 +77,7 @@ def _run_job(
 
 
 class _Run(GrowingRecord):
-    """The arms' requests so far; at the end also how the arms compare, and the trace page."""
+    """The requests that the arms have answered; at the end also a comparison of the arms, and the trace page."""
 
     def __init__(self, head: dict[str, Any], path: Path, arms: Sequence[Arm], baseline: str | None, batch: int) -> None:
         super().__init__(head, path)
@@ -113,8 +113,8 @@ class _Run(GrowingRecord):
 
 
 def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run (or finish) the arms of `cfg.arms`: each is the configuration `config` with the command's overrides and its
-    own behind them, built when they are needed. Hydra must be initialised."""
+    """Run (or finish) the arms of `cfg.arms`. Each is the configuration `config` with the command's overrides, then its
+    own; they are built when they are needed. Hydra must be initialised."""
     apply_runtime(cfg)
     for name, arm in cfg.arms.items():
         if not isinstance(arm, DictConfig) or "overrides" not in arm:
@@ -140,13 +140,13 @@ def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequen
 
 
 def refuse_nothing_answered(record: Mapping[str, Any]) -> None:
-    """Raise ParsedecError for a run that has answered nothing: a script should not go on from it."""
+    """Raise ParsedecError if a run has answered nothing, so that a script does not go on."""
     if all(arm["summary"]["errors"] == arm["summary"]["requests"] for arm in record["arms"]):
         raise ParsedecError("no request could be answered; the record says why, request by request.")
 
 
 def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
-    """`measure_entropy`; None where it fails, since a run whose every request is answered has not failed."""
+    """`measure_entropy`; None if it fails, which is no reason to fail a run that has answered all its requests."""
     try:
         return measure_entropy(arm.engine, arm.requests, settings.sampling)
     except (RuntimeError, ParsedecError) as error:  # RuntimeError: also what torch raises where memory is short
@@ -157,7 +157,7 @@ def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:
 
 
 def _complete(record: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether nothing of a run is left to do; requests that failed are tried again."""
+    """Whether a run has nothing left to do. Requests that failed are tried again."""
     before = record["config"]
     as_many = before["task"].get("n") == config["task"].get("n") and before.get("baseline") == config.get("baseline")
     failed = any(request["error"] for arm in record["arms"] for request in arm["requests"])
@@ -165,7 +165,7 @@ def _complete(record: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def _as_asked(earlier: dict[str, Any], cfg: DictConfig, path: Path) -> bool:
-    """Whether a finished run has answered what is asked now; a task's file may have grown."""
+    """Whether a finished run has answered all that is asked now: the file of a task may have grown."""
     problems = read_now(path, lambda: list[Problem](instantiate(cfg.task).problems()))
     if problems is None:
         return True
@@ -175,13 +175,13 @@ def _as_asked(earlier: dict[str, Any], cfg: DictConfig, path: Path) -> bool:
 
 
 def _check_asked(earlier: dict[str, Any], problems: Sequence[Problem], path: Path) -> None:
-    """Raise OutputExistsError where finished requests are not those to `problems`."""
+    """Raise OutputExistsError unless all finished requests are answers to `problems`."""
     asked = {problem.id: problem for problem in problems}
     finished = [request for arm in earlier["arms"] for request in arm["requests"] if not request["error"]]
-    # a problem whose own id looks like a later turn's is one by itself
+    # an id may look like that of a later turn, and yet be a problem's own
     answered = {one["id"] if one["id"] in asked else first_turn(one["id"]) for one in finished}
     known, now = earlier.get("problems"), digests(asked)
-    if known is None:  # an earlier version's record: its requests tell what was asked, but not what else a scorer read
+    if known is None:  # an earlier version's record: requests tell what was asked, but not all that a scorer read
         known = {one["id"]: digest(one["prompt"], one["reference"]) for one in finished}
         now = {name: digest(one.prompt, one.reference) for name, one in asked.items()}
     refuse_other_problems(path, known, now, answered)
@@ -209,13 +209,13 @@ def _take_over(arms: Sequence[Arm], earlier: dict[str, Any]) -> None:
 
 
 def _left(arms: Sequence[Arm], problems: Sequence[Problem], settings: Settings) -> int:
-    """Requests that are still to be answered; every turn of a conversation is one."""
+    """How many requests are still to be answered; every turn of a conversation is one."""
     turns = len(settings.all_seeds) * sum(1 + len(problem.follow_ups) for problem in problems)
     return sum(turns - len(arm.requests) for arm in arms)
 
 
 def _servers(arms: Sequence[Arm]) -> dict[str, Any]:
-    """Which servers the arms' models are on, and what those can do."""
+    """The servers of the arms' models, and what they can do."""
     models = [model for arm in arms for model in (arm.engine.target, arm.engine.draft)]
     found = {model.name: model.provenance for model in models if isinstance(model, RemoteModel)}
     return {"servers": found} if found else {}

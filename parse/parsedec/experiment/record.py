@@ -1,6 +1,6 @@
-"""What a run leaves behind: configuration, provenance, every request, a summary - as JSON, written atomically.
+"""The record of a run: configuration, provenance, every request and a summary, as JSON that is written atomically.
 
-`schema_version` changes when a key changes its meaning or goes away.
+`schema_version` changes when a key is removed or changes its meaning.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from parsedec.models.ranks import leading
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-SHOWN = 5  # settings that differ
-ABSENT = object()  # which is not the same as null
+SHOWN = 5  # differing settings that a message names
+ABSENT = object()  # for a setting that is missing, which is not the same as null
 PACKAGES = ("parsedec", "torch", "transformers", "tokenizers", "hydra-core", "numpy")
 
 
@@ -66,12 +66,12 @@ def provenance() -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any], path: Path) -> Path:
-    """Write beside the target and rename: a reader, or a kill, never meets half a record.
+    """Write to a temporary file and rename it, so that no reader and no kill finds half a record.
 
-    What has come out since its provenance was made is added to that: `hub`, the commit of each repository read, and the
+    To the provenance is added what was only known later: `hub`, the commit of each repository that was read, and the
     threads that were chosen. Raises FileNotWritten, which says what is kept and how to go on.
     """
-    ended_by = sys.exception()  # a run saves whatever ends it
+    ended_by = sys.exception()  # a run is also saved when an error ends it
     if "provenance" in record:
         found = {"hub": hub_commits() or None, "threads": settled_threads()}
         known = {name: value for name, value in found.items() if value is not None}
@@ -84,7 +84,7 @@ def write_record(record: dict[str, Any], path: Path) -> Path:
 
 
 def _what_is_kept(record: Mapping[str, Any], path: Path, ended_by: BaseException | None) -> str:
-    """What is said of a record that could not be written. ended_by: what the run was ended by, if by anything"""
+    """What a message says about a record that could not be written. ended_by: the error that ended the run, if any"""
     before = ""
     if isinstance(ended_by, Exception) and not isinstance(ended_by, FileNotWritten):
         before = f" The run had failed before that: {type(ended_by).__name__}: {first_line(ended_by)}."
@@ -95,7 +95,7 @@ def _what_is_kept(record: Mapping[str, Any], path: Path, ended_by: BaseException
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Write beside the target and rename. Raises FileNotWritten, where what was there before is kept."""
+    """Write to a temporary file and rename it. Raises FileNotWritten; the file then is as it was before."""
     try:
         return _write_text(text, path)
     except OSError as error:
@@ -121,7 +121,7 @@ def _write_text(text: str, path: Path) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record, if this version can read it: `path`, or what gzip made of it."""
+    """The record at `path`, or at `path`.gz. Raises ParsedecError if this version cannot read it."""
     packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
     try:
         plain_file = path != packed and (path.exists() or not packed.exists())
@@ -140,7 +140,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def is_run(record: Mapping[str, Any]) -> bool:
-    """Whether its `arms` are arms that answered requests; what other commands write says its `kind`, and the arms of
+    """Whether its `arms` are arms that answered requests. Records of other commands name their `kind`, and the arms of
     an advice are expectations."""
     return "arms" in record and "kind" not in record
 
@@ -148,11 +148,13 @@ def is_run(record: Mapping[str, Any]) -> bool:
 def earlier_record(
     path: Path, config: dict[str, Any], resume: bool | None, free: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The record to go on from, or None for a new run; refuses to overwrite or to mix configurations. What it read from
-    the hub is read at the same commits from now on, and no other process may write `path` (`claim`).
+    """The record to resume from, or None for a new run. Claims the folder: no other process may write there (`claim`).
 
-    resume  None: this kind of run is always made whole, and cannot be gone on with
+    resume  None: this kind of run cannot be resumed
     free    dotted settings that may differ from the record's
+
+    From now on, what the earlier run read from the hub is read at the same commits. Raises OutputExistsError rather
+    than overwrite a record, or mix configurations in one.
     """
     if path.parent.is_file():
         raise OutputExistsError(f"output={path.parent} is a file; expected a folder, which need not exist yet.")
@@ -195,7 +197,7 @@ def _to_go_on_from(
 
 
 def _changes(before: Any, now: Any, name: str) -> Iterator[str]:
-    """The settings in which two configurations differ: `runtime.threads: null, now "auto"`."""
+    """The settings in which two configurations differ, such as `runtime.threads: null, now "auto"`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             yield from _changes(before.get(key, ABSENT), now.get(key, ABSENT), f"{name}.{key}")
@@ -217,13 +219,13 @@ def _without(config: Mapping[str, Any], settings: Sequence[str]) -> dict[str, An
 
 
 def _hydra() -> Any:
-    """Hydra's settings of this job; None outside one. It is not imported for that: the library does without."""
+    """Hydra's settings of this job; None outside one. Does not import Hydra, which the library does without."""
     module = sys.modules.get("hydra.core.hydra_config")
     return module.HydraConfig.get() if module and module.HydraConfig.initialized() else None
 
 
 def overrides_of_job() -> list[str]:
-    """The overrides of this job as typed; in a sweep, with the values that are this job's."""
+    """The overrides of this job as they were typed; in a sweep, with this job's values."""
     hydra = _hydra()
     return list(hydra.overrides.task) if hydra else []
 
@@ -234,7 +236,7 @@ def _of_sweep() -> bool:
 
 
 def _command() -> str:
-    """The command as it was typed, the script by its name; of a sweep's job, the one that runs it alone."""
+    """The command as it was typed, without the path of the script; in a sweep, one that runs this job alone."""
     if _of_sweep():
         return shlex.join([f"{_hydra().job.name}.py", *overrides_of_job()])
     script = Path(sys.argv[0]).name
@@ -245,7 +247,7 @@ def _command() -> str:
 def _git(*arguments: str) -> str | None:
     """Output of git in the folder of the running script, or None outside a checkout.
 
-    A launcher's own script may run a sweep's job: there, in the folder of the configuration that is composed.
+    For a job of a sweep, which a launcher's script may run, in the folder of its configuration.
     """
     folder = Path(sys.argv[0]).resolve().parent
     if _of_sweep():

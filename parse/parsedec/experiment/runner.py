@@ -1,5 +1,5 @@
-"""Arms over problems: every problem, or every batch of them, goes through every arm before the next one, so that drift
-hits all alike."""
+"""Arms over problems: every problem, or every batch of them, goes through all arms before the next one does, so that a
+machine that gets slower or faster does so for all arms alike."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all arms share: the same limits, sampling and seeds.
+    """What all arms share: limits, sampling and seeds.
 
-    seeds   every problem is answered once with each of them; none: once, with `seed`
+    seeds   every problem is answered once with each of them; if there are none, once with `seed`
     """
 
     limits: Limits
@@ -42,7 +42,7 @@ class Settings:
     seed: int
     seeds: Sequence[int] = ()
     warmup: int  # requests answered before counting, not recorded
-    batch: int = 1  # requests answered at a time; arms then alternate by so many
+    batch: int = 1  # requests answered at a time; arms then alternate by batches
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("warmup", 0), ("batch", 1)):
@@ -72,7 +72,7 @@ class Asked(NamedTuple):
         return self.problem.id, self.seed
 
     def next_turn(self, result: dict[str, Any] | None) -> Asked | None:
-        """What a conversation asks next, this answer before it."""
+        """The next turn of a conversation, after this answer; None if there is none."""
         problem = self.problem.next_turn(result["text"]) if result else None
         return None if problem is None else self._replace(problem=problem)
 
@@ -84,11 +84,12 @@ def run_arms(
     settings: Settings,
     after_each: Callable[[str], None],
 ) -> None:
-    """Answer every problem with every arm; requests that an earlier, interrupted run has answered are skipped.
+    """Answer every problem with every arm. Requests that an earlier, interrupted run has answered are skipped.
 
     after_each  called with the arm's name after every request, e.g. to save and to show progress
-    A request that cannot be run (too long, say) is recorded with its error and counts as wrong. The turns of a
-    conversation follow each other, each arm's with its own answers before them; after an error there is no next turn.
+
+    A request that cannot be run (too long, say) is recorded with its error and counts as wrong. In a conversation, each
+    turn follows the arm's own answers to those before it; after an error there is no next turn.
     """
     seeds = settings.all_seeds
     answered = {(arm.name, r["id"], r.get("seed", seeds[0])): r for arm in arms for r in arm.requests}
@@ -96,9 +97,9 @@ def run_arms(
         for problem in problems[: settings.warmup]:
             for _ in _answers(arm, task, [Asked(0, problem, seeds[0])], settings):
                 pass
-        arm.engine.history = GateHistory()  # warm-up is absent from what the gate has seen, too
+        arm.engine.history = GateHistory()  # the gate, too, forgets the warm-up
     asked = [Asked(index, problem, seed) for index, problem in enumerate(problems) for seed in seeds]
-    # one arm has nothing to alternate with: who has finished makes room for the next problem of all
+    # a single arm has nothing to alternate with: all problems are one batch, whose seats are refilled as they get free
     together = settings.batch if len(arms) > 1 or settings.batch == 1 else max(1, len(asked))
     for turn, start in enumerate(range(0, len(asked), together)):
         for i in range(len(arms)):
@@ -116,7 +117,7 @@ def run_arms(
 
 
 def _answers(arm: Arm, task: Task, asked: Sequence[Asked], settings: Settings) -> Iterator[dict[str, Any]]:
-    """The requests of some problems, as they are answered."""
+    """The requests of some problems, in the order in which they are answered."""
     options: dict[str, Any] = {
         "max_new_tokens": settings.limits.max_new_tokens,
         "stop": settings.limits.stop,

@@ -1,7 +1,7 @@
 """From stored requests to the numbers of a table: sums, ratios, their intervals and tests.
 
-A run with several seeds answers every problem once per seed. Problems are what is drawn at random, so every interval
-and test is over problems: the answers to one are taken together.
+A run with several seeds answers every problem once per seed. It is the problems that are a random sample, so every
+interval and test is over problems, and the answers to one problem are taken together.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SUMMED = {  # summary key -> where a request's result has it
 def summarise(requests: Sequence[dict[str, Any]], *, batch: int = 1) -> dict[str, Any]:
     """Sums over the requests that have a result.
 
-    accuracy   over all that were scored, errors counting as wrong; its interval takes a problem's answers as one
-    latency, first_token   seconds until the answer and until its first sure token: quantiles over requests. Latency is
-               None where `batch` requests shared their seconds and nobody took the time that passed (`latencies`)
+    accuracy   of all requests that were scored, errors counting as wrong; its interval is over problems
+    latency, first_token   seconds until the answer was complete, and until its first token was certain: quantiles over
+               requests. Latency is None where requests of a batch have only shares of its seconds (`latencies`)
     target_pairs, draft_pairs   query-key pairs of attention, estimated from the stored counts (`attended`)
-    tau        tokens committed per verified tree: the accepted guesses, and the target's own token behind them. Summed,
-               then divided. None where nothing was ever guessed
+    tau        tokens committed per verified tree: the accepted guesses and the target's own token behind them, a ratio
+               of sums. None if nothing was ever guessed
     offered_by_depth, accepted_by_depth   [d] trees that reached, and were accepted to, depth d + 1 or more
     """
     results = [request["result"] for request in requests if request.get("result")]
@@ -77,8 +77,8 @@ def summarise(requests: Sequence[dict[str, Any]], *, batch: int = 1) -> dict[str
 
 
 def latencies(results: Sequence[Mapping[str, Any]], batch: int) -> list[float]:
-    """Seconds until each answer was complete. Results from before `elapsed_s` was taken have only their share of a
-    batch's seconds: that is all there is to know where they were answered alone, and no latency otherwise. Then: []."""
+    """Seconds until each answer was complete. Older results have no `elapsed_s`: of those, `wall_s` is the latency if
+    they were answered alone; in a batch it is only a share of its seconds, and nothing is known: []."""
     elapsed = [result["times"].get("elapsed_s") for result in results]
     if None in elapsed:
         return [result["times"]["wall_s"] for result in results] if batch == 1 else []
@@ -86,8 +86,8 @@ def latencies(results: Sequence[Mapping[str, Any]], batch: int) -> list[float]:
 
 
 def again(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's record with its summaries and its comparison made again from its requests: an earlier version counted
-    otherwise. All of them, not what they lack: figures of one table are made the same way."""
+    """A run's record with its summaries and comparison made anew from its requests, as earlier versions counted
+    otherwise. All are made anew, not only what is missing, so that all figures of a table are made the same way."""
     batch = batch_of(record)
     arms = [arm | {"summary": summarise(arm["requests"], batch=batch)} for arm in record["arms"]]
     found = {**record, "arms": arms} | ({"summary": arms[0]["summary"]} if "summary" in record else {})
@@ -103,20 +103,20 @@ def comparison(arms: Mapping[str, Sequence[dict[str, Any]]], baseline: str) -> l
 
 
 def batch_of(record: Mapping[str, Any]) -> int:
-    """Requests that were answered at a time."""
+    """How many requests were answered at a time."""
     return int((record.get("config") or {}).get("batch") or 1)
 
 
 def attended(result: dict[str, Any], rows: str) -> float:
-    """Query-key pairs of a request's passes: causal over the prompt, and behind it every row over the prompt and half
-    of the answer. Rows are counted, what each one sees is not."""
+    """Query-key pairs of a request's passes, estimated: rows were counted, not what each of them sees. The prompt is
+    causal; every other row is taken to see the prompt and half of the answer."""
     prompt, answer, total = result.get("prompt_tokens", 0), len(result["tokens"]), result["counters"].get(rows, 0)
     first = min(total, prompt)
     return float(first * first / 2 + (total - first) * (prompt + answer / 2))
 
 
 def _accuracy_interval(scored: Sequence[dict[str, Any]]) -> list[float]:
-    """Wilson's interval over problems; one with several answers counts as their share of right ones."""
+    """Wilson's interval over problems; one that has several answers counts by its share of right ones."""
     shares: dict[str, list[bool]] = {}
     for request in scored:
         shares.setdefault(request["id"], []).append(bool(request["correct"]))
@@ -124,7 +124,7 @@ def _accuracy_interval(scored: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> list[float]:
-    """95 % interval of a share (Wilson 1927); honest at 0 and 1, where the plain one has no width."""
+    """95 % interval of a share (Wilson 1927). Unlike the normal approximation, it has a width at 0 and 1."""
     share, spread = hits / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
@@ -132,7 +132,7 @@ def wilson(hits: float, n: int, z: float = 1.96) -> list[float]:
 
 
 def harmonic(a: float | None, b: float | None) -> float | None:
-    """Harmonic mean: 0 where both are 0, None where one is not known."""
+    """Harmonic mean: 0 if both are 0, None if one is not known."""
     if a is None or b is None:
         return None
     return 2 * a * b / (a + b) if a + b else 0.0
@@ -144,17 +144,18 @@ def resampled(n: int, seed: int, resamples: int = 2000) -> np.ndarray:
 
 
 def compare(baseline: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """An arm against the baseline, with 95 % intervals, paired by problem; None where nothing can be paired.
+    """An arm against the baseline, paired by problem, with 95 % intervals; None if nothing can be paired.
 
     speedup           ratio of tokens per second, all tokens over all wall-clock seconds
     time_ratio        baseline's seconds over the arm's, for the same requests
-    accuracy_change   arm minus baseline, in share of the requests that both were scored on; None if there are none
-    better, worse     problems the arm gets right more, or less, often than the baseline; mcnemar_p: how often a fair
-                      coin splits them so unevenly (McNemar's exact test, two-sided), None if nothing was scored
+    accuracy_change   arm minus baseline, as shares of the requests that both were scored on; None if there are none
+    better, worse     problems that the arm gets right more, or less, often than the baseline
+    mcnemar_p         how often a fair coin splits them so unevenly (McNemar's exact test, two-sided); None if nothing
+                      was scored
 
-    Speed is of the `requests` that both answered, on so many `problems`; None where there are none, and of fewer than
-    `intervals.FEWEST` without an interval. Rightness is of the `scored` ones, answered or not: what an arm cannot
-    answer it has not got right.
+    Speed is measured on the `requests` that both answered, of so many `problems`. It is None if there are none, and has
+    no interval for fewer than `intervals.FEWEST`. Accuracy is measured on the `scored` ones, answered or not: what an
+    arm cannot answer, it has not got right.
     """
     first = {asked(request): request for request in baseline}
     pairs = [(other, request) for request in arm if (other := first.get(asked(request)))]
@@ -200,17 +201,17 @@ def _time_ratio(sums: Floats) -> float:
 
 
 def _with_interval(name: str, rows: Floats, ratio: Callable[[Floats], float]) -> dict[str, float | None]:
-    """The ratio of sums over problems, rows [n, facts], and its interval; None of no problems."""
+    """A ratio of sums over problems, rows [n, facts], and its interval; None for no problems."""
     found = jackknifed(rows, ratio) if len(rows) else (None, None, None)
     return {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
 
 
 def _change(rows: Floats) -> dict[str, float | None]:
-    """The change of accuracy and its interval, rows as of `_rightness`; None of no problems."""
+    """The change of accuracy and its interval, of rows as in `_rightness`; None for no problems."""
     found: tuple[float | None, ...] = (None, None, None)
     if len(rows):
         gained, lost, answers = rows.sum(0)[2:].tolist()
-        n = len(rows)  # answers to one problem are no problems of their own
+        n = len(rows)  # problems, not answers
         found = ((gained - lost) / answers, *paired_change(gained * n / answers, lost * n / answers, n))
     return {f"accuracy_change{end}": value for end, value in zip(("", "_low", "_high"), found, strict=True)}
 
@@ -222,10 +223,10 @@ def mcnemar(better: int, worse: int) -> float:
 
 
 def asked(request: Mapping[str, Any]) -> tuple[str, int | None]:
-    """What makes a request of one arm the same as one of another."""
+    """What two requests have in common that ask for the same in two arms."""
     return request["id"], request.get("seed")
 
 
 def sum_by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
-    """Sums by place; requests do not all get equally deep."""
+    """Sums by depth, of requests that need not be equally deep."""
     return [sum(level) for level in zip_longest(*counts, fillvalue=0)]
