@@ -68,14 +68,14 @@ def test_certain_guesses_keep_the_target_distribution():
             torch.testing.assert_close(out + reach * left, p, rtol=0, atol=1e-12)
 
 
-def test_a_wrong_rule_would_be_seen():
-    """The check can fail: accepting every guess, or drawing the rest from p instead of the residual, is caught."""
-    generator = torch.Generator().manual_seed(1)
-    p, q = distribution(generator), distribution(generator)
-    keep = torch.tensor([accept_probability(p, q, x) for x in range(VOCAB)])
-    without_residual = q * keep + (q * (1 - keep)).sum() * p
-    assert float((without_residual - p).abs().max()) > 1e-3
-    assert float((q - p).abs().max()) > 1e-3
+@pytest.mark.parametrize(
+    "wrong", [("accept_probability", lambda p, q, x: 1.0), ("residual", lambda p, q, x: p)], ids=lambda wrong: wrong[0]
+)
+def test_a_wrong_rule_is_seen(wrong, monkeypatch):
+    """Accepting every guess, or drawing what replaces one from p instead of the residual, fails the test above."""
+    monkeypatch.setitem(globals(), *wrong)
+    with pytest.raises(AssertionError):
+        test_drawn_guesses_keep_the_target_distribution(1)
 
 
 @pytest.mark.parametrize("rule", [Siblings(), Traversal()], ids=["siblings", "traversal"])
