@@ -1,6 +1,6 @@
 """Models whose weights are on a server: target and draft model behind OpenAI-compatible endpoints.
 
-`connect` gives a model that `Parse` takes like any other; drafts, cuts, boundary rules, gate and records are the same.
+`connect` makes a model that `Parse` takes like any other: drafts, cuts, boundary rules, gate and records are the same.
 The server's own speculation (EAGLE-3, n-gram, …) is then the inner level, and its prefix cache the judge's shared rows.
 """
 

@@ -1,4 +1,4 @@
-"""What a server can do, as found out by asking it (`probing`): nothing is assumed from its name but how it batches."""
+"""What a server can do, found out by asking it (`probing`). Its name says nothing but how it batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class TokensBack(StrEnum):
 
     FIELD = "field"  # token_ids beside the text (vLLM), output_ids (SGLang)
     LOGPROBS = "logprobs"  # among the log-probabilities: an id (llama.cpp) or a name "token_id:7" (vLLM before 0.10)
-    TEXT = "text"  # not at all: the text is encoded once more
+    TEXT = "text"  # not at all: the text has to be encoded again
 
 
 class Labels(StrEnum):
@@ -19,22 +19,23 @@ class Labels(StrEnum):
 
     BY_ID = "by_id"  # of exactly these ids: logprob_token_ids (vLLM), token_ids_logprob (SGLang)
     TOP = "top"  # among the most probable tokens
-    SCORING = "generative_scoring"  # vLLM's endpoint for it
+    SCORING = "generative_scoring"  # by vLLM's endpoint of that name
     NONE = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """One server and one of its models.
+    """What a server can do with one of its models.
 
-    kind           "vllm", "sglang", "llamacpp" or "unknown"; `version` as it tells it
+    kind           "vllm", "sglang", "llamacpp" or "unknown"; `version` is what it says
     model          what the model is called there
-    native         SGLang's /generate is spoken, not /v1/completions
+    native         use SGLang's /generate instead of /v1/completions
     token_prompts  prompts may be token ids
     many_prompts   one request may hold several prompts
     extensions     takes top_k, min_p and repetition_penalty, whose defaults some servers read from the checkpoint
-    tokens_back    how generated ids are read; `labels` how the judge's
-    top            how many of the most probable tokens are shown, with Labels.TOP
+    tokens_back    how to read the ids of generated tokens
+    labels         how to read the log-probabilities of the judge's labels
+    top            how many of the most probable tokens it shows, for Labels.TOP
     context_limit  most tokens of a request, prompt included; None: it does not say
     """
 
@@ -52,7 +53,7 @@ class Capabilities:
 
     @property
     def workarounds(self) -> tuple[str, ...]:
-        """What the server lacks and what is done instead; a result's notes name it."""
+        """What the server lacks and what is done instead, for the notes of results."""
         found = []
         if not self.token_prompts:
             found.append("prompts go as text: the server takes no token ids, so its own tokens may differ at the seams")

@@ -1,6 +1,6 @@
 """HTTP to one model server: time-outs, a deadline, retries with back-off, bounded connections, streamed events.
 
-Completions are stateless, so asking again is harmless: what failed on the way is simply asked for once more.
+Completions are stateless, so a request that failed on the way can simply be repeated.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 8.0  # between two attempts
-LONGEST_ASKED_S = 30.0  # the same, where the server names its time; for more it is not waited
-BUSY = {408, 409, 425, 429}  # refusals that pass by themselves
+LONGEST_ASKED_S = 30.0  # the same, if the server names the time; a longer one is not waited for
+BUSY = {408, 409, 425, 429}  # HTTP statuses of refusals that are only temporary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """How a server is reached.
+    """How to reach a server.
 
-    url                where it listens; with or without /v1 at the end
+    url                where it listens, with or without /v1 at the end
     api_key            sent as a bearer token; None: none is sent
-    connect_timeout_s  seconds until a connection stands
-    read_timeout_s     seconds without a byte, so also the longest prefill in a queue
-    request_timeout_s  seconds for a whole answer, however steadily it drips
+    connect_timeout_s  most seconds until a connection is made
+    read_timeout_s     most seconds without a byte, so also for waiting in a queue and the longest prefill
+    request_timeout_s  most seconds for a whole answer, however steadily it arrives
     retries            further attempts after one that failed on the way or found the server busy
     backoff_s          seconds before the first of them; doubled before each further one
     cooldown_s         seconds for which a lost draft server is not asked again
-    max_connections    at the same time, over all requests of this process
+    max_connections    open at the same time, for all requests of this process
     """
 
     url: str
@@ -73,7 +73,7 @@ class Connection:
 
 
 class Server:
-    """One endpoint. Safe to use from several threads."""
+    """One server. Safe to use from several threads."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -82,13 +82,13 @@ class Server:
         self._lost_until = 0.0
 
     def get(self, path: str) -> Any:
-        """JSON of a page."""
+        """The JSON at a path."""
         return self.again(lambda: self._read("GET", path, None))
 
     def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """What `read` makes of the JSON of an answer; if it cannot make anything of it, the server is asked again, too.
+        """What `read` makes of an answer's JSON. The server is also asked again if `read` can make nothing of it.
 
-        Raises ServerRefused where asking again would not help, else ServerError.
+        Raises ServerRefused if asking again would not help, else ServerError.
         """
 
         def attempt() -> T:
@@ -99,8 +99,10 @@ class Server:
         return self.again(attempt)
 
     def events(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> Iterator[T]:
-        """What `read` makes of each server-sent event of a streamed answer, as they come; one attempt. Closing it hangs
-        up, and servers stop working for a client that has gone."""
+        """What `read` makes of each server-sent event of a streamed answer, as it arrives; a single attempt.
+
+        To close the generator is to hang up, and servers stop working for a client that has gone.
+        """
         with self._open("POST", path, body) as parts:
             for line in _lines(parts):
                 data = line.removeprefix(b"data:").strip()
@@ -110,14 +112,14 @@ class Server:
                     return
                 event = _json(data, self.url)
                 with reading(event):
-                    if event.get("error"):  # null stands beside what is well
+                    if event.get("error"):  # null where nothing is wrong
                         raise _broken_off(self.url, event["error"])
                     found = read(event)
                 yield found
             raise ServerError(f"{self.url} closed a stream before its end ([DONE]).")
 
     def again(self, attempt: Callable[[], T]) -> T:
-        """The result of `attempt`, tried as often as the connection allows."""
+        """The result of `attempt`, which is repeated as often as the connection allows."""
         waits = self.waits()
         while True:
             try:
@@ -137,8 +139,10 @@ class Server:
     def wait_after(
         self, error: ServerError, waits: Iterator[float], longest_s: float = LONGEST_ASKED_S
     ) -> float | None:
-        """Seconds until the server is asked again: the next of `waits`, or what it asks for if that is more. None: it
-        is not asked again, since it refused, has failed too often or wants more than `longest_s`."""
+        """Seconds until the server is asked again: the next of `waits`, or those it asks for, if that is more.
+
+        None: do not ask again, since it refused, has failed too often, or wants more than `longest_s`.
+        """
         wait, asked = next(waits, None), error.retry_after_s or 0.0
         if (
             wait is None
@@ -150,14 +154,14 @@ class Server:
 
     @property
     def resting(self) -> bool:
-        """Whether it was lost a short time ago, so that asking would only cost time."""
+        """Whether it was lost so recently that asking it would only cost time."""
         return time.monotonic() < self._lost_until
 
     def note_lost(self) -> None:
         self._lost_until = time.monotonic() + self.connection.cooldown_s
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Close its connections."""
         self._client.close()
 
     def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -166,7 +170,7 @@ class Server:
 
     @contextmanager
     def _open(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[Iterator[bytes]]:
-        """The bytes of an answer that has begun well."""
+        """The bytes of an answer, once its status is good."""
         import httpx
 
         end = time.monotonic() + self.connection.request_timeout_s
@@ -185,7 +189,7 @@ class Server:
             ) from error
 
     def _in_time(self, response: httpx.Response, path: str, end: float) -> Iterator[bytes]:
-        """The bytes of an answer as they come; raises ServerError for those that come after `end`."""
+        """The bytes of an answer as they arrive. Raises ServerError once `end` has passed."""
         for part in response.iter_bytes():
             if time.monotonic() > end:
                 raise ServerError(
@@ -213,7 +217,7 @@ def _client(connection: Connection) -> httpx.Client:
 
 @cache
 def _trusted() -> ssl.SSLContext:
-    """The certificates that are trusted, read once for all servers."""
+    """The trusted certificates, read once for all servers."""
     import httpx
 
     return httpx.create_ssl_context()
@@ -232,7 +236,7 @@ def _refusal(where: str, status: int, text: str, retry_after: str | None) -> Ser
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """What a Retry-After says: seconds, or a date."""
+    """The seconds that a Retry-After header names, directly or as a date."""
     if retry_after is None:
         return None
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after):
@@ -244,7 +248,7 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _said(text: str) -> str:
-    """What a server says of an error: the message in its JSON, where it has one."""
+    """What a server says about an error: the message in its JSON, if there is one."""
     try:
         told = json.loads(text)
     except ValueError:
@@ -255,7 +259,7 @@ def _said(text: str) -> str:
 
 
 def _broken_off(url: str, error: object) -> ServerError:
-    """An error in a stream that had begun. Some servers say there, and not by the status, that they refuse."""
+    """An error in a stream that had begun, which is also where some servers say that they refuse."""
     status = error.get("code") if isinstance(error, dict) else None
     said = _said(json.dumps({"error": error}))
     if isinstance(status, int) and 400 <= status < 500 and status not in BUSY:
@@ -280,7 +284,7 @@ def _json(data: bytes, url: str) -> Any:
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """An answer in another layout than it should have is the server's fault, and is said to be."""
+    """Raise ServerError where the body fails because an answer does not have the layout it should have."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -294,7 +298,7 @@ _lock = threading.Lock()
 
 
 def server_of(connection: Connection) -> Server:
-    """The server of a connection: one for the process, so that its limit on connections holds."""
+    """The server of a connection, one for the whole process, so that the limit on connections holds."""
     with _lock:
         if connection not in _servers:
             _servers[connection] = Server(connection)

@@ -1,21 +1,21 @@
-"""Lines of a stream of server-sent events, as its bytes come in."""
+"""The lines of a stream of server-sent events, from its bytes as they arrive."""
 
 from __future__ import annotations
 
 import re
 
-END = re.compile(rb"\r\n|\n|\r")  # and no other: U+2028 and U+0085 stand inside an answer as any character does
+END = re.compile(rb"\r\n|\n|\r")  # no others: U+2028 and U+0085 may be characters of an answer
 
 
 class EventLines:
-    """Cuts bytes into lines, however they arrive. An end that comes in two halves gives one more line, an empty one,
-    which means nothing to who looks for `data:`."""
+    """Cuts bytes into lines, however they arrive. A line end that comes in two halves gives an extra empty line, which
+    does not matter to a reader that looks for `data:`."""
 
     def __init__(self) -> None:
         self._begun: list[bytes] = []
 
     def push(self, part: bytes) -> list[bytes]:
-        """The lines that `part` ends."""
+        """The lines that end in `part`."""
         *ended, last = END.split(part)
         if ended:
             ended[0] = b"".join([*self._begun, ended[0]])
@@ -24,5 +24,5 @@ class EventLines:
         return ended
 
     def rest(self) -> bytes:
-        """What stood behind the last end when the stream was over."""
+        """What was left behind the last line end when the stream was over."""
         return b"".join(self._begun)

@@ -1,4 +1,4 @@
-"""A model on a server. Here are its tokenizer, chat template and configuration; the weights stay there."""
+"""A model on a server. Its tokenizer, chat template and configuration are here; its weights stay there."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from parsedec.text.chat import closing_token
 log = logging.getLogger(__name__)
 
 PROBES = ("auto", "together", "one_by_one")
-SLOTS = {"llamacpp"}  # a cache per slot: prompts of one request share nothing, requests one after the other do
+SLOTS = {"llamacpp"}  # one cache per slot: prompts of one request share nothing, successive requests do
 
 
 @dataclass(frozen=True, eq=False)
 class RemoteModel(LanguageModel):
     """A `LanguageModel` that is reached through a server.
 
-    `hf` is its shell on the meta device: shapes and end tokens without weights. Use `connect` to make one.
+    `hf` is a shell on the meta device: shapes and end tokens without weights. Made by `connect`.
 
     server    where it is
     can       what that server can do
-    together  the probes of a judge pass go as one request, else one by one
+    together  whether the probes of a judge pass are sent as one request or one by one
     """
 
     server: Server = field(kw_only=True)
@@ -67,36 +67,36 @@ class RemoteModel(LanguageModel):
         )
 
     def prompt(self, ids: Sequence[int]) -> list[int] | str:
-        """A prompt as the server takes it. As text, control tokens are spelt out and read as such over there."""
+        """A prompt as the server takes it: ids, or text, in which the server recognises the names of control tokens."""
         if self.can.token_prompts:
             return list(ids)
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         first = self.tokenizer.bos_token
         added = self.encode("a", whole=True)[:1] == [self.tokenizer.bos_token_id]
-        return text.removeprefix(first) if first and added else text  # the server puts it there again
+        return text.removeprefix(first) if first and added else text  # the server adds it again
 
     def spellings(self, token: int) -> list[str]:
-        """How a server that names tokens by text may spell one."""
+        """How a server that names tokens by their text may spell one."""
         pieces = (self.tokenizer.decode([token]), self.tokenizer.convert_ids_to_tokens(token))
         return [str(piece) for piece in pieces]
 
     @property
     def end_token(self) -> int | None:
-        """The id that stands for "the server has closed the answer"."""
+        """The id to commit when the server has ended the answer."""
         if not self.end_ids:
             return None
         return closing_token(self) if self.has_template else self.end_ids[0]
 
     @property
     def judge_obstacle(self) -> str | None:
-        """Why it cannot judge, or None where it can."""
+        """Why it cannot judge, or None if it can."""
         if self.can.labels is Labels.NONE:
             return f"a server ({self.server.url}) that gives no log-probabilities"
         return None
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a record tells of it."""
+        """What a record says about it."""
         names = ("kind", "version", "model", "token_prompts", "many_prompts")
         known = {name: getattr(self.can, name) for name in names}
         ways = {"tokens_back": str(self.can.tokens_back), "labels": str(self.can.labels), "together": self.together}
@@ -123,17 +123,17 @@ def connect(
     cooldown_s: float = 30.0,
     max_connections: int = 16,
 ) -> RemoteModel:
-    """A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp); the server is asked what it can do.
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp). Asks the server what it can do.
 
     url            where it listens
     tokenizer      directory, hub id, `.gguf` file or `zoo:NAME` with its tokenizer; no weights are loaded
     model          what it is called there; None: the only one there is
-    api_key_env    environment variable that holds the bearer token: it stays out of configurations and records
-    labels         "auto": the judge's labels by id where the server allows that, else from the most probable tokens;
+    api_key_env    environment variable that holds the bearer token, which so stays out of configurations and records
+    labels         "auto": read the judge's labels by id if the server can, else from the most probable tokens;
                    "generative_scoring": by vLLM's endpoint of that name
-    probes         "auto": all probes of a pass in one request, but one by one on llama.cpp, where those of one
-                   request share no cache; "together", "one_by_one"
-    top_logprobs   most probable tokens to ask for where labels cannot be asked for by id
+    probes         "together": all probes of a pass in one request; "one_by_one"; "auto": together, but one by one on
+                   llama.cpp, where the prompts of one request share no cache
+    top_logprobs   how many of the most probable tokens to ask for, if labels cannot be asked for by id
     context_limit  most tokens of a request; None: the server's, else the model's own
     chat_template, template_args as in `load`; the others as in `Connection`
 
@@ -182,7 +182,7 @@ def _key(name: str | None) -> str | None:
 
 def _tokenizer(source: str, place: Checkpoint) -> PreTrainedTokenizerBase:
     try:
-        place.find(place.gguf or "tokenizer_config.json")  # from here on all of it is read at one commit
+        place.find(place.gguf or "tokenizer_config.json")  # settles the commit that everything is read at
         return AutoTokenizer.from_pretrained(place.location, **place.arguments)
     except Exception as error:  # the loaders below raise a dozen kinds; each is chained and shown
         raise ModelLoadError(
@@ -192,17 +192,17 @@ def _tokenizer(source: str, place: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def _shell(place: Checkpoint, spoken: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model without weights, as far as it is known here: from its configuration, else from its tokenizer alone."""
+    """The model without weights, as far as it is known here: by its configuration, or else by its tokenizer alone."""
     try:
         config = AutoConfig.from_pretrained(place.location, **place.arguments)
     except (OSError, ValueError) as error:  # a folder with a tokenizer only, or a family transformers does not know
         log.info("no configuration for %s (%s); its tokenizer has to do", place.location, error)
         config = LlamaConfig(vocab_size=len(spoken), eos_token_id=spoken.eos_token_id, num_hidden_layers=0)
-        config.max_position_embeddings = 1 << 20  # not known: the server's own limit holds
+        config.max_position_embeddings = 1 << 20  # unknown: the server's own limit holds
     with torch.device("meta"):
         shell: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     try:
         shell.generation_config = GenerationConfig.from_pretrained(place.location, revision=place.commit or "main")
-    except OSError:  # none beside it: what the configuration says holds
+    except OSError:  # there is none: what the configuration says holds
         log.info("no generation config at %s", place.location)
     return shell

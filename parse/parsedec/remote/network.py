@@ -1,7 +1,7 @@
-"""Waiting for a server's bytes, but no longer than the answer they are for is wanted.
+"""Waiting for a server's bytes, but only as long as the answer they belong to is wanted.
 
-A server that hangs sends nothing, so a look between two pieces would come only with the time-out. httpx has no setting
-for that: the network below it (httpcore's) is wrapped, and waits in short slices.
+A server that hangs sends nothing, so a check between two pieces would only be reached after the time-out. httpx has no
+setting for this: the network below it (httpcore's) is wrapped, and waits in short slices.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SLICE_S = 0.1
 
 
 def wait_only_if_wanted(client: httpx.Client) -> None:
-    """Reads of this client end by `wanted.Unwanted`; the connection is then closed. With an httpx that keeps these
-    elsewhere nothing is changed: reads then end with their time-out."""
+    """Have reads of this client end by `wanted.Unwanted`, which closes the connection. An httpx with other internals is
+    left as it is: its reads end by their time-out."""
     transports = [getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()]  # those for proxies
     for pool in (getattr(transport, "_pool", None) for transport in transports):
         if pool is not None and hasattr(pool, "_network_backend"):
@@ -27,7 +27,7 @@ def wait_only_if_wanted(client: httpx.Client) -> None:
 
 
 class _Wrapped:
-    """What httpcore made, but for what is defined here."""
+    """An object of httpcore's, except for what is overridden here."""
 
     def __init__(self, made: Any) -> None:
         self._made = made
@@ -46,7 +46,7 @@ class _Stream(_Wrapped):
         return _Stream(self._made.start_tls(*args, **options))
 
     def read(self, max_bytes: int, timeout: float | None = None) -> Any:
-        """Up to `max_bytes`; a slice that brings none loses none."""
+        """Read up to `max_bytes`. No bytes are lost by a slice of time in which none arrive."""
         import httpcore
 
         if timeout is None or not wanted.can_end():

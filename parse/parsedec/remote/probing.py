@@ -1,5 +1,5 @@
-"""What a server can do, found out at start-up by asking it for a few tokens; what it cannot is then worked around or
-refused by name."""
+"""Finds out what a server can do, at start-up, by asking it for a few tokens. What it cannot do is then worked around,
+or refused by name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from parsedec.types import Sampling
 log = logging.getLogger(__name__)
 
 TEXT = "One two three four five six"
-TOPS = (20, 5)  # what servers allow where they do not allow what is wanted
+TOPS = (20, 5)  # numbers of probable tokens to try if a server does not allow what is wanted
 KINDS = {"vllm": "/version", "sglang": "/get_server_info", "llamacpp": "/props"}  # owned_by -> where its version is
 GREEDY = Sampling()
-EDGES = " \n\ufffd"  # where decoders differ, and characters that are not complete yet
+EDGES = " \n\ufffd"  # ignored at the ends of texts: decoders differ in them, or a character is incomplete
 
 
 class Speaks(Protocol):
-    """The side of a model that needs no weights."""
+    """The part of a model that needs no weights."""
 
     @property
     def name(self) -> str: ...
@@ -38,12 +38,12 @@ class Speaks(Protocol):
 
 
 def probe(server: Server, speaks: Speaks, model: str | None, top: int, scoring: bool) -> Capabilities:
-    """Ask what `server` can do.
+    """Ask `server` what it can do.
 
     speaks   tokenizer of the model there
-    model    its name there; None: the only one
-    top      most probable tokens wanted where labels cannot be asked for by id
-    scoring  read labels by /generative_scoring
+    model    the model's name there; None: the only one
+    top      how many of the most probable tokens are wanted, if labels cannot be asked for by id
+    scoring  whether to read labels by /generative_scoring
 
     Raises ServerError if it cannot be reached, ModelLoadError if it serves another model than `speaks` is.
     """
@@ -68,7 +68,7 @@ def probe(server: Server, speaks: Speaks, model: str | None, top: int, scoring: 
 
 
 def _introduction(server: Server, model: str | None) -> Capabilities:
-    """Which server it is, what it calls its models, how long requests may be."""
+    """Which server it is, what it calls its model, and how long requests may be."""
     listed = wire.entries(server.get("/v1/models"), "data")
     names = [str(entry.get("id")) for entry in listed]
     chosen = next((entry for entry in listed if entry.get("id") == model), None) if model else None
@@ -101,7 +101,7 @@ def _native(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabiliti
 
 
 def _prompts(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabilities:
-    """Which prompts and settings are taken, and how ids come back."""
+    """Which prompts and settings it takes, and how ids come back."""
     for extensions in (True, False):
         can = replace(can, extensions=extensions)
         if _counted(server, can, ids) == len(ids):
@@ -119,7 +119,7 @@ def _prompts(server: Server, can: Capabilities, ids: Sequence[int]) -> Capabilit
                 return asking
         except ServerRefused:
             continue
-        except ServerError as error:  # ids in a layout that is not known are as good as none
+        except ServerError as error:  # ids in an unknown layout are as good as none
             log.info("%s: %s", server.url, error)
     return can
 
@@ -130,12 +130,12 @@ def _answered(server: Server, can: Capabilities, prompt: Sequence[int] | str, ne
 
 
 def _counted(server: Server, can: Capabilities, prompt: Sequence[int] | str) -> int | None:
-    """Tokens of a prompt as the server counts them (-1 if it does not say); None if it refuses the prompt."""
+    """How many tokens the server counts in a prompt (-1 if it does not say); None if it refuses the prompt."""
     try:
         return server.post("/v1/completions", wire.completion(can, [prompt], 1, GREEDY, None), _prompt_tokens)
     except ServerRefused:
         return None
-    except ServerError as error:  # some fall over ids instead of refusing them
+    except ServerError as error:  # some servers fail on ids instead of refusing them
         log.info("%s: %s", server.url, error)
         return None
 
@@ -147,7 +147,7 @@ def _prompt_tokens(answer: Any) -> int:
 
 
 def _same_tokenizer(server: Server, can: Capabilities, speaks: Speaks, ids: Sequence[int]) -> None:
-    """The ids that come back spell the text beside them, and a text has as many tokens there as here."""
+    """Raise ModelLoadError unless ids spell the text that comes with them, and a text has as many tokens as here."""
     found = _answered(server, can, list(ids) if can.token_prompts else TEXT, 4)
     tokens = [token for piece in found for token in piece.tokens or ()]
     text = "".join(piece.text for piece in found)
@@ -167,7 +167,7 @@ def _same_tokenizer(server: Server, can: Capabilities, speaks: Speaks, ids: Sequ
 
 
 def _labels(server: Server, can: Capabilities, prompt: Any, ids: Sequence[int], top: int) -> Capabilities:
-    """How the log-probabilities of two ids can be read."""
+    """How to read the log-probabilities of two ids."""
     tries = [replace(can, labels=Labels.BY_ID)]
     if not can.native:
         most = [replace(can, labels=Labels.TOP, top=n) for n in (top, *(n for n in TOPS if n < top))]
@@ -189,7 +189,7 @@ def _labels(server: Server, can: Capabilities, prompt: Any, ids: Sequence[int], 
 
 
 def _many(server: Server, can: Capabilities, prompts: Any) -> bool:
-    """Whether one request may hold two prompts, and the answers say which is whose."""
+    """Whether one request may hold two prompts, and each answer says whose it is."""
     try:
         return server.post("/v1/completions", wire.completion(can, prompts, 1, GREEDY, None), _two_choices)
     except ServerError as error:

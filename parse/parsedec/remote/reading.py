@@ -1,4 +1,4 @@
-"""The tokens of an answer that comes in pieces, by how much of them the server names (`TokensBack`)."""
+"""The tokens of an answer that arrives in pieces, depending on how the server names them (`TokensBack`)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ MENDED = "characters of several tokens are encoded again: the server names only 
 
 
 class Reader(Protocol):
-    """Of one streamed answer."""
+    """Reads the tokens of one streamed answer."""
 
     def push(self, piece: Piece) -> list[int]:
-        """The tokens a piece brings, those that are sure."""
+        """The tokens that are certain after this piece and were not before."""
         ...
 
 
 def reader(model: RemoteModel, before: Sequence[int], notes: set[str]) -> Reader:
-    """`before`: the tokens the answer stands behind; `notes`: where to say what had to be worked around."""
+    """A reader for one answer.
+
+    before  the tokens that the answer follows
+    notes   where to note what had to be worked around
+    """
     if model.can.tokens_back is TokensBack.TEXT:
         return EncodedText(model, before)
     if model.can.tokens_back is TokensBack.LOGPROBS:
@@ -32,22 +36,24 @@ def reader(model: RemoteModel, before: Sequence[int], notes: set[str]) -> Reader
 
 
 class NamedTokens:
-    """Every id is there."""
+    """For servers that name every id."""
 
     def push(self, piece: Piece) -> list[int]:
         return list(piece.tokens or ())
 
 
 class WholeCharacters:
-    """Ids that come with log-probabilities. llama.cpp holds text back until its last character is whole, and names the
-    last token alone then: the hidden ones are had by encoding that text. Servers that name every token are taken at
-    their word."""
+    """For ids that come with log-probabilities.
+
+    llama.cpp holds text back until its last character is complete, and then names only the last token: the others are
+    found by encoding that text. Servers that name every token are taken at their word.
+    """
 
     def __init__(self, model: LanguageModel, before: Sequence[int], notes: set[str]) -> None:
         self._model = model
         self._tokens = list(before)
         self._notes = notes
-        self._named: list[int] = []  # since the text was last whole
+        self._named: list[int] = []  # since the last character was complete
 
     def push(self, piece: Piece) -> list[int]:
         tokens = list(piece.tokens or ())
@@ -66,7 +72,7 @@ class WholeCharacters:
 
 
 class EncodedText:
-    """Tokens of a text that arrives in pieces, from a server that names no ids; the last ones wait till sure."""
+    """For servers that name no ids: the text is encoded, and its last tokens are held back until they are certain."""
 
     def __init__(self, model: LanguageModel, before: Sequence[int]) -> None:
         self._model = model

@@ -1,6 +1,6 @@
-"""A request in a model that is on a server: the committed tokens are here, everything else is a request over there.
+"""One request in a model on a server: its committed tokens are kept here, and all work is done by HTTP requests.
 
-There is no cache to keep: every request names all its tokens, and the server's prefix cache finds what it has read.
+There is no cache to manage: every HTTP request names all tokens, and the server's prefix cache knows what it has read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from parsedec.sessions.session import Session
 from parsedec.sessions.staged import JudgeRows, check_cuts
 from parsedec.types import Author, JudgePath, StopReason
 
-MOST_PROMPTS = 64  # in one request
-NOTHING = -1e9  # log-probability of what counts as impossible; finite, since judges refuse scores that are no numbers
+MOST_PROMPTS = 64  # in one HTTP request
+NOTHING = -1e9  # log-probability of the impossible; finite, since judges refuse scores that are not
 COUNTED = "target_calls and draft_calls are requests to servers; the rows they compute are not known and count as 0"
 
 
 class RemoteSession(Session):
-    """Tokens of one request, and the judge's questions about a draft that would follow them."""
+    """The tokens of one request, and the judging of a draft that would follow them."""
 
     def __init__(self, model: RemoteModel) -> None:
         super().__init__(model)
@@ -44,7 +44,7 @@ class RemoteSession(Session):
         self._draft: list[int] | None = None  # judged, not committed
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Commit `tokens`. They are read over there with the next request; there are no logits here: [0]."""
+        """Commit `tokens`. The server reads them with its next request. Returns an empty tensor: it gives no logits."""
         self._draft = None
         self._check_room(len(tokens))
         self.tokens.extend(tokens)
@@ -60,13 +60,13 @@ class RemoteSession(Session):
         path: JudgePath = JudgePath.REMOTE,
         wanted: Sequence[int] | None = None,
     ) -> JudgeRows:
-        """Ask for the next token behind every probe: K prompts of one request, or one request each.
+        """Ask for the next token behind every probe, by K prompts in one HTTP request or by one request each.
 
-        The K prompts share prompt and draft, so with a prefix cache they are one prefill and K suffixes.
+        The K prompts share prompt and draft, so with a prefix cache they cost one prefill and K suffixes.
 
-        wanted  ids whose logits are to be read, the one that speaks most for the draft first; the others are -inf. None
-                at all: the draft is staged and nobody is asked. Where a server shows only its most probable tokens,
-                `least` says what the others count as: a score is never higher than the right one.
+        wanted  ids whose logits the caller will read, the one in favour of the draft first; all others are -inf. If
+                there are none, the draft is only staged. Where a server shows only its most probable tokens, `least`
+                says what the others count as: a score is then never higher than the right one
         """
         if wanted is None:
             raise IncompatibleStack(
@@ -85,7 +85,7 @@ class RemoteSession(Session):
         except ServerError as error:
             raise _failed(self.model, error) from error
         logits = torch.full((len(probes), self.model.vocab_size), -math.inf)  # [K, V]
-        for row, shown in zip(logits, found, strict=False):  # nothing was found where nothing was wanted
+        for row, shown in zip(logits, found, strict=False):  # `found` is empty if nothing was wanted
             row[list(wanted)] = torch.tensor(self._logprobs(shown, wanted))
         return JudgeRows(logits, torch.empty(0), 0, JudgePath.REMOTE)
 
@@ -97,7 +97,7 @@ class RemoteSession(Session):
         self._draft = None
 
     def rewind(self, length: int) -> None:
-        """Go back to the first `length` committed tokens."""
+        """Forget all but the first `length` committed tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"rewind({length}) on a session of {self.length} tokens; expected 0 to {self.length}")
         self._draft = None
@@ -123,10 +123,12 @@ class RemoteSession(Session):
 
 
 def least(found: Sequence[float | None], floor: float) -> list[float]:
-    """Log-probabilities of labels, the one that speaks most for the draft first, None where one is not known.
+    """Log-probabilities of labels, with the unknown ones (None) filled in so that the score is the lowest possible.
 
-    An unknown one is at most `floor`. The labels stand for marks in equal steps, down to 0; their mean is least if the
-    unknown marks below it have all they can, and those above it nothing.
+    found  of labels that stand for marks in equal steps down to 0, the one in favour of the draft first
+    floor  an unknown one is at most this
+
+    The mean mark is lowest if unknown marks below it have all the probability they can, and those above it none.
     """
     known = [(mark, logprob) for mark, logprob in enumerate(reversed(found)) if logprob is not None]
     top = max([floor, *(logprob for _, logprob in known)])
@@ -142,10 +144,10 @@ def least(found: Sequence[float | None], floor: float) -> list[float]:
 
 
 class RemoteDecoder(Decoder):
-    """Writes by streamed completions. A stream that breaks off is taken up again where it broke.
+    """Writes by streamed completions. A stream that breaks off is continued from where it broke.
 
-    A target that stays away raises TargetLost. A draft that cannot be finished ends where it is: what is there of it is
-    judged, and the target goes on alone.
+    If the target stays unreachable, it raises TargetLost. A draft that cannot be finished ends where it is: what there
+    is of it is judged, and the target goes on alone.
     """
 
     session: RemoteSession
@@ -178,20 +180,20 @@ class RemoteDecoder(Decoder):
             except ServerError as error:
                 if len(answer.tokens) > before:
                     waits = server.waits()
-                # the target can go on at once: a draft is not worth a longer wait than one's own
+                # the target can go on at once, so a draft is not worth a longer wait than our own back-off
                 longest_s = LONGEST_WAIT_S if author is Author.DRAFT else LONGEST_ASKED_S
                 wait = server.wait_after(error, waits, longest_s)
                 if wait is not None:
                     pause(wait)
                 elif author is Author.DRAFT:
-                    if not isinstance(error, ServerRefused):  # what one request may not do, others may
+                    if not isinstance(error, ServerRefused):  # a refusal concerns this request, not the server
                         server.note_lost()
                     self._give_up(answer, str(error))
                 else:
                     raise _failed(self.model, error) from error
 
     def _stream(self, answer: Answer, author: Author) -> Iterator[list[int]]:
-        """One completion behind the committed tokens; yields what became part of the answer."""
+        """One completion behind the committed tokens. Yields what became part of the answer."""
         model, session, settings = self.model, self.session, self.sampler.settings
         seed = None
         if not self.sampler.greedy:
@@ -203,7 +205,7 @@ class RemoteDecoder(Decoder):
         with closing(wire.stream(model.server, model.can, prompt, new, settings, seed)) as pieces:
             for piece in pieces:
                 tokens, finish = tokens_of.push(piece), piece.finish
-                over = finish not in (None, "length")  # whatever a server calls it: it has nothing to add
+                over = finish not in (None, "length")  # whatever a server calls it, it has nothing to add
                 if over and finish != "stop":
                     self.notes.add(f"{model.server.url} ended its text with finish_reason '{finish}', taken as its end")
                 if over and model.end_token is not None:
@@ -228,10 +230,10 @@ class RemoteDecoder(Decoder):
 
 
 def _limit(came: int, new: int, count: int | None, way: TokensBack) -> StopReason | None:
-    """Why a completion of `new` tokens ended for its length, of which `came` arrived here; None: it is to go on.
+    """Why a completion that asked for `new` tokens, of which `came` arrived, ended by length; None: it can go on.
 
-    The server counts what it wrote, and fewer is its own limit. Tokens that it counts and does not show are the
-    beginning of a character; asking on does not bring it if there is no room for its end.
+    `count` is how many the server says it wrote; if fewer than asked for, it has a limit of its own. Tokens that it
+    counts but does not show begin a character, which does not come if there is no room for its end.
     """
     if count is None:
         return StopReason.CONTEXT_LIMIT if came < (1 if way is TokensBack.TEXT else new) else None
@@ -241,7 +243,7 @@ def _limit(came: int, new: int, count: int | None, way: TokensBack) -> StopReaso
 
 
 def _failed(model: LanguageModel, error: ServerError) -> TargetLost | TargetRefused:
-    """What becomes of a request whose target cannot go on, and will not come back in time."""
+    """The error that ends a request whose target cannot go on, and will not be back in time."""
     where = "What was finished is in `partial`."
     if isinstance(error, ServerRefused):
         told = f"the target {model.name} did not take a request. {error} {where}"

@@ -1,4 +1,4 @@
-"""Which parts of a stack can work with a model on a server, and the decoder of a model wherever it is."""
+"""Which parts of a stack can work with a model on a server, and decoders for models here and there."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def open_decoder(
     acceptance: Acceptance | None = None,
     layers: Sequence[int] = (),
 ) -> Decoder:
-    """A decoder for one request; `layers` as in `Decoder`, for a model that is here."""
+    """A decoder for one request, for a model here or on a server. `layers` is as in `Decoder`, for models here."""
     if isinstance(model, RemoteModel):
         return RemoteDecoder(model, inner, sampler, tally, acceptance)
     return Decoder(model, inner, sampler, tally, acceptance, layers)
 
 
 def check_inner(inner: InnerSpeculator, model: LanguageModel, acceptance: Acceptance | None = None) -> None:
-    """Raise IncompatibleStack for an inner level that would have to reach into a server, or a lossy rule."""
+    """Raise IncompatibleStack for an inner level that would have to work inside a server, or a lossy rule."""
     if isinstance(model, RemoteModel) and not isinstance(inner, NoSpeculation):
         raise IncompatibleStack(
             f"{type(inner).__name__} cannot speculate for {model.name}: its tokens are chosen there. Use inner=none, "
@@ -44,7 +44,7 @@ def check_inner(inner: InnerSpeculator, model: LanguageModel, acceptance: Accept
 
 
 def check_judge(needs: JudgeNeeds, target: LanguageModel, draft: LanguageModel | None) -> None:
-    """Raise IncompatibleStack for a judge that reads what a server does not show."""
+    """Raise IncompatibleStack for a judge that needs what a server does not show."""
     if needs.hidden_layers and isinstance(target, RemoteModel):
         raise IncompatibleStack(
             f"the judge reads hidden layers {list(needs.hidden_layers)}, and {target.name} does not show them. Use "

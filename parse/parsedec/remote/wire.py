@@ -1,6 +1,6 @@
-"""What goes over the wire: bodies of requests and what their answers mean, for /v1/completions and SGLang's /generate.
+"""The wire format: bodies of requests and the meaning of answers, for /v1/completions and SGLang's /generate.
 
-Letters:  K prompts of one request, x token ids.
+Letters:  K prompts of one request.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from parsedec.types import Sampling
 Prompts = Sequence[Sequence[int] | str]  # K of them
 NAME = "token_id:"  # how vLLM spells a token whose id was asked for
 GREEDY = Sampling()
-ENDS = {"eos_token": "stop", "stop_sequence": "stop", "max_tokens": "length"}  # as others spell it, such as TGI
-BROKEN = {"abort", "error", "cancelled"}  # the server gave it up
+ENDS = {"eos_token": "stop", "stop_sequence": "stop", "max_tokens": "length"}  # other names for them, as of TGI
+BROKEN = {"abort", "error", "cancelled"}  # reasons that mean that the server gave up
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an answer: ids (None where the server gives none), text, and why it ended, if it did.
+    """A part of an answer: ids (None if the server gives none), text, and why the answer ended, if it did.
 
     finish  "stop", "length", or a reason of the server's own
-    count   tokens of the whole answer as the server counts them, where it says so
+    count   how many tokens the server counts in the whole answer, if it says
     """
 
     tokens: tuple[int, ...] | None
@@ -38,10 +38,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Log-probabilities of the token that was generated at one place, nats.
+    """Log-probabilities of tokens in one place, in nats.
 
-    by_id  of ids the server named; by_text: of tokens it spelt
-    floor  the smallest shown: none that is missing is more probable. -inf where exactly the ids asked for are shown
+    by_id    of ids that the server named
+    by_text  of tokens that it spelt
+    floor    the smallest one shown: no missing token is more probable. -inf if exactly the ids asked for are shown
     """
 
     by_id: Mapping[int, float]
@@ -56,7 +57,7 @@ class Found:
 def stream(
     server: Server, can: Capabilities, prompt: Sequence[int] | str, new: int, sampling: Sampling, seed: int | None
 ) -> Generator[Piece, None, None]:
-    """Up to `new` tokens behind the prompt, as they come. Closing it hangs up."""
+    """Up to `new` tokens behind the prompt, as they arrive. To close the generator is to hang up."""
     if can.native:
         yield from _native_pieces(server, _native(can, [prompt], new, sampling, seed, alone=True) | {"stream": True})
         return
@@ -77,7 +78,7 @@ def labels(server: Server, can: Capabilities, prompts: Prompts, ids: Sequence[in
         if can.native:
             found = [_native_found(each) for each in (answer if isinstance(answer, list) else [answer])]
         else:
-            # one prompt's choices may come before another's: the index says whose they are
+            # choices may come in any order: the index says whose they are
             choices = sorted(entries(answer, "choices"), key=lambda choice: int(choice.get("index", 0)))
             found = [logprobs(choice) for choice in choices]
         return _all(found, len(prompts), server)
@@ -91,7 +92,7 @@ def labels(server: Server, can: Capabilities, prompts: Prompts, ids: Sequence[in
 def scored(
     server: Server, can: Capabilities, query: Sequence[int], items: Sequence[Sequence[int]], ids: Sequence[int]
 ) -> list[Found]:
-    """As `labels`, by vLLM's /generative_scoring: `items` stand behind `query`, the first of two ids is scored."""
+    """As `labels`, by vLLM's /generative_scoring: each of `items` follows `query`; the first of two ids is scored."""
     body = {
         "model": can.model,
         "query": list(query),
@@ -116,7 +117,7 @@ def _all(found: list[Found], wanted: int, server: Server) -> list[Found]:
 
 
 def completion(can: Capabilities, prompts: Prompts, new: int, sampling: Sampling, seed: int | None) -> dict[str, Any]:
-    """Body of a /v1/completions request; one prompt goes as it is, several as a list."""
+    """Body of a /v1/completions request. One prompt is sent as it is, several as a list."""
     body: dict[str, Any] = {
         "model": can.model,
         "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
@@ -126,7 +127,7 @@ def completion(can: Capabilities, prompts: Prompts, new: int, sampling: Sampling
     }
     if seed is not None:
         body["seed"] = seed
-    if can.extensions:  # a server may take what is not named from the checkpoint's generation config
+    if can.extensions:  # a server may take missing settings from the checkpoint's generation config
         body |= {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
     if can.tokens_back is TokensBack.FIELD:
         body["return_token_ids"] = True
@@ -136,7 +137,7 @@ def completion(can: Capabilities, prompts: Prompts, new: int, sampling: Sampling
 
 
 def asked(can: Capabilities, ids: Sequence[int]) -> dict[str, Any]:
-    """What to add to a completion for the log-probabilities of `ids`."""
+    """What to add to a completion's body to get the log-probabilities of `ids`."""
     if can.labels is Labels.BY_ID:
         return {"logprobs": 1, "logprob_token_ids": list(ids), "return_tokens_as_token_ids": True}
     names = {"return_tokens_as_token_ids": True} if can.extensions else {}
@@ -144,7 +145,7 @@ def asked(can: Capabilities, ids: Sequence[int]) -> dict[str, Any]:
 
 
 def piece(choice: Mapping[str, Any], tokens_back: TokensBack, count: object = None) -> Piece:
-    """A choice, or a streamed part of one."""
+    """The piece that a choice, or a streamed part of one, holds."""
     text, finish = choice.get("text", ""), choice.get("finish_reason") or None
     if not isinstance(text, str) or not isinstance(finish, str | None):
         raise ServerError(f"a server sent a choice with text {text!r} and finish_reason {finish!r}; expected text.")
@@ -194,7 +195,7 @@ def _native(
     seed: int | None,
     alone: bool = False,
 ) -> dict[str, Any]:
-    """Body of a SGLang /generate request."""
+    """Body of an SGLang /generate request."""
     settings: dict[str, Any] = {
         "max_new_tokens": new,
         "temperature": sampling.temperature,
@@ -210,7 +211,7 @@ def _native(
 
 
 def _native_pieces(server: Server, body: Mapping[str, Any]) -> Iterator[Piece]:
-    """SGLang repeats what it sent before in every event, unless it runs with --stream-output."""
+    """Pieces of an SGLang stream, whose events repeat all that was sent before, unless it runs with --stream-output."""
     known, shown = 0, 0
 
     def read(event: Any) -> Piece:
@@ -247,7 +248,7 @@ def _number(value: object, name: str) -> float:
 
 
 def works(attempt: Callable[[], object]) -> bool:
-    """Whether a server takes a request; it may also be down, which is raised."""
+    """Whether a server takes a request. Raises ServerError if it cannot be reached."""
     try:
         attempt()
     except ServerRefused:
