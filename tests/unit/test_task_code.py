@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -28,6 +29,7 @@ def bump(numbers: List[int]) -> List[int]:
 '''
 TEST = "def check(candidate):\n    assert candidate([1, 2]) == [2, 3], 'off by one'\n"
 WHOLE = "def bump(numbers: List[int]) -> List[int]:\n    return [helper(x) for x in numbers]\n"
+WRONG = WHOLE.replace("helper(x)", "x")
 BODY = "    return [helper(x) for x in numbers]\n"
 
 
@@ -65,6 +67,18 @@ def test_prompt_shows_the_function_as_a_block(problem: Problem) -> None:
         f"```py\n{WHOLE}",  # the closing fence was cut off by the token limit
         f"First a test:\n```python\nprint(1)\n```\nNow:\n```python\n{WHOLE}```",
         f"1. Like so:\n   ```python\n{WHOLE}   ```",
+        f"1. Like so:\n\n{indent('```python' + chr(10) + WHOLE + '```', '   ')}\n\n2. Done.",
+        f"Run it:\n```bash\npython bump.py\n```\nThe code:\n```python\n{WHOLE}```\n",
+        f"It prints\n~~~text\n[2, 3]\n~~~\nwith\n~~~python\n{WHOLE}~~~",
+        f"Sure! ```python\n{WHOLE}```",
+        f'```python title="bump.py"\n{WHOLE}```',
+        f"````python\n{WHOLE}````",
+        f"```python\n{WHOLE}``` It adds one.",
+        f"```python\nprint(1)\n```python\n{WHOLE}```",
+        f"```python\n{WHOLE}```\n".replace("\n", "\r\n"),
+        f"```python\n{WHOLE}".replace(":\n", ':\n    """Like so:\n\n    ```\n    bump([1])\n    ```\n    """\n')
+        + "```",
+        f"<think>Perhaps\n```python\n{WRONG}```\nNo.</think>\n```python\n{WHOLE}```",
         WHOLE,
         BODY,
         f"```python\n{BODY}```",
@@ -79,7 +93,7 @@ def test_right_answers_pass(task: Code, problem: Problem, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
-        (WHOLE.replace("helper(x)", "x"), "AssertionError: off by one"),
+        (WRONG, "AssertionError: off by one"),
         ("    return numbers\n", "AssertionError: off by one"),
         ("def bump(numbers):\n    return (", "SyntaxError"),
         ("", "AssertionError"),  # the bare head returns None

@@ -2,9 +2,10 @@
 
 The letter an answer chooses is, in this order: the one after the last "answer is" or "answer:", the one in the last
 `\\boxed{}`, the last capital letter that stands by itself. Brackets and asterisks around it are read over. A letter
-that no option has is none, and "A" and "I" before a small word are words; in the last place every letter before one is
-what the sentence is about. A small letter counts in the first two places if nothing but its sentence's end, a bracket
-or a comma follows: "answer: a" chooses, "the answer is a cat" does not.
+that no option has is none. "A" and "I" before a small word are words, other than the "A" of "answer is A since"; in the
+last place every letter before one is what the sentence is about, and chosen only if it "is correct". A small letter
+counts in the first two places if nothing but its sentence's end, a bracket or a comma follows: "answer: a" chooses,
+"the answer is a cat" does not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _ALONE = r"(?<![A-Za-z0-9'\u2019\\])({letters})(?![A-Za-z0-9'\u2019])"
 _ANNOUNCED = r"(?i:answer(?:\s+is)?\s*:?)\s*(?:(?i:option)\s+)?[*({{\[$\\\s]*(?:boxed|text|mathrm)?[({{]*"
 _SAID = r"(?i:answer(?:\s+is\s*:?|\s*:))[*\s]*(?:(?i:option)\s+)?[*({{\[$\\\s]*(?:boxed|text|mathrm)?[({{]*"
 _BOXED = r"\\boxed\{{\s*(?:\\(?:text|mathrm)\{{)?[\s(]*"
-_WORD = r"(?!(?<=[AI]) [a-z])"  # "A cat", "I think"
+_WORD = r"(?:(?<=is A|on A)|(?!(?<=[AI]) [a-z]))"  # "A cat" and "I think" are words, not so "is A since", "option A as"
+_RIGHT = r"(?=\)?\*{{0,2}} is (?:the )?(?:only )?(?:correct|right)\b)"
 _SUBJECT = r"(?! [a-z])"  # "B, as D is wrong"
 _ENDS = r"(?=[*\s$]*(?:[)\]}},;:!]|\.(?!\w)|\Z|\n))"  # "a." and "a)" are letters, "a cat" and "a.m." are not
 
@@ -67,7 +69,7 @@ def chosen_letter(text: str, options: int) -> str | None:
     capital, small = (_ALONE.format(letters=f"[{some}]") for some in (LETTERS[:options], LETTERS[:options].lower()))
     announced = f"(?:{_ANNOUNCED.format()}{capital}{_WORD}|{_SAID.format()}{small}{_ENDS.format()})"
     boxed = f"{_BOXED.format()}(?:{capital}|{small}" + r"(?=[\s)]*\}))"
-    for pattern in (announced, boxed, capital + _SUBJECT):
+    for pattern in (announced, boxed, f"{capital}(?:{_RIGHT.format()}|{_SUBJECT})"):
         if found := re.findall(pattern, text):
             return "".join(found[-1]).upper()
     return None

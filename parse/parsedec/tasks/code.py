@@ -16,8 +16,9 @@ from parsedec.tasks.base import Problem, Score, TaskDataError
 from parsedec.tasks.jsonl import JsonlTask
 from parsedec.tasks.sandbox import require_limits, run_sandboxed
 
-# An unclosed fence reaches to the end: the token limit may have struck after the code was done.
-_FENCED = re.compile(r"(?msi)^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)")
+_FENCE = re.compile(r"(?P<before>[^`~]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<told>[^`]*)")
+_LIST = re.compile(r"[ \t]*(?:[-*+]|\d+[.)])?[ \t]*")  # what stands before an opening fence, in a list or not
+_PYTHON = re.compile(r"[{.]*(?:python3?|py3?)(?![\w+#-])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,55 @@ def program(head: str, entry_point: str, text: str) -> str:
 
 
 def extract_code(text: str, entry_point: str) -> str:
-    """The fenced block that defines `entry_point`, else the first fenced block, else the text as it is."""
-    blocks = [str(block) for block in _FENCED.findall(text)]
+    """The fenced block that defines `entry_point`, else the first fenced block, else the text as it is; what a
+    reasoning model thought before it answered is left out."""
+    text = text.rpartition("</think>")[2]
+    blocks = fenced_blocks(text)
     if not blocks:
         return text
     return next((block for block in blocks if _defines(entry_point, block)), blocks[0])
+
+
+def fenced_blocks(text: str) -> list[str]:
+    """The code in a Markdown text's fences that say Python or no language, without the indentation of a list around it.
+
+    As in CommonMark (section 4.5), a block ends at a fence as long as its first, at most three columns further in: one
+    in a docstring ends nothing. An unclosed one reaches to the end: the token limit may have struck after the code was
+    done. Unlike there, words around a fence are read over where they leave no doubt.
+    """
+    blocks = []
+    lines = text.replace("\r\n", "\n").split("\n")
+    at = 0
+    while at < len(lines):
+        opening = _opening(lines[at])
+        at += 1
+        if opening is None:
+            continue
+        end = next((i for i in range(at, len(lines)) if _closes(lines[i], opening)), len(lines))
+        if not opening["told"].strip() or _PYTHON.match(opening["told"]):
+            blocks.append(_outdented(lines[at:end], len(opening["before"])))
+        opens_again = end < len(lines) and _PYTHON.match(lines[end].lstrip(" \t`~"))
+        at = end if opens_again else end + 1
+    return blocks
+
+
+def _opening(line: str) -> re.Match[str] | None:
+    fence = _FENCE.fullmatch(line)
+    if fence is None or _LIST.fullmatch(fence["before"]) or _PYTHON.match(fence["told"]):
+        return fence
+    return None  # words before marks, not known to be code
+
+
+def _closes(line: str, opening: re.Match[str]) -> bool:
+    indent = len(line) - len(line.lstrip())
+    return indent < len(opening["before"]) + 4 and line.lstrip().startswith(opening["marks"])
+
+
+def _outdented(lines: list[str], columns: int) -> str:
+    """The lines without the first one's indentation, as far as it is the fence's."""
+    first = next((line for line in lines if line.strip()), "")
+    indent = re.compile(f"[ \\t]{{0,{min(columns, len(first) - len(first.lstrip()))}}}")
+    return "".join(indent.sub("", line, count=1) + "\n" for line in lines)
 
 
 def _defines(entry_point: str, code: str) -> bool:
