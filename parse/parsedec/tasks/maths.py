@@ -19,13 +19,14 @@ from parsedec.tasks.jsonl import JsonlTask
 _SECONDS = 5  # for reading an answer, and again for comparing it: symbolic mathematics can take for ever
 # `#### 1. Cost` is a heading, `#### 20 - 25` a range: only a number that ends its line, units aside, is an answer
 _MARKED = re.compile(
-    r"""(?mx) \#\#\#\# [\s*_]*
+    r"""(?mx) \#\#\#\# [\s*_~\u2248+]*
     ([-\u2212]?\s*(?:\\?\$|\\\()?\s*[-\u2212]? (?:[0-9][0-9,]*(?:\.[0-9]+)? | \.[0-9]+))
     (?:[ \t*_$\u20ac\u00a3\u00b0)\]}] | \\[$)\],;])*+                   # what closes a formula, and currencies
     (?:(?:(?:\(|\\(?:text|mathrm)\{)\ *)?                               # "18 dollars", "18 km/h", "18 USD"
        (?!(?:to|or|and|plus|minus|times|over|out|divided|x)\b) (?:[a-z]+|[A-Z]{2,5})\b
-       (?:\^\{?[0-9] | (?<=for[ ])[0-9]+ | [^0-9=+\n])*+                # "cm^2", "for 3 people"
+       (?:\^\{?[0-9] | (?<=for[ ])[0-9]+ | [^0-9=+(\n])*+                # "cm^2", "for 3 people"
     )?
+    (?:\([^()\n]*+\))?                                                  # "(9 eggs x 2)"
     [ \t*_$.!\#]*$"""
 )
 # "\$" is the currency in LaTeX and never opens a formula; "-$5" is a number, too
