@@ -58,6 +58,13 @@ def test_an_output_that_cannot_be_a_folder(folder):
     assert folder.read_text() == "precious"
 
 
+def test_an_output_without_a_name_is_not_the_current_folder(tmp_path):
+    done = commands.run("run.py", *SMALL, "output=", cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert "error: output is empty; expected a folder: output=DIR." in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_checkpoint(folder, tmp_path):
     model = tmp_path / "half a model"
     shutil.copytree(ROOT / "parse" / "parsedec" / "zoo" / "draft", model)

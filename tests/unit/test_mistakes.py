@@ -364,6 +364,7 @@ def test_several_models_of_a_sweep(argument, expanded):
     [
         ("inner.head=x", r"inner\.head is a setting of another member of inner than the one chosen"),
         ("inner.head=x", r"Did you mean inner\.heads\?"),
+        ("loop.rounds=3", r"loop\.rounds is a setting of another member of loop than the one chosen: of loop=rounds\."),
         ("inner.hed=x", r"no setting is called 'inner\.hed'. Did you mean inner\.head"),
         ("path=x", r"no setting is called 'path'. Did you mean .*\.path"),
     ],
@@ -373,6 +374,32 @@ def test_a_setting_of_something_else(override, said):
         composed("inner=medusa", override)
     assert re.search(said, explain(refused.value, CONF)), explain(refused.value, CONF)
     assert "inner.head" in known_settings(CONF)
+
+
+@pytest.mark.parametrize("value", ["null", "3", "true", "0.5"])
+def test_a_member_of_a_group_has_a_name(value):
+    with pytest.raises(ConfigError, match=rf"inner={value} does not exist; inner is one of \['draft_model'"):
+        expand_shorthand(f"inner={value}", CONF)
+    with pytest.raises(ConfigError, match=r"the argument =3 has no name; expected NAME=VALUE"):
+        expand_shorthand("=3", CONF)
+    assert expand_shorthand(f"seed={value}", CONF) == [f"seed={value}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("task", r"cannot read the argument task; expected NAME=VALUE"),
+        ("title=it's", r"cannot read the argument title=it's; expected NAME=VALUE. Text with quotes.* is quoted, too"),
+        (
+            "batch=1,2",
+            r"batch has several values, 1,2; expected one. A list is batch=\[1,2\], and -m makes a run for each",
+        ),
+    ],
+)
+def test_an_argument_that_cannot_be_read(override, said):
+    with pytest.raises(Exception, match=r".") as refused:
+        composed(override)
+    assert re.search(said, explain(refused.value, CONF)), explain(refused.value, CONF)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from parsedec.errors import ParsedecError
+from parsedec.errors import ConfigError, ParsedecError
 from parsedec.experiment.calibrated import read_calibration
 from parsedec.experiment.claim import release
 from parsedec.experiment.kinds import require_kinds, require_kinds_of_defaults
@@ -78,6 +79,8 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
         require_kinds_of_defaults(cfg, str(hydra.job.config_name), folders)
         require_kinds(cfg)
+        if cfg.get("output") == "":  # as of a shell's variable that was not set: it would be the current folder
+            raise ConfigError("output is empty; expected a folder: output=DIR.")
         task(cfg)
 
     return run
@@ -86,8 +89,11 @@ def checked(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 def expand_shorthand(argument: str, conf: Path) -> list[str]:
     """What a shorthand argument stands for: `target=WHERE` and `draft=WHERE` for any model, `draft.inner=NAME` for the
     draft model's speculator, `calibration=FILE` for thresholds of calibrate.py, `labels.fit` and `labels.check` with
-    any setting of the task, even one that the file in conf/ does not name."""
+    any setting of the task, even one that the file in conf/ does not name.
+
+    Raises ConfigError for a member of a group that is not text (inner=null), which Hydra does not expect."""
     key, _, value = argument.partition("=")
+    _require_member(key, argument, conf)
     if key in ("target", "draft") and not (conf / key / f"{value}.yaml").is_file():
         several = [value] if Path(value).exists() else value.split(",")  # of a sweep
         if all(map(_is_location, several)):
@@ -108,19 +114,28 @@ def explain(error: Exception, conf: Path) -> str:
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause) if isinstance(cause, ParsedecError) else f"{str(error).splitlines()[0]} {cause}"
     message = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read the argument {error.override}; expected NAME=VALUE. Text with quotes, brackets or commas in "
+            """it is quoted, too: 'NAME="[a], b"'."""
+        )
+    if found := re.match(r"Ambiguous value for argument '(.+?)=(.+)'\n", message):
+        return (
+            f"{found[1]} has several values, {found[2]}; expected one. A list is {found[1]}=[{found[2]}], and "
+            "-m makes a run for each."
+        )
     first = message.splitlines()[0] if message else type(error).__name__
     if found := re.search(r"Could not find '([\w@/.]+)/([^']*)'", message):
-        group, name = found[1], found[2]
-        members = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        key = {"target": "target.source", "draft": "draft.model.source"}.get(group)
-        other = f" A hub id without a slash is given as {group}=any {key}={name}." if key else ""
-        return f"{group}={name} does not exist; {group} is one of {members}.{_close(name, members)}{other}"
+        return _no_member(found[1], found[2], conf)
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
         key, names = found[1] or found[2], known_settings(conf)
         if key in names:
             alike = difflib.get_close_matches(key, [name for name in names if name != key], n=1, cutoff=0.9)
+            group, _, setting = key.partition(".")
+            of = [name for name in _members(group, conf) if setting in OmegaConf.load(conf / group / f"{name}.yaml")]
+            where = f": of {', '.join(f'{group}={name}' for name in of)}" if of else ""
             return (
-                f"{key} is a setting of another member of {key.rsplit('.', 1)[0]} than the one chosen."
+                f"{key} is a setting of another member of {group} than the one chosen{where}."
                 f"{f' Did you mean {alike[0]}?' if alike else ''} --help and the files of conf/ show what each has."
             )
         return f"no setting is called '{key}'.{_close(key, names)} --help shows all of them."
@@ -130,6 +145,31 @@ def explain(error: Exception, conf: Path) -> str:
         key = next((k for i in range(len(path)) if (k := ".".join(path[i:])) in known), found[1])
         return f"{key} has no default; set it: {key}=…"
     return message if isinstance(error, ParsedecError) else first
+
+
+def _require_member(key: str, argument: str, conf: Path) -> None:
+    if not key:
+        raise ConfigError(f"the argument {argument} has no name; expected NAME=VALUE.")
+    group = key.partition("@")[0]
+    if not (conf / group).is_dir():
+        return
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return  # for Hydra to say where it cannot be read
+    if value is None or isinstance(value, bool | int | float):
+        raise ConfigError(_no_member(group, argument.partition("=")[2], conf))
+
+
+def _no_member(group: str, name: str, conf: Path) -> str:
+    members = _members(group, conf)
+    key = {"target": "target.source", "draft": "draft.model.source"}.get(group)
+    other = f" A hub id without a slash is given as {group}=any {key}={name}." if key else ""
+    return f"{group}={name} does not exist; {group} is one of {members}.{_close(name, members)}{other}"
+
+
+def _members(group: str, conf: Path) -> list[str]:
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
 
 
 def known_settings(conf: Path) -> list[str]:
