@@ -37,14 +37,14 @@ def main(cfg: DictConfig) -> None:
     from parsedec.experiment.record import earlier_record
     from parsedec.hardware.claims import terminal
     from parsedec.hardware.gpu import Measurement
-    from parsedec.hardware.stages import Clock, interrupted_by_sigterm
+    from parsedec.hardware.stages import Clock
 
     check_local(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     earlier_record(folder / "record.json", plain(cfg), resume=None)
     apply_runtime(cfg)
     overrides, clock = list(HydraConfig.get().overrides.task), Clock.of(cfg.minutes, STARTED)
-    with announced(folder / "record.json"), interrupted_by_sigterm():
+    with announced(folder / "record.json"):
         measurement = Measurement(cfg, folder, overrides, clock, ROOT)
         try:
             measurement.run()

@@ -119,8 +119,9 @@ def test_resuming_answers_only_what_is_missing(folder):
     assert recorded(folder)["arms"][0]["requests"] == requests
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
-def test_ctrl_c_saves_what_is_finished(folder):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals to send")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_saves_what_is_finished(folder, sent):
     process = subprocess.Popen(
         [sys.executable, ROOT / "experiments" / "run.py", *SMALL, "task.n=400", f"output={folder}"],
         cwd=folder.parent, env=commands.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -132,7 +133,7 @@ def test_ctrl_c_saves_what_is_finished(folder):
             time.sleep(0.1)
         assert process.poll() is None, process.communicate()[1]
         running = recorded(folder)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

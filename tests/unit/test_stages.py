@@ -7,7 +7,8 @@ import time
 import pytest
 
 from parsedec.errors import ConfigError
-from parsedec.hardware.stages import Clock, Stage, interrupted_by_sigterm, run_stages
+from parsedec.experiment.cli import interrupted_by_sigterm
+from parsedec.hardware.stages import Clock, Stage, run_stages
 
 
 def clock(seconds):

@@ -9,12 +9,14 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -40,7 +42,7 @@ stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
 def run_command(main: Callable[[], Any], conf: Path) -> None:
-    """Run a `@hydra.main` function as a command: exit code 0, 2 for errors the user can mend, 130 after Ctrl-C."""
+    """Run a `@hydra.main` function as a command: exit code 0, 2 for errors the user can mend, 130 after Ctrl-C or SIGTERM."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without our suggestion
     logging.basicConfig(
         level=logging.INFO,
@@ -52,7 +54,8 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         sys.argv[1:] = [expanded for argument in sys.argv[1:] for expanded in expand_shorthand(argument, conf)]
-        main()
+        with interrupted_by_sigterm():
+            main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (HydraException, OmegaConfBaseException, ParsedecError) as error:
@@ -191,6 +194,20 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
         known = not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key)
         if known and isinstance(node[key], DictConfig):
             yield from _dotted(node[key], f"{prefix}{key}.")
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """A termination from outside, such as a scheduler's, is a Ctrl-C inside: what is finished is written first."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

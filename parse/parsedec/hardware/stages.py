@@ -82,20 +82,6 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """A termination from outside, such as a scheduler's, is a Ctrl-C inside: what was measured is written first."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def run_stages(stages: Sequence[Stage], clock: Clock, save: Callable[[list[dict[str, object]]], object]) -> None:
     """Run them in order. `save` gets what became of each so far, after every one of them and before the first.
 
