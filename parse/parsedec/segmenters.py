@@ -142,32 +142,46 @@ class PatternSegmenter(Segmenter):
     def _matches(self, draft: Draft | GrowingDraft, start: int) -> Iterator[int]:
         for match in re.compile(self.pattern).finditer(draft.text, start):  # it looks behind `start` all the same
             offset = match.end(1) if match.re.groups else match.start()
-            if draft.text[:offset].strip():
+            if self._counts(draft.text, match) and draft.text[:offset].strip():
                 yield draft.position(offset)
+
+    def _counts(self, text: str, match: re.Match[str]) -> bool:
+        """Whether a match in `text` ends a segment; what a pattern cannot say, since it looks back a fixed length."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lines(PatternSegmenter):
     """A segment is a line; the cut stands before the line break, so the judged text does not end in one."""
 
-    pattern: str = r"(?<=\S)[ \t]*\n"
+    pattern: str = r"(?<=\S)[^\S\n]*\n"  # all of a line break: "\r\n" as well
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paragraphs(PatternSegmenter):
     """A segment is a paragraph or step: text up to a blank line."""
 
-    pattern: str = r"(?<=\S)[ \t]*\n\s*\n"
+    pattern: str = r"(?<=\S)[^\S\n]*\n\s*\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentences(PatternSegmenter):
-    """A segment is a sentence: up to . ! ? (and closing quotes or brackets) before white space, or a line break.
+    """A segment is a sentence: up to . ! ? and what closes with it (quotes, brackets, emphasis), or to a line's end.
 
-    A full stop behind a single letter or between digits ends nothing ("e. g.", "3.5"); ideographic stops count.
+    A full stop behind a single letter, between digits or behind the number of a list's item ends nothing ("e. g.",
+    "3.5", "1. Add"); ideographic stops count, with the closing quotes or brackets and further stops behind them.
     """
 
-    pattern: str = r"(?:(?:(?<!\b[^\W\d_])\.|[!?])[\"')\]]*(?=\s)|[。！？]|(?<=\S)(?=[ \t]*\n))()"
+    pattern: str = (
+        r"(?:(?:(?<!\b[^\W\d_])\.|[!?])[\"'”’»)\]*_]*(?=\s)"
+        # a closing quote still to come would move the end, so what stands behind has to be known
+        r"|[。！？]+[」』”’）】》]*(?=[^。！？」』”’）】》])"
+        r"|(?<=\S)(?=[^\S\n]*\n))()"
+    )
+
+    def _counts(self, text: str, match: re.Match[str]) -> bool:
+        line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+        return not (match[0] == "." and line.strip().isdecimal())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +246,7 @@ def statement_ends(text: str) -> list[int]:
             i = (text.find("\n", i) if "\n" in text[i:] else len(text)) - 1
         elif char == "\n":
             if first and depth == 0 and first != "@" and last not in "\\:,":
-                ends.append(i)
+                ends.append(i - text.startswith("\r\n", i - 1))
             if depth == 0 and last != "\\":
                 first = last = ""
         elif not char.isspace():

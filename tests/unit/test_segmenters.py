@@ -102,6 +102,35 @@ def test_only_a_full_stop_can_be_an_abbreviation(sentence):
 
 def test_ideographic_sentences():
     assert pieces(Sentences(), "答えは三。次は四？はい！以上") == ["答えは三。", "次は四？", "はい！", "以上"]
+    assert pieces(Sentences(), "「本当？！」はい。以上") == ["「本当？！」", "はい。", "以上"]
+
+
+def test_the_number_of_a_lists_item_is_no_sentence():
+    text = "1. Add 2. Go on.\n  12. That gives 3. Stop.\n7.\n"
+    assert pieces(Sentences(), text) == [
+        "1. Add 2.", " Go on.", "\n  12. That gives 3.", " Stop.", "\n7.", "\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", ["It is **three.**", "She said “three.”", "(_It is three._)", "«Trois.»"])
+def test_what_closes_with_a_sentence_belongs_to_it(sentence):
+    assert pieces(Sentences(), f"{sentence} Then four.") == [sentence, " Then four."]
+
+
+LINE_BREAKS = pytest.mark.parametrize("line_break", ["\r\n", " \r\n", "\xa0\n", "\u3000\n"], ids=ascii)
+
+
+@LINE_BREAKS
+@pytest.mark.parametrize("segmenter", [Lines(), Sentences(), CodeStatements()], ids=lambda s: type(s).__name__)
+def test_every_kind_of_line_end(segmenter, line_break):
+    cuts = pieces(segmenter, f"a = 1{line_break}b = 2{line_break}c")
+    assert [piece.strip() for piece in cuts] == ["a = 1", "b = 2", "c"]
+    assert not any("\r" in piece.lstrip() for piece in cuts), "no judged text ends in half a line break"
+
+
+@LINE_BREAKS
+def test_every_kind_of_blank_line(line_break):
+    text = f"a{line_break}b{line_break * 2}c"
+    assert pieces(Paragraphs(), text) == [f"a{line_break}b", f"{line_break * 2}c"]
 
 
 PYTHON = '''\
@@ -226,6 +255,9 @@ PIECES = [
     '")',
     ";",
     "。",
+    "」",
+    "1.",
+    "\r\n",
     "(",
     ")",
     "'",
