@@ -2,7 +2,9 @@
 
 `min_tokens` and `max_tokens` bound a segment's length, `max_cuts` the number of probes: where there are more ends,
 they are thinned evenly, since where the first error falls is not known. The last cut is always the whole draft. Where
-the three cannot all hold, `max_cuts` wins over `max_tokens`, and `max_tokens` over `min_tokens`.
+the three cannot all hold, `max_cuts` wins over `max_tokens`, and `max_tokens` over `min_tokens`. No other cut stands
+inside a character whose bytes are several tokens: it moves behind it, since text is what models of two vocabularies
+hand each other.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Segmenter(ABC):
     def cuts(self, draft: Draft, *, thinned: bool = True) -> list[int]:
         """Strictly ascending positions in 1..N, the last one N; empty for an empty draft. Not thinned: `max_cuts` is
         left aside."""
-        cuts = self._split_long(self._ends(draft))
+        total = len(draft.tokens)
+        cuts = [*self._behind_characters(self._ends(draft), draft), total] if total else []
         if thinned and len(cuts) > self.max_cuts:
             # the j-th of max_cuts sits at the j-th part of the list, rounded up, so the last is the whole draft
             cuts = [cuts[-(-len(cuts) * (j + 1) // self.max_cuts) - 1] for j in range(self.max_cuts)]
@@ -56,11 +59,11 @@ class Segmenter(ABC):
         An end of a segment is sure once `min_tokens` stand behind it, and so are the cuts that split a segment with a
         sure end. They are not thinned: how many will come is not known.
         """
-        return self._split_long(self._ends(draft)[:-1])
+        return self._behind_characters(self._ends(draft)[:-1], draft)
 
     def first_end(self, draft: Draft) -> int | None:
         """Position at which the first segment of a text still being written is complete, or None."""
-        return self._first(self.ends(draft), len(draft.tokens))
+        return self._first(self.ends(draft), draft)
 
     def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
         """Those of `ends` that were not there before the last token, and maybe some that were; None: only all of them
@@ -70,12 +73,15 @@ class Segmenter(ABC):
     def first_new_end(self, growing: GrowingDraft, word: int) -> int | None:
         """`first_end` of a text in which there was none before its last token; arguments as in `new_ends`."""
         ends = self.new_ends(growing, word) if type(self).first_end is Segmenter.first_end else None
-        return self.first_end(growing.draft()) if ends is None else self._first(ends, len(growing.tokens))
+        return self.first_end(growing.draft()) if ends is None else self._first(ends, growing)
 
-    def _first(self, ends: Iterable[int], total: int) -> int | None:
+    def _first(self, ends: Iterable[int], draft: Draft | GrowingDraft) -> int | None:
+        total = len(draft.tokens)
         end = next((end for end in ends if self.min_tokens <= end), None)
         if end is None and self.max_tokens is not None and total >= self.max_tokens:
-            return self.max_tokens
+            end = self.max_tokens
+        while end is not None and end in draft.inside:
+            end = end + 1 if end < total else None
         return end
 
     def _ends(self, draft: Draft) -> list[int]:
@@ -87,6 +93,16 @@ class Segmenter(ABC):
             if end - ends[-1] >= self.min_tokens and total - end >= self.min_tokens:
                 ends.append(end)
         return [*ends[1:], total]
+
+    def _behind_characters(self, ends: list[int], draft: Draft) -> list[int]:
+        """The cuts that segments with these ends bring, before the draft's own end; none inside a character."""
+        moved: dict[int, None] = {}
+        for cut in self._split_long(ends):
+            while cut in draft.inside:
+                cut += 1
+            if cut < len(draft.tokens):
+                moved[cut] = None
+        return list(moved)
 
     def _split_long(self, ends: list[int]) -> list[int]:
         """These ends, and those of the parts of segments longer than `max_tokens`."""

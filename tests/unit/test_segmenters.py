@@ -239,32 +239,7 @@ GROWING = [
     Lines(pattern=";"),
     Own(min_tokens=2),
 ]
-PIECES = [
-    " ",
-    "\n",
-    " \n",
-    "\n\n",
-    "\t",
-    "a",
-    "b.",
-    ". ",
-    " a",
-    "3.5",
-    "!",
-    '"',
-    '")',
-    ";",
-    "。",
-    "」",
-    "1.",
-    "\r\n",
-    "(",
-    ")",
-    "'",
-    "#",
-    ":",
-    "\\",
-]
+PIECES = [*" \n\ta!\";。」()'#:\\", " \n", "\n\n", "\r\n", "b.", ". ", " a", "1.", "3.5", '")']
 
 
 @pytest.mark.parametrize("segmenter", GROWING, ids=repr)
@@ -370,12 +345,25 @@ def test_cuts_are_usable_whatever_the_text(segmenter, text, model):
     assert len(cuts) <= segmenter.max_cuts
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.sampled_from([Lines, Paragraphs, Sentences, CodeStatements]), texts)
+@settings(deadline=None, max_examples=300)
+@given(segmenters(), texts)
 def test_no_cut_splits_a_character(segmenter, text):
-    tokens = text.encode()
-    for cut in segmenter(max_cuts=1000).cuts(Draft.of(BYTES, list(tokens), ended=False)):
-        assert tokens[:cut].decode() == text[: len(tokens[:cut].decode())]
+    """Neither of a draft nor where the target hands back: the other model may read text alone."""
+    tokens = list(text.encode())
+    drafts = [Draft.of(BYTES, tokens[:n], ended=False) for n in range(len(tokens) + 1)]
+    ends = [end for draft in drafts if (end := segmenter.first_end(draft)) is not None]
+    for cut in {*segmenter.cuts(drafts[-1]), *segmenter.sure_cuts(drafts[-1]), *ends}:
+        assert text.startswith(bytes(tokens[:cut]).decode())  # an error for half a character
+
+
+def test_a_cut_inside_a_character_stands_behind_it():
+    draft = Draft.of(BYTES, list("aé🎉b".encode()), ended=False)  # 1, 2, 4 and 1 tokens
+    assert sorted(draft.inside) == [2, 4, 5, 6]
+    assert EveryTokens(delta=2).cuts(draft) == [3, 7, 8]
+    assert EveryTokens(delta=2).first_end(draft) == Lines(max_tokens=2).first_end(draft) == 3
+    assert EveryTokens(delta=2).first_end(draft.part(0, 2)) is None
+    assert EveryTokens(delta=2).cuts(draft.part(0, 5)) == [3, 5], "the end of the draft is one, wherever it is"
+    assert EveryTokens(delta=2).cuts(draft.part(3, 8)) == [4, 5]
 
 
 @settings(deadline=None, max_examples=200)

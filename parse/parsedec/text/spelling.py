@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parsedec.models.language_model import LanguageModel
 
@@ -21,6 +21,7 @@ class Draft:
     ends      [N] where each token ends in `text`
     ended     whether the draft model wrote an end token behind them
     logprobs  [N] the draft model's log-probability of each token at temperature 1, in nats; None: not recorded
+    inside    the n after whose first tokens the text stops within a character, some of its bytes still to come
     """
 
     tokens: tuple[int, ...]
@@ -28,16 +29,18 @@ class Draft:
     ends: tuple[int, ...]
     ended: bool
     logprobs: tuple[float, ...] | None = None
+    inside: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, model: LanguageModel, tokens: Sequence[int], ended: bool) -> Draft:
-        text, ends = token_ends(model, tokens)
-        return cls(tuple(tokens), text, tuple(ends), ended)
+        growing = GrowingDraft(model)
+        for token in tokens:
+            growing.add(token)
+        return replace(growing.draft(), ended=ended)
 
     def first(self, n: int, *, ended: bool) -> Draft:
         """The draft as it was after its first n tokens, n at least 1."""
-        logprobs = None if self.logprobs is None else self.logprobs[:n]
-        return Draft(self.tokens[:n], self.text[: self.ends[n - 1]], self.ends[:n], ended, logprobs)
+        return replace(self.part(0, n), ended=ended)
 
     def position(self, offset: int) -> int:
         """The first token position at which the text up to `offset` is complete."""
@@ -53,7 +56,8 @@ class Draft:
         ends = tuple(end - offset for end in self.ends[start:stop])
         ended = self.ended and stop == len(self.tokens)
         logprobs = None if self.logprobs is None else self.logprobs[start:stop]
-        return Draft(self.tokens[start:stop], self.piece(start, stop), ends, ended, logprobs)
+        inside = frozenset(n - start for n in self.inside if start < n <= stop)
+        return Draft(self.tokens[start:stop], self.piece(start, stop), ends, ended, logprobs, inside)
 
 
 class TextStream:
@@ -78,6 +82,11 @@ class TextStream:
         self._read = len(self._window)
         return added
 
+    @property
+    def inside(self) -> bool:
+        """Whether the tokens so far end inside a character."""
+        return self._read < len(self._window)
+
 
 class GrowingDraft:
     """A draft that is still being written. Attributes are those of `Draft`; `draft` returns it as it is now."""
@@ -86,19 +95,22 @@ class GrowingDraft:
         self.tokens: list[int] = []
         self.text = ""
         self.ends: list[int] = []
+        self.inside: set[int] = set()
         self._stream = TextStream(model)
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
         self.text += self._stream.push(token)
         self.ends.append(len(self.text))
+        if self._stream.inside:
+            self.inside.add(len(self.tokens))
 
     def position(self, offset: int) -> int:
         """As `Draft.position`."""
         return token_at_offset(self.ends, offset)
 
     def draft(self) -> Draft:
-        return Draft(tuple(self.tokens), self.text, tuple(self.ends), ended=False)
+        return Draft(tuple(self.tokens), self.text, tuple(self.ends), ended=False, inside=frozenset(self.inside))
 
 
 def token_at_offset(ends: Sequence[int], offset: int) -> int:
@@ -108,11 +120,8 @@ def token_at_offset(ends: Sequence[int], offset: int) -> int:
 
 def token_ends(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, list[int]]:
     """The text of `tokens` and the offset after each of them."""
-    stream, text, ends = TextStream(model), "", []
-    for token in tokens:
-        text += stream.push(token)
-        ends.append(len(text))
-    return text, ends
+    draft = Draft.of(model, tokens, ended=False)
+    return draft.text, list(draft.ends)
 
 
 def carried(
