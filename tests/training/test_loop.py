@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
@@ -75,6 +77,50 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, autocas
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     strip = [[{k: v for k, v in entry.items() if k != "step_s"} for entry in t.history] for t in (resumed, unbroken)]
     assert strip[0][-1]["step"] == strip[1][-1]["step"] == STEPS
+
+
+class Drawing:
+    """An objective that draws numbers, as those of heads do; it is interrupted behind some of its draws."""
+
+    def __init__(self, model, at=None, presses=1):
+        self.inner = SolveAndJudge(model, OPTIMISATION, autocast=False)
+        self.trained, self.helpers, self.model = self.inner.trained, self.inner.helpers, model
+        self.at, self.presses = at, presses
+
+    def losses(self, batch):
+        share = float(torch.rand(()))
+        if self.at == 0:
+            for _ in range(self.presses):
+                os.kill(os.getpid(), signal.SIGINT)
+        self.at = None if self.at is None else self.at - 1
+        for loss in self.inner.losses(batch):
+            yield dataclasses.replace(loss, weight=loss.weight * (0.5 + share))
+
+
+@pytest.mark.parametrize(("presses", "step"), [(1, 6), (2, 5)])
+def test_ctrl_c_in_the_middle_of_a_step_leaves_nothing_half_done(tmp_path, presses, step):
+    """Once, the step is ended first. A second time, the checkpoint before the step stands."""
+
+    def drawing(**when):
+        torch.manual_seed(0)
+        return Trainer(Drawing(fresh(), **when), OPTIMISATION)
+
+    def train(trainer, **how):
+        trainer.train(batches(trainer.objective.model, trainer.step, STEPS), report_steps=2, **how)
+
+    unbroken, broken, resumed = drawing(), drawing(at=5, presses=presses), drawing()
+    usual = signal.getsignal(signal.SIGINT)
+    torch.manual_seed(1)
+    train(unbroken)
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, checkpoint=tmp_path / "c.pt", checkpoint_minutes=0)
+    assert signal.getsignal(signal.SIGINT) is usual
+    resumed.restore(tmp_path / "c.pt")
+    assert resumed.step == step
+    train(resumed)
+    ours, theirs = resumed.objective.model.hf.state_dict(), unbroken.objective.model.hf.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_verdicts_weigh_nothing_when_told_so():

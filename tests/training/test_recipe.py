@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -67,12 +69,12 @@ def finished(tmp_path_factory):
 
 
 def interrupted(cfg, at, monkeypatch):
-    """A run that Ctrl-C ends before step `at`."""
+    """A run that Ctrl-C ends in step `at`, which is ended first."""
     step = Trainer.train_step
 
     def interrupting(self, batch):
         if self.step == at:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return step(self, batch)
 
     with monkeypatch.context() as patch:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,12 +156,19 @@ class Trainer:
         report_steps: int = 20,
         on_report: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        """Train on `batches`, which begin at this trainer's step; a checkpoint every few minutes and at the end."""
+        """Train on `batches`, which begin at this trainer's step; a checkpoint every few minutes and at the end.
+
+        Ctrl-C ends it behind the step that is being made. What breaks off in the middle of a step leaves the checkpoint
+        before it: weights may have moved and random numbers have been drawn that a resumed run would draw again.
+        """
         tally, saved = Tally(), time.monotonic()
-        started, first = time.monotonic(), self.step
+        started, first, whole = time.monotonic(), self.step, True
         try:
             for batch in batches:
-                tally.add(self.train_step(batch))
+                with _ctrl_c_waits():
+                    whole = False
+                    tally.add(self.train_step(batch))
+                    whole = True
                 if self.step % report_steps == 0 or self.step == self.schedule.steps:
                     entry = self._report(tally, (time.monotonic() - started) / (self.step - first))
                     if on_report:
@@ -168,7 +178,7 @@ class Trainer:
                     saved = time.monotonic()
         finally:
             self.objective.trained.eval()
-            if checkpoint:  # also after Ctrl-C: between two steps nothing is half done
+            if checkpoint and whole:
                 self.save(checkpoint)
 
     def save(self, path: Path) -> None:
@@ -194,6 +204,29 @@ class Trainer:
         log.info("step %d/%d  %s  %.2f s/step  %.0f min left", self.step, self.schedule.steps, facts, step_s,
                  left / 60)  # fmt: skip
         return entry
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end; a second one at once."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield  # it is not Python's to handle, or goes to another thread
+        return
+    held: list[Any] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if held:
+            raise KeyboardInterrupt
+        held.append((number, frame))
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if held:
+        usual(*held[0])
 
 
 def check_output(model: LanguageModel) -> None:
