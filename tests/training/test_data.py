@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from parsedec import Parse
 from parsedec.errors import ConfigError, OutputExistsError
 from parsedec.models.language_model import load
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic, first_wrong_line, solution
@@ -15,6 +16,7 @@ from parsedec.training.drafts import DraftPass, load_or_sample, sample_pool
 from parsedec.training.generation import noised, prompts, write_answers
 from parsedec.training.packing import Packer
 from parsedec.training.rows import Batches, Mix, Rows, stream
+from parsedec.types import StopReason
 
 TASK = ZooArithmetic(n=24, split="train", seed=3)
 PROBLEMS = TASK.problems()
@@ -116,6 +118,20 @@ def test_written_answers_equal_generate():
         stop = plain.index(model.end_ids[0]) if model.end_ids[0] in plain else len(plain)
         assert list(tokens) == plain[:stop]
         assert ended == (stop < 12)
+
+
+def test_answers_end_where_the_context_does():
+    """As the engine's own do: nothing is learnt from positions that the model does not have."""
+    model = tiny.model("llama", context_limit=12)
+    contexts = [torch.randint(5, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 12)]
+    written = write_answers(model, contexts, max_new_tokens=20, batch=3)
+    for context, (tokens, ended) in zip(contexts[:2], written, strict=False):
+        result = Parse(model).generate(context, max_new_tokens=20)
+        assert result.stop is StopReason.CONTEXT_LIMIT
+        assert tokens == result.tokens
+        assert len(context) + len(tokens) == 12
+        assert not ended
+    assert written[2] == ((), False)
 
 
 def test_sampled_drafts_repeat_with_the_seed_and_are_kept(zoo, tmp_path):

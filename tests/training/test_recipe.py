@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 import configs
-from parsedec.errors import ConfigError, OutputExistsError
+from parsedec.errors import ConfigError, OutputExistsError, PromptError
 from parsedec.models.language_model import load
 from parsedec.tasks.jsonl import TaskDataError
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
@@ -147,6 +147,22 @@ def test_a_head_for_ones_own_prompts(tmp_path):
     file.write_text('{"question": "?"}')
     with pytest.raises(TaskDataError, match="line 1"):
         run_recipe(composed("zoo_medusa", tmp_path / "wrong", *own))
+
+
+@pytest.mark.parametrize("place", [0, 2], ids=["to learn from", "held out"])
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("7 " * 2000, "context"), (" ", "empty"), ("half of a pair: \ud83d", "surrogate")],
+    ids=["too long", "blank", "no Unicode"],
+)  # fmt: skip
+def test_a_prompt_that_cannot_be_asked_is_refused_before_anything_is_learnt(tmp_path, prompt, says, place):
+    prompts = ["1 + 1?", "1 + 2?", "1 + 3?"]
+    prompts[place] = prompt
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    own = [f"recipe.prompts={file}", "recipe.evaluation.held_out=1", ONE_STEP]
+    with pytest.raises(PromptError, match=rf"prompts.jsonl/{place + 1}: .*{says}"):
+        run_recipe(composed("zoo_medusa", tmp_path / "run", *own))
+    assert not (tmp_path / "run" / "answers.json").exists()
 
 
 # one loop trains them all: one head here, the others where there is time

@@ -17,17 +17,30 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from parsedec.errors import IncompatibleStack
+from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.models.language_model import LanguageModel
 from parsedec.tasks.base import Problem
-from parsedec.text.chat import prompt_ids
+from parsedec.text.chat import read_prompt
+from parsedec.text.prompt import check_length
 
 Written = tuple[tuple[int, ...], bool]  # (tokens without the end token, whether the model ended by itself)
 
 
 def prompts(model: LanguageModel, problems: Sequence[Problem]) -> list[list[int]]:
-    """The problems as the model's prompts, up to the assistant opening."""
-    return [prompt_ids(model, [{"role": "user", "content": problem.prompt}]) for problem in problems]
+    """The problems as the model's prompts, up to the assistant opening, read as a request's are.
+
+    Raises PromptError that names the problem, for one that is empty, no text or longer than the model's context.
+    """
+    return [_prompt(model, problem) for problem in problems]
+
+
+def _prompt(model: LanguageModel, problem: Problem) -> list[int]:
+    try:
+        ids = read_prompt(model, problem.prompt)
+        check_length(model, ids)
+    except PromptError as error:
+        raise type(error)(f"{problem.id}: {error}") from error
+    return ids
 
 
 def write_answers(
@@ -42,7 +55,8 @@ def write_answers(
     known: Mapping[int, Written] | None = None,
     after_batch: Callable[[Mapping[int, Written]], None] = lambda _: None,
 ) -> list[Written]:
-    """An answer to every context, in order; temperature 0 is greedy and needs no generator.
+    """An answer to every context, in order, up to the end of the model's context; temperature 0 is greedy and needs no
+    generator.
 
     after_each   called as answers are finished
     known        answers of an interrupted run by their places, which are not written again
@@ -52,7 +66,8 @@ def write_answers(
         raise IncompatibleStack(
             f"{model.name} has recurrent layers, which padded batches would disturb; sample from an attention model"
         )
-    answers = dict(known or {})
+    full = (i for i, context in enumerate(contexts) if len(context) >= model.context_limit)
+    answers: dict[int, Written] = {**dict.fromkeys(full, ((), False)), **(known or {})}
     by_length = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # little padding in a batch
     by_length = [i for i in by_length if i not in answers]
     for start in range(0, len(by_length), batch):
@@ -110,7 +125,8 @@ def _write_batch(
                 after_each("answers")
             else:
                 tokens[row].append(token)
-                staying.append(place)
+                if len(contexts[row]) + len(tokens[row]) < model.context_limit:
+                    staying.append(place)
         if not staying:
             break
         if len(staying) < len(alive):

@@ -180,6 +180,7 @@ class HeadJob:
         self.folder = folder
         target = load(recipe.target, dtype="float32", device=preset.device, attention=preset.attention)
         problems, self.unseen = problems_of(recipe)
+        contexts, _ = prompts(target, problems), prompts(target, self.unseen)  # what cannot be asked is refused now
         pool = load_or_sample(
             folder / "answers.json",
             target,
@@ -190,7 +191,7 @@ class HeadJob:
             seed=cfg.seed,
         )
         self.texts = TextBatches(
-            contexts=prompts(target, problems),
+            contexts=contexts,
             pool=pool,
             end_id=closing_token(target),
             pad_id=target.tokenizer.pad_token_id or 0,
