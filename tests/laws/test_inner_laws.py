@@ -166,8 +166,8 @@ def test_a_random_walk_equals_a_fresh_build(bound, tiny_target, seed):
 
 
 @every_speculator
-def test_one_speculator_serves_many_requests(bound, tiny_target, tiny_draft):
-    engine = Parse(tiny_target, tiny_draft, inner=SPECULATORS["draft_model"], outer=TargetOnly())
+def test_one_speculator_serves_many_requests(name, tiny_target, tiny_draft):
+    engine = Parse(tiny_target, tiny_draft, inner=SPECULATORS[name], outer=TargetOnly())
     alone = [engine.generate(TOKENS[:n], max_new_tokens=12).tokens for n in (5, 9)]
     streams = [engine.stream(TOKENS[:n], max_new_tokens=12) for n in (5, 9)]
     results = [None, None]

@@ -54,10 +54,11 @@ class Eagle3Training:
         torch.manual_seed(seed)
         depth = target.num_layers
         self.layers = tuple(taps) if taps is not None else (2, depth // 2, depth - 3)
-        if len(set(self.layers)) < len(self.layers) or not all(0 <= tap <= depth for tap in self.layers):
+        if list(self.layers) != sorted(set(self.layers)) or not all(0 <= tap <= depth for tap in self.layers):
             raise ConfigError(
                 f"recipe.head would read hidden states {list(self.layers)} of {target.name}, which has 0 to {depth}; "
-                "expected different ones of these. Set recipe.head.taps."
+                "expected different ones of these, ascending: other readers of the head take them in that order. Set "
+                "recipe.head.taps."
             )
         self.passes = passes
         table = target.hf.get_output_embeddings().weight.detach()
@@ -110,7 +111,7 @@ def _config(target: LanguageModel, draft_vocab: int, taps: tuple[int, ...]) -> H
     heads = config.num_attention_heads
     return HeadConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * target.hidden_size,
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or target.hidden_size // heads,

@@ -1,0 +1,77 @@
+"""Heads for models other than the zoo's: what a configuration does not name, or names otherwise."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import tiny
+from parsedec import LanguageModel, Parse, TargetOnly
+from parsedec.errors import ConfigError
+from parsedec.training.heads import Distillation, Texts
+from parsedec_adapters.eagle3 import Eagle3
+from parsedec_adapters.medusa import Medusa
+from parsedec_adapters.parallelspec import ParallelSpec
+from parsedec_adapters.training.eagle3 import Eagle3Training
+from parsedec_adapters.training.medusa import MedusaTraining
+from parsedec_adapters.training.parallelspec import ParallelSpecTraining
+
+HEADS = {
+    "eagle3": (Eagle3Training, lambda folder: Eagle3(head=folder, tokens=12, depth=2, top_k=3)),
+    "medusa": (MedusaTraining, lambda folder: Medusa(heads=folder, nodes=12)),
+    "parallelspec": (ParallelSpecTraining, lambda folder: ParallelSpec(head=folder, tokens=12)),
+}
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    """A model that counts its positions by embeddings, shares its output matrix with its input, and does not name the
+    width of its MLP."""
+    torch.manual_seed(0)
+    sizes = dict(n_embd=64, n_layer=8, n_head=4, n_positions=96)
+    config = GPT2Config(vocab_size=tiny.VOCAB, eos_token_id=1, bos_token_id=None, pad_token_id=0, **sizes)
+    return LanguageModel.wrap(AutoModelForCausalLM.from_config(config).eval(), tiny.tokenizer(), name="tiny gpt2")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_learnt_for_a_model_of_another_family(gpt2, tmp_path, name):
+    training, speculator = HEADS[name]
+    prompt = [9, 30, 12, 44, 7]
+    tokens, _ = tiny.greedy(gpt2, prompt, 24)
+    head = training(target=gpt2, answers=[[(tuple(tokens), False)]], seed=0)
+    ids = torch.tensor([[*prompt, *tokens]])
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    answers[:, len(prompt) - 1 : -1] = True
+    objective = Distillation(gpt2, head, decay=0.8, autocast=False)
+    optimiser = torch.optim.AdamW(head.module.parameters(), 2e-3)
+    means = []
+    for _ in range(12):
+        losses = [loss.total / loss.labels for loss in objective.losses((ids, answers))]
+        optimiser.zero_grad()
+        sum(losses).backward()
+        optimiser.step()
+        means.append(float(sum(losses).detach()) / len(losses))
+    assert means[-1] < means[0]
+    head.save(tmp_path)
+    result = Parse(gpt2, inner=speculator(str(tmp_path)), outer=TargetOnly()).generate(prompt, max_new_tokens=24)
+    assert list(result.tokens) == tokens
+    assert sum(result.counters.offered_by_depth) > 0
+
+
+@pytest.mark.parametrize(("layers", "taps"), [(3, None), (4, None), (8, [5, 2, 3]), (8, [2, 3, 9])])
+def test_hidden_states_that_other_readers_would_take_in_another_order_are_refused(layers, taps):
+    """EAGLE's choice is none for a target of few layers."""
+    with pytest.raises(ConfigError, match=r"recipe\.head\.taps"):
+        Eagle3Training(target=tiny.model("llama", layers=layers), answers=[], seed=0, taps=taps)
+
+
+def test_guesses_are_about_the_answer_alone(tiny_target):
+    """The next token of every row that a head guesses about belongs to an answer."""
+    batch, length = 2, 14
+    ids = torch.randint(5, tiny.VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    answers[0, 4:13], answers[1, 6:9] = True, True
+    for training, settings in ((Eagle3Training, {"taps": [1, 2, 3]}), (MedusaTraining, {}), (ParallelSpecTraining, {})):
+        head = training(target=tiny_target, answers=[], seed=0, **settings)
+        taps = torch.randn(batch, length, len(head.layers), tiny_target.hidden_size)
+        for guess in head.guesses(Texts(ids, answers, taps)):
+            assert answers.flatten()[guess.rows].all(), training.__name__
