@@ -42,7 +42,7 @@ stderr = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
 def run_command(main: Callable[[], Any], conf: Path) -> None:
-    """Run a `@hydra.main` function as a command: exit code 0, 2 for errors the user can mend, 130 after Ctrl-C or SIGTERM."""
+    """Run a `@hydra.main` function as a command: exit code 0, 2 for errors the user can mend, 130 when interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without our suggestion
     logging.basicConfig(
         level=logging.INFO,
