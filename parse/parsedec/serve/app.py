@@ -37,16 +37,16 @@ PAGE_HEADERS = {  # one file that talks to its own server and to nothing else
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-GRACE_S = 0.5  # after it a stream begins, whether or not there is text
-TAKEN = ": the request was taken\n\n"  # a comment, where no chunk can say it
-LEFT = 499  # nobody reads it; what proxies log for a client that went away
+GRACE_S = 0.5  # a stream begins after it, whether or not there is text yet
+TAKEN = ": the request was taken\n\n"  # a comment, if there is no chunk that can say it
+LEFT = 499  # read by nobody: what proxies log for a client that went away
 
 
 class Gateway:
     """An engine behind OpenAI's interface; `app` is what an ASGI server runs.
 
-    limits, sampling  what holds where a request says nothing
-    fingerprint       `system_fingerprint` of the answers: the same as long as the configuration is
+    limits, sampling  defaults for what a request leaves out
+    fingerprint       `system_fingerprint` of the answers: the same as long as the configuration is the same
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Gateway:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `closing` is closed when the reader is gone, or all is said."""
+    """Server-sent events. `closing` is closed when the reader has gone or everything is sent."""
 
     def __init__(self, pieces: AsyncIterator[str], closing: ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -190,7 +190,7 @@ class EventStream(StreamingResponse):
 
 
 async def _collected(ticket: Ticket, reply: Reply) -> list[Result]:
-    """The results of all choices in order. Raises Refusal for the first error."""
+    """The results of all choices, in order. Raises Refusal for the first error."""
     results: dict[int, Result] = {}
     while len(results) < len(ticket.jobs):
         index, told = await ticket.next()
@@ -203,7 +203,7 @@ async def _collected(ticket: Ticket, reply: Reply) -> list[Result]:
 
 
 async def _soon(ticket: Ticket) -> list[tuple[int, Event]]:
-    """The first event, if there is one soon."""
+    """The first event, if there is one within GRACE_S."""
     try:
         return [await asyncio.wait_for(ticket.next(), GRACE_S)]
     except TimeoutError:
@@ -213,7 +213,7 @@ async def _soon(ticket: Ticket) -> list[tuple[int, Event]]:
 async def _events(
     ticket: Ticket, reply: Reply, first: list[tuple[int, Event]], usage: int | None
 ) -> AsyncIterator[str]:
-    """The stream: each choice's chunks, and `usage` of that many prompts at the end if it was asked for."""
+    """The stream: the chunks of each choice, and at the end, if asked for, `usage` for so many prompts."""
     results: dict[int, Result] = {}
     opened: set[int] = set()
     if not first:  # the reader is told that its request was taken
@@ -243,7 +243,7 @@ async def _events(
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` brings; None if the client goes away before."""
+    """The result of `work`; None if the client goes away first."""
     working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -259,7 +259,7 @@ async def _gone(request: Request) -> None:
 
 
 def _client(request: Request) -> str:
-    """Whose turn is taken: the key's, else the address's."""
+    """Who a request counts for in the queue: its key or, without keys, its address."""
     known: str | None = request.scope.get("parsedec.client")
     return known or (request.client.host if request.client else "")
 

@@ -1,7 +1,7 @@
 """What a client asks for: the bodies of `/v1/chat/completions` and `/v1/completions`, and the answers to be written.
 
-A field that would change the answer and is not supported is refused by name; so is a field nobody knows. Fields that
-change nothing (`user`, `metadata` …) are taken.
+Fields that would change the answer but are not supported are refused by name, and so are unknown ones. Fields that
+change nothing (`user`, `metadata` …) are accepted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from parsedec.text.prompt import BareText, NewTurn, Prompt, is_unicode
 from parsedec.types import Limits, Sampling, warmth
 
 MOST_STOPS = 16
-MOST_TOP, MOST_TOP_OF_CHATS = 5, 20  # log-probabilities of other tokens
+MOST_TOP, MOST_TOP_OF_CHATS = 5, 20  # most log-probabilities of other tokens that may be asked for
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # OpenAI's and vLLM's, not supported; these values, and null, ask for nothing
     "add_generation_prompt": (True,),
     "audio": (),
@@ -84,14 +84,14 @@ class StreamOptions(BaseModel):
 
 
 class Part(BaseModel):
-    """A part of a message's content; only text can be read here."""
+    """A part of a message's content. Only text can be read."""
 
     type: Literal["text"]
     text: Text
 
 
 def _read_as_text(content: object) -> object:
-    """The same, if it may be text. What is wrong is said here, once: else each form it may have would say its own."""
+    """The content, if it may be text. Checked here so that there is one message, not one for each form it may have."""
     if content is None:
         raise ValueError("it is null; expected text, or a list of parts of type text")
     for part in content if isinstance(content, list) else ():
@@ -108,13 +108,13 @@ class Turn(BaseModel):
     content: Annotated[Text | list[Part], BeforeValidator(_read_as_text)]
 
     def message(self) -> dict[str, Any]:
-        """As the engine takes it, which joins parts of text itself."""
+        """The message as the engine takes it, which joins parts of text itself."""
         content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class Asked(BaseModel):
-    """What both kinds of request share; None is the server's own setting."""
+    """What both kinds of request share. None stands for the server's own setting."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -135,7 +135,7 @@ class Asked(BaseModel):
 
     @property
     def top(self) -> int | None:
-        """How many log-probabilities are asked for besides each token's own; None: not even that."""
+        """How many log-probabilities are asked for besides each token's own; None: not even its own."""
         raise NotImplementedError
 
     def prompts(self) -> list[Prompt]:
@@ -143,7 +143,7 @@ class Asked(BaseModel):
         raise NotImplementedError
 
     def check_fields(self) -> None:
-        """Raise Refusal for what would change the answer and is not supported, and for names nobody knows."""
+        """Raise Refusal for fields that are unknown, or would change the answer and are not supported."""
         for name, value in (self.model_extra or {}).items():
             if name in TAKEN:
                 continue
@@ -183,7 +183,7 @@ class ChatAsked(Asked):
 
 
 class TextAsked(Asked):
-    """The body of /v1/completions: text that the model goes on with, or its token ids; one prompt or several."""
+    """The body of /v1/completions: one prompt or several, each a text to be continued, or its token ids."""
 
     prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_TOP)] | None = None
@@ -204,7 +204,7 @@ class TextAsked(Asked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What holds where a client says nothing, and how much it may ask for. `no_logprobs`: why it may not for those."""
+    """Defaults for what a client leaves out, and how much it may ask for. `no_logprobs`: why there can be none."""
 
     limits: Limits
     sampling: Sampling
@@ -248,7 +248,7 @@ def tasks_of(asked: Asked, defaults: Defaults) -> list[Task]:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and not only as 0 equals False."""
+    """Whether two values are equal and of one type: 0 is not False."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 

@@ -1,12 +1,12 @@
 """Where answers wait and are written: a bounded queue, fair between clients, and the threads that run the engine.
 
-The engine is never called by two threads at a time, unless its models compute elsewhere:
+No two threads run the engine at the same time, unless its models compute elsewhere:
 
     batch    one thread, in which answers share the models' passes (`batch.Company`); they join and leave between passes
-    threads  one thread an answer: for models on servers, which batch by themselves
+    threads  one thread per answer: for models on servers, which batch by themselves
 
-An answer that nobody waits for any more is dropped between two passes or pieces, or within a draft, and its caches with
-it (`wanted`).
+An answer that nobody waits for any more is dropped, with its caches: between two passes or pieces, or within a draft
+(`wanted`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from parsedec.text.prompt import Prompt
 from parsedec.types import Delta, Sampling
 
 log = logging.getLogger(__name__)
-LONGEST_WAIT = 60  # seconds; nobody is told to wait longer
+LONGEST_WAIT = 60  # the most seconds that a client is told to wait
 
 
 class Engine(Protocol):
@@ -66,18 +66,18 @@ class Ticket:
         return await self.events.get()
 
     def drop(self) -> None:
-        """Nobody waits for what is not finished yet."""
+        """Drop all answers that are not finished: nobody waits for them any more."""
         for job in self.jobs:
             self.desk.drop(job)
 
 
 class Desk:
-    """Takes tasks in, runs them `at_once` at a time, and keeps at most `queue` waiting.
+    """Takes in tasks, runs `at_once` of them at a time, and keeps at most `queue` waiting.
 
-    Where some clients hold the whole room, one that holds less than its share of it is let in all the same: the desk
-    never holds more than twice as many.
+    If other clients fill all the room, a client that holds less than its share of it is still let in; the desk never
+    holds more than twice as many.
 
-    run      "batch", "threads" or "auto": see above
+    run      "batch", "threads" or "auto", see above
     on_end   called with every job that is over, in the thread that wrote it
     """
 
@@ -93,7 +93,7 @@ class Desk:
         self.engine, self.at_once, self.queue, self.on_end = engine, at_once, queue, on_end
         self.running = 0
         self.closed = False
-        self.mean_s = 1.0  # of an answer, lately
+        self.mean_s = 1.0  # what an answer has taken lately
         self._waiting = FairQueue()
         self._jobs: set[Job] = set()
         self._changed = threading.Condition()
@@ -119,9 +119,9 @@ class Desk:
         return all(thread.is_alive() for thread in self._threads)
 
     async def read(self, tasks: Sequence[Task], client: str) -> list[Task]:
-        """The tasks with their prompts read, in a thread of its own: a long one must not delay the answers of others.
+        """The tasks with their prompts tokenized, in another thread: a long prompt must not delay others' answers.
 
-        Raises Refusal as `submit` does, before that, and for a prompt that cannot be run.
+        Raises Refusal, before that as `submit` would, and for a prompt that cannot be run.
         """
         with self._changed:
             self._check_room(len(tasks), client)
@@ -134,7 +134,7 @@ class Desk:
             raise refusal(error) from error
 
     def submit(self, tasks: Sequence[Task], client: str) -> Ticket:
-        """Take all of these in, or none. Raises Refusal: 503 once the desk closes, 429 where there is no room."""
+        """Take in all of these, or none. Raises Refusal: 503 once the desk is closing, 429 if there is no room."""
         loop = asyncio.get_running_loop()
         with self._changed:
             self._check_room(len(tasks), client)
@@ -169,8 +169,8 @@ class Desk:
             )
 
     def _room(self, client: str) -> int:
-        """How many more tasks of this client are let in. Whoever came first may fill the room, but not keep others out:
-        each may hold its share of it."""
+        """How many more tasks of this client are let in. Those who come first may fill the room, but cannot keep others
+        out, each of whom may hold a share of it."""
         whole = self.at_once + self.queue
         clients = {job.client for job in self._jobs} | {client}
         held = sum(job.client == client for job in self._jobs)
@@ -178,7 +178,7 @@ class Desk:
         return max(0, whole - len(self._jobs), beyond)
 
     def drop(self, job: Job) -> None:
-        """Nobody reads this job's events any more: it leaves the queue, or is ended where it is."""
+        """Take a job whose events nobody reads any more out of the queue, or end it where it is."""
         job.left.set()
         with self._changed:
             waited = self._waiting.remove(job)
@@ -186,7 +186,7 @@ class Desk:
             self._end(job)
 
     async def drain(self, seconds: float) -> int:
-        """Take nothing new in and let what is there finish; returns how many had to be ended after `seconds`."""
+        """Take in nothing new and let the rest finish; returns how many jobs had to be ended after `seconds`."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
@@ -198,7 +198,7 @@ class Desk:
         for job in late:
             job.tell(closing())
             self.drop(job)
-        for thread in self._threads:  # they end when nothing is left; the models are then at rest
+        for thread in self._threads:  # they end when nothing is left to do
             await asyncio.to_thread(thread.join, max(0.0, until + 5 - time.perf_counter()))
         return len(late)
 
@@ -218,7 +218,7 @@ class Desk:
             raise
 
     def _next(self, block: bool) -> Job | None:
-        """The next job to be run; None: there is none now, or, if it was waited for, never again."""
+        """The next job to be run. None: there is none now or, if `block`, there will never be one."""
         with self._changed:
             while not self._waiting:
                 if not block or self.closed:
@@ -273,7 +273,7 @@ class Desk:
                 company, seated = Company(), set()
 
     def _answer(self, engine: Engine, job: Job) -> None:
-        """Write one answer; whatever goes wrong is its last event."""
+        """Write one answer. Whatever goes wrong is its last event."""
         try:
             # what it holds is freed, however it ends
             with unless(job.left), contextlib.closing(_stream(engine, job.task)) as deltas:
@@ -292,13 +292,13 @@ class Desk:
 
 
 def computes_here(engine: Engine) -> bool:
-    """Whether the engine's models compute in this process, so that only one thread may run them."""
+    """Whether the engine's models compute in this process, so that only one thread at a time may run them."""
     models = [getattr(engine, name, None) for name in ("target", "draft")]
     return any(type(model) is LanguageModel for model in models)
 
 
 def _log_failure(error: ParsedecError) -> None:
-    """What its reader is told nothing of, since it lies behind this server."""
+    """Log an error of which the client is told nothing, since it lies behind this server."""
     if not isinstance(error, (Refusal, *OWN)):
         log.error("a request failed: %s: %s", type(error).__name__, error)
 

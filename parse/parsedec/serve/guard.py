@@ -1,6 +1,6 @@
-"""What every request passes before a route sees it: the key, the size of the body, and the count of statuses.
+"""What every request passes before it reaches a route: checks of its key and the size of its body; statuses counted.
 
-Plain ASGI, not a framework's middleware: a stream must neither be buffered nor lose the news that its reader is gone.
+Plain ASGI, not a framework's middleware: a stream must not be buffered, and must learn that its reader is gone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from parsedec.serve.refusals import INTERNAL, Refusal
 log = logging.getLogger(__name__)
 OPEN = ("/", "/health")  # without a key
 ROUTES = ("/", "/health", "/metrics", "/v1/chat/completions", "/v1/completions", "/v1/models")
-SWALLOWED = 32_000_000  # bytes of a body that is too long which are read and thrown away, so that the answer arrives
+SWALLOWED = 32_000_000  # bytes of a body beyond the limit that are read and dropped, so that the answer arrives
 
 
 class Guard:
-    """keys  of which a request must carry one; none: everyone may. limit  bytes of a body"""
+    """keys   a request must carry one of them; if there are none, everyone may come in
+    limit  most bytes of a body"""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], limit: int, metrics: Metrics) -> None:
         self.app, self.limit, self.metrics = app, limit, metrics
@@ -53,7 +54,7 @@ class Guard:
                 await _answer(Refusal(500, INTERNAL, code="internal_error"), counted)
 
     def _check_key(self, scope: Scope) -> None:
-        """Every key is compared, in a time that does not depend on how much of it is right."""
+        """Raise Refusal for a wrong key. The time it takes does not depend on how much of a key is right."""
         if not self.keys or scope["path"] in OPEN:
             return
         sent = dict(scope["headers"]).get(b"authorization", b"")

@@ -1,4 +1,4 @@
-"""What waits and is written: tasks, the jobs they become, and the queue of those that wait."""
+"""Tasks, the jobs they become, and the queue in which jobs wait."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from parsedec.types import Delta, Result, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One answer to be written, as `Parse.stream` takes it. `top`: so many log-probabilities are asked for besides each
-    token's own."""
+    """One answer to be written, as `Parse.stream` takes it.
+
+    top  how many log-probabilities are asked for, besides each token's own; None: not even its own
+    """
 
     prompt: Prompt
     max_new_tokens: int
@@ -31,7 +33,7 @@ class Task:
     top: int | None = None
 
     def generator(self) -> torch.Generator:
-        """The source of randomness of this choice; without a seed it is another one each time."""
+        """The random generator of this choice; without a seed, it differs each time."""
         return request_generator(secrets.randbits(62) if self.seed is None else self.seed, self.choice)
 
 
@@ -40,7 +42,7 @@ Event = Delta | Exception  # an exception is the last one of its job
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A task on its way. Its events go into the queue of its ticket, which is read in the event loop."""
+    """A task that was taken in. Its events go to the queue of its ticket, which is read in the event loop."""
 
     task: Task
     client: str
@@ -48,9 +50,9 @@ class Job:
     events: asyncio.Queue[tuple[int, Event]]
     came: float = field(default_factory=time.perf_counter)
     began: float | None = None
-    first: float | None = None  # when its first text stood
+    first: float | None = None  # when its first text was certain
     outcome: Result | Exception | None = None
-    left: threading.Event = field(default_factory=threading.Event)  # nobody reads its events any more
+    left: threading.Event = field(default_factory=threading.Event)  # set when nobody reads its events any more
     over: bool = False
 
     @property
@@ -58,7 +60,7 @@ class Job:
         return self.left.is_set()
 
     def tell(self, event: Event) -> None:
-        """Hand an event over; to be called by the thread that writes the answer."""
+        """Hand over an event. To be called by the thread that writes the answer."""
         if isinstance(event, Exception):
             self.outcome = self.outcome or event
         else:
@@ -69,7 +71,7 @@ class Job:
 
 
 class FairQueue:
-    """Jobs by client: the client that was served longest ago is next, so many requests of one delay only its own."""
+    """Jobs by client. The client that was served longest ago is next, so many requests of one delay only its own."""
 
     def __init__(self) -> None:
         self._by_client: OrderedDict[str, deque[Job]] = OrderedDict()
@@ -91,7 +93,7 @@ class FairQueue:
         return job
 
     def remove(self, job: Job) -> bool:
-        """Take this job out; False if it does not wait."""
+        """Take out a job; False if it is not waiting."""
         jobs = self._by_client.get(job.client, deque())
         if job not in jobs:
             return False

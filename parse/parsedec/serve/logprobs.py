@@ -1,9 +1,8 @@
-"""Log-probabilities as OpenAI's clients read them, for answers whose every token the target has chosen.
+"""Log-probabilities as OpenAI's clients read them, for answers of which the target has chosen every token.
 
-They are the target's own at temperature 1, before any cut of the distribution. A token is shown with the piece of text
-in which it begins. So all text is covered, the last token may reach into a stop string, and what stands behind that is
-not shown; neither is the token that ends an answer, unless it is all of it: whoever asks for one token and its rivals,
-as a judge does, is told.
+They are the target's own, at temperature 1 and before top-k or top-p. A token is shown with the piece of text in which
+it begins. So all text is covered; the last token may reach into a stop string, and those behind that are not shown. The
+end token is only shown if it is the whole answer, for clients that ask for one token and its rivals, as a judge does.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from parsedec.models.language_model import LanguageModel
 from parsedec.text.spelling import INCOMPLETE, TextStream
 from parsedec.types import Delta, StopReason
 
-Spelt = tuple[str, bool]  # a token's text, True; the name of one that has none by itself, False
+Spelt = tuple[str, bool]  # (a token's text, True), or (its name, False) if it has no text by itself
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A token of an answer: as it is spelt, where it begins in the text, and others in its place."""
+    """A token of an answer: how it is spelt, where it begins in the text, and other tokens in its place."""
 
     spelt: Spelt
     logprob: float
@@ -29,7 +28,7 @@ class Entry:
 
 
 class Book:
-    """The log-probabilities of one request's choices: `push` takes what was written, `page` gives what is new."""
+    """The log-probabilities of a request's choices: `push` takes what was written, `page` returns what is new."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
@@ -39,7 +38,7 @@ class Book:
         self._choices.setdefault(index, _Choice(self._model)).push(delta)
 
     def page(self, index: int, *, chat: bool, ended: StopReason | None = None) -> dict[str, Any]:
-        """What text that was handed out since the last page consists of; at the end also tokens without text."""
+        """The tokens of the text that was handed out since the last page; at the end also tokens without text."""
         entries = self._choices[index].take(ended)
         return _chat(entries) if chat else _text(entries)
 
@@ -71,7 +70,7 @@ class _Choice:
         return ready + self._end if all_stands else ready
 
     def _spelt(self, token: int) -> Spelt:
-        """Control tokens and parts of a character have no text by themselves."""
+        """How a token is spelt. Control tokens and parts of a character have no text by themselves."""
         before = self._model.decode(self._last)
         text = self._model.decode([*self._last, token])[len(before) :]
         if text and INCOMPLETE not in text + before:

@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`: requests, answers, tokens by author, and how long things took."""
+"""The metrics that Prometheus reads at `/metrics`: requests, answers, tokens by author, and times."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Metrics:
         self.waiting = Gauge("parsedec_waiting", "Answers that wait", registry=registry)
 
     def count(self, job: Job) -> None:
-        """A job that is over."""
+        """Count a job that is over."""
         result = job.outcome
         if not isinstance(result, Result):
             self.answers.labels("dropped" if job.dropped and result is None else "error").inc()

@@ -13,9 +13,9 @@ DENIED = "A model server behind this one refuses the request. The log of this se
 GIVEN_UP = "The server failed on a pass that this request shared with others, and gave all of them up. Send it again."
 CLOSING = "The server is shutting down. Send the request to another one, or again later."
 UNWANTED = "A model server behind this one refuses the request: "
-ASKED = (400, 413, 422)  # refusals of what was asked; of a key, a model or an address they are the operator's to mend
-RETRY_S = 5  # seconds after which a model server that was lost may be back
-OWN = (PromptError, ChatTemplateError)  # what a client can mend; asked.py names the fields that are wrong
+ASKED = (400, 413, 422)  # statuses that refuse the request itself; others (key, model, address) the operator must mend
+RETRY_S = 5  # seconds after which a lost model server may be back
+OWN = (PromptError, ChatTemplateError)  # errors that a client can mend, beside the wrong fields that `asked` names
 
 
 class Refusal(ParsedecError):
@@ -54,10 +54,11 @@ class Refusal(ParsedecError):
 
 
 def refusal(error: Exception) -> Refusal:
-    """What a client is told of an error: all of one that is the request's, nothing of what lies behind the server but a
-    model server's words on a request that it refuses as such, which clients would send again after a 502.
+    """What a client is told of an error.
 
-    The messages of other kinds hold the addresses and settings of model servers: they are for the log.
+    All of it, if it concerns the request. If a model server refuses the request itself, its words are passed on, since
+    clients would repeat the request after a 502. Other messages hold addresses and settings of model servers: they are
+    for the log only.
     """
     if isinstance(error, Refusal):
         return error
@@ -79,5 +80,5 @@ def closing() -> Refusal:
 
 
 def given_up() -> Refusal:
-    """For the answers of a shared pass that failed: whichever of them made it fail, the others did not."""
+    """For answers that shared a pass that failed: one of them made it fail, and the others did not."""
     return Refusal(503, GIVEN_UP, code="pass_failed", retry=1)

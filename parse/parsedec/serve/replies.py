@@ -29,12 +29,12 @@ FINISHED = {
 
 
 def event(data: dict[str, Any]) -> str:
-    """A server-sent event. JSON has no line ends of its own, so it is one line."""
+    """A server-sent event. It is one line, as JSON has no line ends of its own."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def usage(results: Iterable[Result], prompts: int = 1) -> dict[str, Any]:
-    """`usage` of a request's choices; `prompts` of them have prompts of their own, each counted once."""
+    """The `usage` of a request's choices. They answer `prompts` different prompts, each of which is counted once."""
     done = list(results)
     choices = max(1, len(done) // prompts)
     prompt = sum(result.prompt_tokens for result in done[::choices])
@@ -58,7 +58,7 @@ def usage(results: Iterable[Result], prompts: int = 1) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The frame of one request's answer: all its parts carry the same id, time and model."""
+    """Makes the parts of one request's answer, which all carry the same id, time and model."""
 
     chat: bool
     model: str
@@ -84,12 +84,12 @@ class Reply:
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
     def note(self, index: int, delta: Delta) -> None:
-        """Every event of a choice passes here: its tokens may come before their text."""
+        """Note the tokens of an event. Needed for every event, as tokens may come before their text."""
         if self.book:
             self.book.push(index, delta)
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A chunk with text that stands, and who wrote it."""
+        """A chunk with text that is certain, and who wrote it."""
         told = {"author": delta.author.value, "tokens": len(delta.tokens)}
         body = {"delta": {"content": delta.text, "parsedec": told}} if self.chat else _text(delta.text, told)
         return self._chunk({"index": index, **body, "finish_reason": None}, self._logprobs(index))
@@ -103,7 +103,7 @@ class Reply:
         return self._chunk(choice, left if left and any(left.values()) else None)
 
     def total(self, results: list[Result], prompts: int) -> dict[str, Any]:
-        """The chunk with `usage`, where it was asked for."""
+        """The chunk with `usage`, if it was asked for."""
         return self._frame(self._kind, []) | {"usage": usage(results, prompts)}
 
     @property

@@ -14,22 +14,22 @@ RUNS = ("auto", "batch", "threads")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """How the server listens and what it lets in.
+    """Where the server listens and what it lets in.
 
     host, port          where it listens; port 0: any free one
     model               the name clients call the engine by; None: the target's
     api_key             "env": clients must send one of the keys in PARSEDEC_API_KEY, separated by commas; None: no key.
-                        A client is who has a key, or else an address as the connection tells it: X-Forwarded-For is not
-                        believed, so behind a proxy all are one client unless they have keys
+                        A client is identified by its key or else by the address of its connection. X-Forwarded-For is
+                        not believed, so behind a proxy all are one client unless they have keys
     at_once             answers written at a time
-    run                 "batch": passes of the models are shared; "threads": a thread each, for models on servers;
+    run                 "batch": answers share the models' passes; "threads": one thread each, for models on servers;
                         "auto": whichever fits the models
-    queue               answers that may wait besides; what is beyond gets 429 at once, but for a client that holds less
-                        than its share of the room (at most as many again wait so)
+    queue               answers that may wait besides. More get 429 at once, except for a client that holds less than
+                        its share of the room (at most as many again may wait this way)
     max_request_bytes   longest request body; a longer one gets 413
     max_tokens          most tokens a client may ask for, and most of an answer to one that asks for none
     max_choices         most answers to one request (`n`, times the prompts of a completion)
-    drain_s             seconds that answers in progress have after SIGTERM
+    drain_s             seconds that answers in progress get after SIGTERM
     """
 
     host: str = "127.0.0.1"
@@ -59,7 +59,7 @@ class ServeSettings:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys clients may send; none: no key is asked for."""
+        """The keys that clients may send; if there are none, no key is asked for."""
         if self.api_key is None:
             return ()
         keys = tuple(key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip())
@@ -69,7 +69,7 @@ class ServeSettings:
 
     @property
     def unguarded(self) -> bool:
-        """Whether other machines can reach the server, and no key is asked of them."""
+        """Whether other machines can reach the server without a key."""
         try:
             here = ipaddress.ip_address(self.host).is_loopback
         except ValueError:
