@@ -44,7 +44,7 @@ OF = ("kept", "requests")
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What the thresholds are to keep, and how they are found.
+    """What thresholds have to keep, and how to find them.
 
     risk        largest share of errors
     confidence  probability with which the fitted thresholds keep it (fixed_sequence)
@@ -80,22 +80,22 @@ class Goal:
 
     @property
     def least(self) -> int:
-        """Samples below which not even a faultless threshold can be shown to keep the goal."""
+        """The fewest samples with which thresholds that make no error can be shown to keep the goal."""
         if self.method == "crc":
             return math.ceil(1 / self.risk) - 1
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
     def least_risk(self, samples: int) -> float:
-        """The smallest risk that so many samples, without an error, can show; rounded up."""
+        """The smallest risk that can be shown with so many samples and no error, rounded up."""
         if samples < 1:
             return 1.0
         risk = 1 / (samples + 1) if self.method == "crc" else 1 - (1 - self.confidence) ** (1 / samples)
         return math.ceil(risk * 1000) / 1000
 
     def power(self, errors: np.ndarray, counts: np.ndarray, explored: int, ahead: int) -> np.ndarray:
-        """How likely pairs with so many errors in so many counted samples, of those explored, pass on `ahead` others.
+        """How likely each pair is to pass on `ahead` other samples [P], by its errors among the counted explored ones.
 
-        Shares are smoothed by half a sample: a pair that made no error may still make some. [P]
+        Shares are smoothed by half a sample, since a pair that has made no error may still make some.
         """
         samples = np.round((counts + 0.5) / (explored + 1) * ahead)
         most = binom.ppf(1 - self.confidence, samples, self.risk)

@@ -198,7 +198,7 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """A termination from outside, such as a scheduler's, is a Ctrl-C inside: what is finished is written first."""
+    """Treat SIGTERM, as a scheduler sends it, like Ctrl-C in the body: what is finished is written first."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The CUDA tests in a process of their own, beside what needs the device but is not timed."""
+"""The CUDA tests in a process of their own, while this one does work on the device that is not timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAST = 15  # lines that are kept in the record; all of them are in the log
 
 
 class CudaTests:
-    """`pytest -m gpu` on some paths of a checkout. It runs from the moment it is made, if it can run at all."""
+    """`pytest -m gpu` on some paths of a checkout, started when this is made, if it can run at all."""
 
     def __init__(self, root: Path, paths: Sequence[str], seconds: float, output: Path) -> None:
         self.obstacle = _obstacle(root, paths)
@@ -33,9 +33,9 @@ class CudaTests:
                 )
 
     def result(self, most: float) -> dict[str, Any]:
-        """What they said, at the latest in `most` seconds or when their own time is up: they are ended then.
+        """Their outcome, after `most` seconds at the latest, or when their own time is up; they are ended then.
 
-        passed  None where they did not run to their end
+        passed  None if they did not run to their end
         """
         if self._process is None:
             return {"passed": None, "said": f"not run: {self.obstacle}", "last": []}
@@ -52,7 +52,7 @@ class CudaTests:
         return {"passed": passed, "said": said, "last": last, "seconds": took}
 
     def end(self) -> None:
-        """The process and those it started, such as compilers."""
+        """End the process and those it started, such as compilers."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

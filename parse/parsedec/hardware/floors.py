@@ -1,10 +1,10 @@
-"""Decode step, tree of guesses and judge pass of one model, beside the least they can take on this device.
+"""Decode step, tree of guesses and judge pass of one model, against the least time they can take on this device.
 
-    bytes    every weight is read once a pass:       weight bytes / copy bandwidth
-    matrix   every weight is used once a row:        2 x weights x rows / rate of a matrix product
+    bytes    every weight is read once per pass:     weight bytes / copy bandwidth
+    matrix   every weight is used once per row:      2 x weights x rows / rate of a matrix product
 
-A pass takes at least the larger of the two. Bandwidth and rate are measured in the same run. The embedding table is
-left out, since a pass reads only its rows' entries, unless it is the output matrix as well; attention is left out, too.
+A pass takes at least the larger of the two. Bandwidth and rate are measured in the same run. The embedding table does
+not count, as a pass reads only its rows' entries, unless it is also the output matrix; nor does attention.
 
 Shapes: R rows of a pass, N draft rows, K probes, S rows a probe.
 """
@@ -36,9 +36,9 @@ from parsedec.types import Sampling, Tree
 
 log = logging.getLogger(__name__)
 
-WARM_UPS = 2  # passes before those that count; graphs are captured and buckets compiled in them
-COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes: beyond every cache
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product is timed
+WARM_UPS = 2  # passes before those that count, in which graphs are captured and buckets compiled
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes: more than any cache holds
+SIDE = {"cpu": 1024, "cuda": 8192}  # size of the square matrices whose product is timed
 GIB = 1 << 30
 HEADS = ("shape", "pass", "rows", "ms", "of its decode step", "floor ms", "bound by", "share of floor", "peak GiB")
 
@@ -48,7 +48,7 @@ Row = dict[str, Any]  # of one pass, as it is stored
 
 
 class Pass(NamedTuple):
-    """rows: of one pass;  run: makes `times` passes, one after another, see `passes`"""
+    """A pass to be timed. `rows`: its rows; `run`: makes `times` passes, one after another (`passes`)."""
 
     name: str
     rows: int
@@ -90,7 +90,7 @@ class JudgeSize:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What the device can do: bytes a second of a copy, read and written ones both counted, and FLOP a second."""
+    """What the device can do: bytes per second of a copy, counting those read and those written, and FLOP/s."""
 
     bandwidth: float
     rate: float
@@ -105,13 +105,13 @@ class Device:
         return cls(2 * count / copying, 2 * side**3 / least_seconds(lambda: a @ a, device, repeats))
 
     def floor(self, weights: int, width: int, rows: int) -> tuple[float, str]:
-        """Seconds a pass takes at least, and what bounds it. weights: how many; width: bytes of each."""
+        """The least seconds that a pass takes, and what bounds it. weights: how many; width: bytes of each."""
         by_bytes, by_matrix = weights * width / self.bandwidth, 2 * weights * rows / self.rate
         return (by_matrix, "matrix") if by_matrix > by_bytes else (by_bytes, "bytes")
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, until the device has finished."""
+    """Seconds of one call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = perf_counter()
@@ -128,7 +128,7 @@ def least_seconds(call: Callable[[], object], device: torch.device, repeats: int
 
 
 def weights_of(model: LanguageModel) -> int:
-    """Weights a pass reads: all but the embedding table, unless that is the output matrix."""
+    """How many weights a pass reads: all but the embedding table, unless that is also the output matrix."""
     hf = model.hf
     table_ = hf.get_input_embeddings().weight
     tied = table_.data_ptr() == hf.get_output_embeddings().weight.data_ptr()
@@ -149,7 +149,7 @@ def wide_tree(root: int, guesses: Sequence[int]) -> Tree:
 def passes(
     model: LanguageModel, context: int, nodes: int, sizes: Sequence[JudgeSize], kernels: Sequence[str]
 ) -> Iterator[Pass]:
-    """Every pass behind `context` tokens. A run works on a fork and returns it, so that all see the same cache."""
+    """Every pass behind `context` tokens. A run works on a fork and returns it, so that all have the same cache."""
     yield from step_passes(model, context, nodes)
     yield from judge_passes(model, context, sizes, kernels)
 
@@ -200,7 +200,7 @@ def judge_passes(
 
 
 def judging(base: Session, size: JudgeSize) -> Callable[[], Session]:
-    """A judge pass, nothing of which is kept."""
+    """A judge pass of which nothing is kept."""
     draft, suffix = random_tokens(base.model, size.draft, 3), random_tokens(base.model, size.suffix, 4)
     cuts = [size.draft * (i + 1) // size.probes for i in range(size.probes)]
 

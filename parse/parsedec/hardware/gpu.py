@@ -1,7 +1,7 @@
-"""All that one GPU has to show, in one process and a given time: passes against their floors, and the replay.
+"""All measurements on one GPU, in one process and a given time: passes against their floors, and the replay.
 
-Each model is made once and serves all stages; compilers and captures work in `prepare`, beside the CUDA tests, and
-nothing is timed before both are done. What a stage measures is in the record as soon as it is there.
+Each model is made once and serves all stages. Everything is compiled and captured in `prepare`, while the CUDA tests
+run, and nothing is timed before both are done. Whatever a stage measures goes into the record at once.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ LEVELS = ("outer", "inner", "inner@draft.inner")
 class Measurement:
     """The stages of one command, and what they have found so far.
 
-    overrides  of the command, with which the arms' configurations are composed
-    root       of the checkout, where the tests are
+    overrides  the command's, with which the arms' configurations are composed
+    root       the folder of the checkout, where the tests are
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, overrides: Sequence[str], clock: Clock, root: Path) -> None:
@@ -63,12 +63,12 @@ class Measurement:
             "captured_late": {},  # graphs that `prepare` missed, by run: their requests took longer
             "floors": {"devices": {}, "rows": []},
         }
-        self.stages = self._stages()  # refused, if it has to be, before anything is started
+        self.stages = self._stages()  # bad ones are refused before anything is started
         paths = list(cfg.tests.paths) if "tests" in cfg.stages else []
         self.tests = CudaTests(root, paths, cfg.tests.seconds, folder / "tests.txt")
 
     def run(self) -> Json:
-        """Run all stages. The record is whole, and the table written, whatever ends it."""
+        """Run all stages. Whatever ends the run, the record is complete and the table is written."""
         try:
             with _warnings_in(self.record["warnings"]):
                 run_stages(self.stages, self.clock, self._save)
@@ -82,7 +82,7 @@ class Measurement:
         return self.record
 
     def _stages(self) -> list[Stage]:
-        """In the order of the configuration, from which stages may be left out."""
+        """The stages that the configuration has, in its order."""
         calls: dict[str, Callable[[], None]] = {
             "prepare": self._prepare,
             "tests": self._tests,
@@ -112,10 +112,10 @@ class Measurement:
     # The stages
 
     def _prepare(self) -> None:
-        """Make both models, and run once what compiles and captures every step that is timed later.
+        """Make both models, and run everything once that compiles or captures a step that is timed later.
 
-        A compiler that fails costs speed, not the measurement: all goes on without it then, and the record says so.
-        What else an arm meets leaves out the arms that would meet it in the replay.
+        If a compiler fails, that costs speed, not the measurement: all goes on without it, and the record says so. Any
+        other failure of an arm leaves out the arms of the replay that are made of the same parts.
         """
         for name in self.cfg.prepare:
             try:
@@ -147,8 +147,8 @@ class Measurement:
         self.record["tests"] = self.tests.result(self.clock.left())
 
     def _target(self) -> None:
-        """The judge pass also by the kernel that longer texts get, unless a test has failed: a kernel that reads where
-        it must not ends the process."""
+        """The judge pass, also by the kernel for longer texts, unless a test has failed: a kernel that reads memory it
+        must not read ends the process."""
         model, size = build_target(self.cfg), JudgeSize.of("judge_pass", self.cfg.judge_pass)
         kernels = ["auto", "cascade"] if (self.record.get("tests") or {}).get("passed") else ["auto"]
         self._time(model, step_passes(model, self.cfg.context, self.cfg.nodes))
@@ -159,7 +159,7 @@ class Measurement:
         self._time(model, step_passes(model, self.cfg.context, self.cfg.nodes))
 
     def _also(self) -> None:
-        """A decode step of one more shape, which is made for it alone."""
+        """A decode step of one more shape, whose model is made for this alone."""
         model = instantiate(self.cfg.target, source=self.cfg.also)
         self._time(model, step_passes(model, self.cfg.context, None))
         del model
@@ -168,7 +168,7 @@ class Measurement:
             torch.cuda.empty_cache()
 
     def _hugging_face(self) -> None:
-        """Its own loop takes several times as long a token as everything else here: a few of them are enough."""
+        """Hugging Face's own loop. It takes several times as long per token as all others: a few tokens are enough."""
         hf = self.cfg.hf
         changes = (f"max_new_tokens={hf.max_new_tokens}", "task.n=1", "warmup=0")
         self._compare("hf", [self.cfg.baseline, hf.arm], *changes)
@@ -182,13 +182,13 @@ class Measurement:
         self._compare("replay", arms, "warmup=0")  # `prepare` was that
 
     def _parts_of(self, name: str) -> set[str]:
-        """The levels an arm is made of, none of them being no part."""
+        """The levels that an arm is made of; a level that is `none` is not a part."""
         arm = self.cfg.arms[name]
         made = {setting for setting in arm.overrides if setting.split("=")[0] in LEVELS} - {"outer=none"}
         return made or {f"model={arm.get('model', 'target')}"}
 
     def _long(self) -> None:
-        """Whether it fits, so once: the draft model stays where it is meanwhile."""
+        """A long judge pass, once, to see whether it fits while the draft model is in memory, too."""
         self._draft_model()
         model, size = build_target(self.cfg), JudgeSize.of("long_pass", self.cfg.long_pass)
         self._time(model, judge_passes(model, self.cfg.context, [size], ["auto"]), repeats=1, warm_ups=0)
@@ -209,8 +209,8 @@ class Measurement:
     def _time(
         self, model: LanguageModel, found: Iterable[Pass], repeats: int | None = None, warm_ups: int = floors.WARM_UPS
     ) -> None:
-        """Rows of these passes, each in the record at once."""
-        self.tests.end()  # whatever became of their stage: nothing is timed beside them
+        """Time passes. Each row goes into the record at once."""
+        self.tests.end()  # whatever became of their stage, nothing is timed while they run
         devices, n = self.record["floors"]["devices"], repeats or self.cfg.repeats
         device = Device.measured(model.device, model.dtype, max(2, n))
         devices[model.name] = asdict(device)
@@ -219,8 +219,8 @@ class Measurement:
             self._save(self.record["stages"])
 
     def _compare(self, name: str, arms: Sequence[str], *changes: str) -> None:
-        """Some of the arms, alternating, as one run with a record of its own in the folder `name`. What those of RUNS
-        have answered is taken into this record, however they end."""
+        """Run some of the arms, alternating, with a record of their own in the folder `name`. What runs in RUNS have
+        answered is also put into this record, however they end."""
         if name in claims.RUNS:
             self.tests.end()
         overrides, folder = [*self.overrides, *changes], self.folder / name
@@ -236,7 +236,7 @@ class Measurement:
                 self.record["captured_late"][name] = Graphs.total - captures
 
     def _note_graphs(self) -> None:
-        """How many steps were captured: none, or few, where the log warns of captures that failed."""
+        """Note how many steps were captured: few or none, if captures failed, of which the log warns."""
         for model in (build_target(self.cfg), self._draft_model()):
             steps = machine_of(model).steps[model.compiled] if runs_static(model) else None
             self.record.setdefault("captured", {})[model.name] = None if steps is None else steps.captures
@@ -244,7 +244,7 @@ class Measurement:
 
 @contextmanager
 def _warnings_in(found: list[str]) -> Iterator[None]:
-    """Everything the log warns of, kept as well: a fallback nobody reads of makes figures that nobody understands."""
+    """Keep all warnings of the log in `found`, too: with a fallback that nobody notices, figures are not understood."""
 
     class Keeping(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,8 +1,8 @@
-"""Decisions from a stated trace in place of the models' own, for replays: every forward is computed all the same.
+"""Decisions from a stated trace in place of the models' own, for replays. Every forward is computed all the same.
 
     ScriptedJudge        scores that keep a drawn share of the draft; the judge's pass is run and its scores are read
     ScriptedAcceptance   how many guesses of a verified tree stand; the tree is verified and its tokens are read
-    ScriptedHfGenerate   Hugging Face's own loops, their models' logits overwritten with a text both know
+    ScriptedHfGenerate   Hugging Face's own loops, their models' logits overwritten by a text that both know
 
 So seconds are those of the real work, and what is kept is what the trace says. Shapes: K probes, N nodes, V vocabulary.
 """
@@ -32,12 +32,12 @@ from parsedec.text.chat import suffix_text
 from parsedec.text.spelling import Draft
 from parsedec.types import Tree
 
-CERTAIN = 1e4  # a logit above all that a model makes
+CERTAIN = 1e4  # a logit above any that a model makes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptedJudge(LabelJudge):
-    """The packed label judge, its pass computed as ever, with scores of 1 up to a drawn position and 0 behind it.
+    """The packed label judge: its pass is really computed, but scores are 1 up to a drawn position and 0 behind it.
 
     kept    mean share of a draft's tokens that stand
     spread  standard deviation of that share over drafts that are not kept whole, before it is cut off at 0 and 1
@@ -88,8 +88,8 @@ class ScriptedJudge(LabelJudge):
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptedAcceptance:
-    """A verified tree is accepted down its longest path to a drawn depth, so that a step commits `tau` tokens on
-    average; each level is as likely to hold as the one before.
+    """Accepts a verified tree down its longest path to a drawn depth, so that a step commits `tau` tokens on average.
+    Every level is equally likely to hold.
 
     tau    tokens per target call, its own token included
     depth  levels of guesses below the root in a full tree
@@ -104,7 +104,7 @@ class ScriptedAcceptance:
         rate_for(self.tau, self.depth)
 
     def accept(self, tree: Tree, logits: Tensor, sampler: Sampler) -> Accepted:
-        best = logits.argmax(-1).tolist()  # of all rows, as a rule that decides by them reads it
+        best = logits.argmax(-1).tolist()  # of all rows, which a real rule would read, too
         rate, children, path = rate_for(self.tau, self.depth), tree.children(), [0]
         below = [0] * tree.size
         for node in range(tree.size - 1, 0, -1):
@@ -158,7 +158,7 @@ class ScriptedHfGenerate(HfGenerate):
 
 @contextmanager
 def writing(hf: PreTrainedModel, seed: int, rate: float) -> Iterator[None]:
-    """Inside, the model's best token at a position is that of the text `seed`, or at a share 1 - rate another."""
+    """In the body, the model's best token at a position is that of the text `seed`; at a share 1 - rate, another."""
     plain = hf.forward
     vocabulary = hf.config.get_text_config().vocab_size
 

@@ -1,8 +1,8 @@
-"""Stages of a measurement that has to end by a given time: the worthiest first, and each costs no other.
+"""Stages of a measurement that has to end by a given time, the most valuable first; none can spoil another.
 
-A stage says how long it is expected to take and which later ones must still have their time. It is skipped where the
-time that is left would not do, stopped where it takes longer than it may, and noted where it raises; what it had
-measured until then stays. After each of them everything there is gets saved.
+A stage says how long it is expected to take, and for which later stages time has to be left. It is skipped if there is
+too little time, and stopped if it takes longer than it may. If it raises, that is noted. In each case, what it has
+measured until then stays, and everything is saved after each stage.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TimeIsUp(KeyboardInterrupt):
 class Stage:
     """A part of the measurement.
 
-    seconds    it is expected to take; with less than that it is not begun
-    yields_to  names of later stages whose expected seconds are not to be touched
+    seconds    how long it is expected to take; with less time than that it is not begun
+    yields_to  names of later stages for whose expected seconds it has to leave time
     """
 
     name: str
@@ -57,7 +57,7 @@ class Clock:
 
     @classmethod
     def of(cls, minutes: float, started: float) -> Clock:
-        """So many minutes from `started`: importing the libraries is part of them."""
+        """A clock that ends `minutes` after `started`, the time when the process began to import libraries."""
         if not minutes > 0:
             raise ConfigError(f"minutes={minutes}; expected more than 0.")
         return cls(started + 60 * minutes)
@@ -68,7 +68,7 @@ class Clock:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """TimeIsUp is raised inside once `seconds` are over. For the main thread; a call into C ends first."""
+    """Raise TimeIsUp in the body once `seconds` are over. For the main thread; a call into C is finished first."""
 
     def ring(_number: int, _frame: FrameType | None) -> None:
         raise TimeIsUp(f"stopped after {seconds:.0f} s")
@@ -83,9 +83,9 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def run_stages(stages: Sequence[Stage], clock: Clock, save: Callable[[list[dict[str, object]]], object]) -> None:
-    """Run them in order. `save` gets what became of each so far, after every one of them and before the first.
+    """Run stages in order. `save` gets what became of each so far, before the first stage and after every one.
 
-    KeyboardInterrupt passes through when that is saved.
+    KeyboardInterrupt passes through, after that was saved.
     """
     _check(stages)
     done: list[Done] = []
@@ -120,7 +120,7 @@ def _run(stage: Stage, done: Done, room: float, kept: float) -> None:
     except KeyboardInterrupt:
         done.status = "interrupted"
         raise
-    except Exception as error:  # whatever one stage meets, the others are worth having
+    except Exception as error:  # whatever goes wrong in one stage, the others are worth having
         log.exception("%s failed", stage.name)
         done.status, done.note = "failed", f"{type(error).__name__}: {error}"
     finally:
@@ -128,7 +128,7 @@ def _run(stage: Stage, done: Done, room: float, kept: float) -> None:
 
 
 def _check(stages: Sequence[Stage]) -> None:
-    """Names are told apart, and a stage yields to later ones."""
+    """Raise ConfigError unless names differ and stages only yield to later ones."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         unknown = set(stage.yields_to) - set(names[i + 1 :])
