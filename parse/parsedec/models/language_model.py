@@ -95,10 +95,7 @@ class LanguageModel:
         compiled: bool = False,
         judge_kernel: str = "auto",
     ) -> LanguageModel:
-        """Use a model that is in memory; arguments as for `load`.
-
-        The default backend is "eager": whoever holds the model may still change it.
-        """
+        """Use a model in memory; arguments as for `load`. "eager" is the default, as its holder may still change it."""
         if isinstance(hf, LanguageModel):
             raise ConfigError(
                 f"LanguageModel.wrap() was given {hf.name}, which is wrapped already; expected a transformers model. "
@@ -298,9 +295,7 @@ class LanguageModel:
 def captured(taps: Sequence[int]) -> list[int] | bool | None:
     """`output_hidden_states` for a forward of which the layers `taps` are read: no others, where that can be said, as
     they would all stay in memory through a long prefill."""
-    if not taps:
-        return None
-    return list(taps) if SELECTS_LAYERS else True
+    return (list(taps) if SELECTS_LAYERS else True) if taps else None
 
 
 _same_vocabulary: WeakKeyDictionary[LanguageModel, WeakKeyDictionary[LanguageModel, bool]] = WeakKeyDictionary()
