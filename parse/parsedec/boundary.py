@@ -90,8 +90,7 @@ class Smoothed(BoundaryRule):
 
     def __post_init__(self) -> None:
         BoundaryRule.__post_init__(self)
-        if self.window < 1:
-            raise ConfigError(f"boundary.window={self.window}; expected at least 1 prefix.")
+        require_number("boundary.window", self.window, whole=True, low=1)
 
     def keep(self, scores: Sequence[float]) -> int:
         odds = [log_odds(score) for score in scores]

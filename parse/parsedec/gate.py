@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,13 @@ class Adaptive:
     cost_per_token: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bound <= 0 or self.reserve < 0 or self.window < 1 or (self.cost_per_token or 0) < 0:
-            raise ConfigError(
-                f"gate has bound={self.bound}, reserve={self.reserve}, window={self.window}, "
-                f"cost_per_token={self.cost_per_token}; expected bound > 0, reserve >= 0, window >= 1 and "
-                "cost_per_token >= 0 or null."
-            )
+        require_number("gate.bound", self.bound, low=0)
+        require_number("gate.reserve", self.reserve, low=0)
+        require_number("gate.window", self.window, whole=True, low=1)
+        if self.cost_per_token is not None:
+            require_number("gate.cost_per_token", self.cost_per_token, low=0)
+        if not self.bound:
+            raise ConfigError(f"gate.bound={self.bound}; expected more than 0. Use gate=never to draft nothing.")
 
     def allows(self, history: GateHistory) -> bool:
         drafts = history.drafts

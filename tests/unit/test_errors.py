@@ -85,7 +85,7 @@ def test_missing_value_of_a_node_that_stands_for_another_is_named_where_it_is_se
 @pytest.mark.parametrize(
     ("group", "override", "words"),
     [
-        ("gate", ["gate=adaptive", "gate.bound=-1"], "bound=-1.*expected bound > 0"),
+        ("gate", ["gate=adaptive", "gate.bound=-1"], "bound=-1; expected a number, at least 0"),
         ("boundary", ["boundary.threshold=2"], "threshold=2.*0 to 1"),
         ("loop", ["loop=rounds", "loop.rounds=0"], "rounds=0.*at least 1"),
         ("segmenter", ["segmenter.min_tokens=0"], "min_tokens=0.*expected"),

@@ -1,6 +1,7 @@
 """Mistakes that are easily made, in Python and in commands: none is silent, and none costs what is finished."""
 
 import json
+import math
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf, open_dict
 import tiny
 from parsedec import Parse, PrefixVerification, load, write_trace
 from parsedec.advice.job import divided
+from parsedec.boundary import Smoothed
 from parsedec.errors import (
     ConfigError,
     IncompatibleStack,
@@ -29,11 +31,12 @@ from parsedec.experiment.cli import expand_shorthand, explain, known_settings
 from parsedec.experiment.job import refuse_nothing_answered, run_comparison, run_job
 from parsedec.experiment.nodes import conf_folder
 from parsedec.experiment.runner import Arm
+from parsedec.gate import Adaptive
 from parsedec.inner import NoSpeculation
-from parsedec.judge import LabelJudge, Scores
+from parsedec.judge import ConfidenceJudge, LabelJudge, Scores
 from parsedec.loop import Rounds
 from parsedec.models.checkpoints import in_zoo
-from parsedec.peers import Cascade, LabelEquivalence, LookaheadReasoning, SpecReason
+from parsedec.peers import Cascade, HfGenerate, LabelEquivalence, LookaheadReasoning, SpecReason
 from parsedec.segmenters import EveryTokens, Lines
 from parsedec.serve import command
 from parsedec.serve.asked import ChatAsked
@@ -316,9 +319,24 @@ def test_numbers(value, settings, said):
         (lambda: Lines(min_tokens="3"), r"segmenter\.min_tokens='3'; expected a whole number, at least 1"),
         (lambda: EveryTokens(delta=2.5), r"segmenter\.delta=2\.5; expected a whole number"),
         (lambda: Lines(pattern="("), r"segmenter\.pattern='\(' is no regular expression"),
+        (lambda: Smoothed(window=2.5), r"boundary\.window=2\.5; expected a whole number, at least 1"),
+        (lambda: Adaptive(bound=math.nan), r"gate\.bound=nan; expected a number, at least 0"),
+        (lambda: Adaptive(bound=0), r"gate\.bound=0; expected more than 0"),
+        (lambda: Adaptive(reserve=None), r"gate\.reserve=None; expected a number"),
+        (lambda: Adaptive(window=2.5), r"gate\.window=2\.5; expected a whole number"),
+        (lambda: Adaptive(cost_per_token="low"), r"gate\.cost_per_token='low'; expected a number"),
+        (lambda: ConfidenceJudge(sure=None), r"judge\.sure=None; expected a number from 0 to 1"),
+        (lambda: Cascade(threshold=2), r"outer\.threshold=2; expected a number from 0 to 1"),
+        (lambda: Cascade(gate=3), r"gate=3 has no allows"),
+        (lambda: SpecReason(first_steps_by_target=1.5), r"first_steps_by_target=1\.5; expected a whole number"),
+        (lambda: SpecReason(threshold="7"), r"outer\.threshold='7'; expected a number from 0 to 1"),
+        (lambda: LookaheadReasoning(steps=2.5), r"outer\.steps=2\.5; expected a whole number, at least 1"),
+        (lambda: LookaheadReasoning(threshold=None), r"outer\.threshold=None; expected a number from 0 to 1"),
+        (lambda: HfGenerate(length=2.5), r"outer\.length=2\.5; expected a whole number, at least 1"),
+        (lambda: HfGenerate(confidence="high"), r"outer\.confidence='high'; expected a number from 0 to 1"),
     ],
 )
-def test_a_segmenter_is_refused_before_it_meets_a_draft(make, said):
+def test_a_part_is_refused_before_it_meets_a_draft(make, said):
     with pytest.raises(ConfigError, match=said):
         make()
 

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from parsedec.errors import ConfigError, JudgeError, require_part
+from parsedec.errors import JudgeError, require_number, require_part
 from parsedec.judge.logprob import check_statistic, stretches
 from parsedec.judge.seam import Judge, JudgeNeeds, PassJudge, Reading, Scores, scores_of
 from parsedec.models.language_model import LanguageModel
@@ -46,8 +46,7 @@ class ConfidenceJudge(PassJudge):
         check_statistic(self.statistic)
         if self.judge is not None:
             require_part("judge.judge", self.judge, Judge, "LabelJudge()")
-        if not 0 <= self.sure <= 1:
-            raise ConfigError(f"judge.sure={self.sure}; expected a probability from 0 to 1.")
+        require_number("judge.sure", self.sure, low=0, high=1)
 
     def bind(self, target: LanguageModel) -> Self:
         judge = self.judge.bind(target) if self.judge else None

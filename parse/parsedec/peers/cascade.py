@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from parsedec.boundary import FirstFailure
-from parsedec.errors import ConfigError
+from parsedec.errors import ConfigError, require_number
 from parsedec.gate import Always, Gate
 from parsedec.judge import Judge, LabelJudge
 from parsedec.models.language_model import LanguageModel
-from parsedec.outer import PrefixVerification, Work, Written
+from parsedec.outer import PrefixVerification, Work, Written, require_parts
 from parsedec.segmenters import Lines
 
 WHOLE = Lines(max_cuts=1)  # a single cut, behind the draft
@@ -39,6 +39,13 @@ class Cascade:
     gate: Gate = field(default_factory=Always)
     max_draft_tokens: int | None = None
     verification: PrefixVerification | None = None  # filled in by bind
+
+    def __post_init__(self) -> None:
+        require_parts(self)
+        if self.threshold is not None:
+            require_number("outer.threshold", self.threshold, low=0, high=1)
+        if self.max_draft_tokens is not None:
+            require_number("outer.max_draft_tokens", self.max_draft_tokens, whole=True, low=1)
 
     def bind(self, target: LanguageModel) -> Self:
         # a prefix threshold of 1 keeps nothing that the check of the whole draft has not kept already

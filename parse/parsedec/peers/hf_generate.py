@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from parsedec.answer import Answer
-from parsedec.errors import ConfigError, IncompatibleStack
+from parsedec.errors import ConfigError, IncompatibleStack, require_number
 from parsedec.inner import InnerSpeculator, NoSpeculation
 from parsedec.models.language_model import LanguageModel
 from parsedec.models.turns import turns_of
@@ -52,11 +52,11 @@ class HfGenerate:
     confidence: float | None = 0.4
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES or self.length < 1 or not 0 <= (self.confidence or 0) <= 1:
-            raise ConfigError(
-                f"outer has length={self.length}, schedule={self.schedule!r}, confidence={self.confidence}; expected "
-                f"length >= 1, one of {SCHEDULES} and a confidence from 0 to 1 or null."
-            )
+        require_number("outer.length", self.length, whole=True, low=1)
+        if self.confidence is not None:
+            require_number("outer.confidence", self.confidence, low=0, high=1)
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"outer.schedule={self.schedule!r}; expected one of {', '.join(SCHEDULES)}.")
 
     @property
     def needs_draft(self) -> bool:

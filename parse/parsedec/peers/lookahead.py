@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 from parsedec.acceptance import Acceptance
-from parsedec.errors import ConfigError, require_part
+from parsedec.errors import ConfigError, require_number, require_part
 from parsedec.inner import NoSpeculation
 from parsedec.models.language_model import LanguageModel
 from parsedec.outer import Work, Written, drafter_of, require_parts
@@ -67,11 +67,10 @@ class LookaheadReasoning:
     def __post_init__(self) -> None:
         require_parts(self)
         require_part("equivalence", self.equivalence, Equivalence, "LabelEquivalence()")
-        if self.steps < 1 or not 0 <= self.threshold <= 1 or self.together not in ("auto", "never"):
-            raise ConfigError(
-                f"outer has steps={self.steps}, threshold={self.threshold}, together={self.together!r}; expected at "
-                "least one step, a threshold from 0 to 1, and auto or never."
-            )
+        require_number("outer.steps", self.steps, whole=True, low=1)
+        require_number("outer.threshold", self.threshold, low=0, high=1)
+        if self.together not in ("auto", "never"):
+            raise ConfigError(f"outer.together={self.together!r}; expected auto or never.")
 
     def bind(self, target: LanguageModel) -> Self:
         return replace(self, equivalence=self.equivalence.bind(target), end_token=closing_token(target))

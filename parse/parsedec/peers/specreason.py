@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from parsedec.errors import ConfigError
+from parsedec.errors import require_number
 from parsedec.judge import Judge, LabelJudge, judged
 from parsedec.models.language_model import LanguageModel
 from parsedec.outer import Work, Written, drafter_of, require_parts
@@ -49,11 +49,9 @@ class SpecReason:
 
     def __post_init__(self) -> None:
         require_parts(self)
-        if self.first_steps_by_target < 0 or not 0 <= (self.threshold or 0) <= 1:
-            raise ConfigError(
-                f"outer has first_steps_by_target={self.first_steps_by_target}, threshold={self.threshold}; expected 0 "
-                "or more steps and a threshold from 0 to 1 or null."
-            )
+        require_number("outer.first_steps_by_target", self.first_steps_by_target, whole=True, low=0)
+        if self.threshold is not None:
+            require_number("outer.threshold", self.threshold, low=0, high=1)
 
     def bind(self, target: LanguageModel) -> Self:
         judge, threshold = self.judge.bind(target), self.threshold
