@@ -42,6 +42,30 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
+def test_help_says_what_the_command_does_and_every_setting(folder):
+    done = run(folder, "inner=medusa", "--help")
+    assert done.returncode == 0
+    for said in ("write its record", "run.py inner=draft_model", "gate: adaptive, always", "heads: "):
+        assert said in done.stdout
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="another kind of pipe")
+def test_help_whose_reader_has_read_enough_says_nothing_of_folders():
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = ROOT / "experiments" / "run.py"
+    with os.fdopen(writer) as stdout:
+        done = subprocess.run(
+            [sys.executable, script, "--help"],
+            env=commands.ENVIRONMENT,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_unknown_setting(folder):
     said = refusal(folder, "judge.pth=packed")
     assert "'judge.pth'" in said

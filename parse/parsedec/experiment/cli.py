@@ -53,6 +53,8 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(_usage(main))
         sys.argv[1:] = [expanded for argument in sys.argv[1:] for expanded in expand_shorthand(argument, conf)]
         with interrupted_by_sigterm():
             main()
@@ -63,7 +65,19 @@ def run_command(main: Callable[[], Any], conf: Path) -> None:
     except OSError as error:
         if _begun:
             raise
+        if isinstance(error, BrokenPipeError):  # --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+            sys.exit(1)
         _refuse(f"the output folder cannot be made: {error}. Set another one: output=DIR.")
+
+
+def _usage(main: Callable[[], Any]) -> str:
+    """What the command's module says of it; Hydra's own help, which comes behind, lists groups and settings alone."""
+    return (
+        f"{(sys.modules[main.__module__].__doc__ or '').strip()}\n\n"
+        "Listed below are the settings of the members chosen; choose others to see theirs: inner=medusa --help. The "
+        "files of\nconf/, by group and member, say what each setting is for.\n"
+    )
 
 
 def _refuse(message: str) -> NoReturn:
