@@ -8,6 +8,7 @@ import torch
 import tiny
 from parsedec.errors import IncompatibleStack, PromptError
 from parsedec.sessions.session import Session
+from parsedec.static.session import StaticSession
 from parsedec.types import JudgePath, Tree
 
 ATOL = 1e-4
@@ -48,6 +49,29 @@ def test_one_forward_over_a_tree_equals_one_forward_per_path(family):
         close(session.seen(0).taps, hidden)
         # and the cache holds that path alone
         close(session.feed([9]), plain(model, [*ids, 9])[0][-1])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_taps_of_what_was_refused_are_not_kept(static):
+    """A long answer holds the hidden states of its own tokens, not those of every guess and probe that was read."""
+    model = tiny.model("llama")
+    session = (StaticSession if static else Session)(model, TAPS)
+    session.feed(tokens(20))
+    session.append(7)
+    for step in range(12):
+        tree = Tree((session.tokens[-1], *tokens(6, seed=step)), (-1, 0, 0, 1, 1, 2, 3))
+        session.tree(tree)
+        session.keep(([0], [0, 1], [0, 2, 5])[step % 3])
+        session.append(9)
+    for kept in (0, 3, 8):
+        session.judge(tokens(8), [3, 8], SUFFIX)
+        session.keep_draft(kept)
+        session.append(9)
+    session.read_ahead()
+    seen = session.seen(0).taps
+    close(seen, plain(model, session.tokens[:-1], TAPS)[1])
+    held = {rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes() for rows in session._tap_rows}
+    assert sum(held.values()) == seen.nbytes
 
 
 @pytest.mark.parametrize("family", tiny.FORKED)

@@ -258,10 +258,10 @@ class DecodingSession:
         self.cached += len(rows)
         if rows:
             self._logits = staged.known[rows[-1]]
-            if staged.taps is not None:
-                if staged.row_of:  # a tree: `kept_taps` has the root's row again, in one tensor with the others
-                    self._tap_rows.pop()
-                self._tap_rows.append(staged.kept_taps(rows))
+        if staged.taps is not None and (rows or staged.row_of):
+            if staged.row_of:  # a tree: `kept_taps` has the root's row again, in one tensor with the others
+                self._tap_rows.pop()
+            self._tap_rows.append(staged.kept_taps(rows))
 
     def _restore(self, staged: Staged, rows: list[int]) -> None:
         """Recurrent models: restore the snapshot after len(rows) rows; or that before the pass, and read them again."""

@@ -200,5 +200,5 @@ class Session(DecodingSession):
             self._logits = logits[rows - 1].clone()
         if taps is None:
             return None
-        self._tap_rows.append(taps[:rows])
+        self._tap_rows.append(taps[:rows].clone())  # a view would keep the whole pass alive
         return taps[rows:]

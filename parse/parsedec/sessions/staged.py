@@ -75,7 +75,9 @@ class Staged:
         assert self.taps is not None
         at = [0, *(row + 1 for row in rows)] if self.row_of else list(rows)
         if at == list(range(len(at))):
-            return self.taps.narrow(0, 0, len(at))
+            kept = self.taps.narrow(0, 0, len(at))
+            # a view would keep all rows of the pass alive, refused guesses and probes, as long as the request
+            return kept if kept.nbytes == kept.untyped_storage().nbytes() else kept.clone()
         return self.taps.index_select(0, whole_numbers(at, self.taps.device))
 
     def logits_at(self, cuts: Sequence[int]) -> Tensor:
