@@ -235,8 +235,9 @@ def test_unbound():
         _ = Medusa(heads=random_heads()).needs
 
 
-def test_heads_of_a_medusa_2_target_beside_another_target(tmp_path, tiny_target, caplog):
-    medusa2_single(random_heads(), tmp_path)
+@pytest.mark.parametrize("write", [medusa2_single, medusa2_shards, medusa2_bin], ids=lambda write: write.__name__)
+def test_heads_of_a_medusa_2_target_beside_another_target(write, tmp_path, tiny_target, caplog):
+    write(random_heads(), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     target = dataclasses.replace(tiny_target)
     target.hf.config.name_or_path = "elsewhere"

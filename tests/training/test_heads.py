@@ -7,7 +7,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import tiny
 from parsedec import LanguageModel, Parse, TargetOnly
 from parsedec.errors import ConfigError
+from parsedec.sampling import Sampler
+from parsedec.sessions.session import Session
 from parsedec.training.heads import Distillation, Texts
+from parsedec.types import Sampling
 from parsedec_adapters.eagle3 import Eagle3
 from parsedec_adapters.medusa import Medusa
 from parsedec_adapters.parallelspec import ParallelSpec
@@ -62,6 +65,43 @@ def test_hidden_states_that_other_readers_would_take_in_another_order_are_refuse
     """EAGLE's choice is none for a target of few layers."""
     with pytest.raises(ConfigError, match=r"recipe\.head\.taps"):
         Eagle3Training(target=tiny.model("llama", layers=layers), answers=[], seed=0, taps=taps)
+
+
+DRAFTING = {  # how the module in training drafts chains
+    "eagle3": ({"taps": (1, 2, 3), "draft_vocab": 40, "passes": 4}, lambda m: Eagle3(head=m, top_k=1, depth=3)),
+    "medusa": ({"heads": 3}, lambda m: Medusa(heads=m, tree="chain")),
+    "parallelspec": ({"slots": 4, "share": 1.0}, lambda m: ParallelSpec(head=m, top_k=1)),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_is_trained_is_what_drafts(family, name):
+    """A head drafts a chain; shown the text with its own chain behind, it has the same best guesses in training: what
+    it sees, where it stands and what it is asked for are the same, depth by depth."""
+    target, (settings, speculator) = tiny.model(family), DRAFTING[name]
+    tokens = torch.randint(5, tiny.VOCAB, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    head = HEADS[name][0](target=target, answers=[[(tuple(tokens), True)]], seed=0, **settings)
+    with torch.no_grad():
+        for weight in head.module.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    inner, compared = speculator(head.module).bind(target, None), 0
+    for length in range(6, 16, 3):
+        session = Session(target, inner.needs.hidden_layers)
+        session.feed(tokens[: length - 1])
+        drafted = inner.propose(inner.start(tokens[:length], session.seen(0), Sampler(Sampling())), 4).tokens
+        ids = torch.tensor([[*tokens[:length], *drafted[1:], 7]])
+        answers = torch.ones_like(ids, dtype=torch.bool)
+        answers[:, -1] = False
+        with torch.no_grad():
+            _, taps = Distillation(target, head, decay=1.0, autocast=False)._read(ids)
+            guesses = list(head.guesses(Texts(ids, answers, taps)))
+        for guess in guesses[: len(drafted) - 1]:
+            at = guess.rows.tolist().index(length - 2 + guess.depth)
+            best = int(guess.logits[at].argmax())
+            assert drafted[guess.depth] == (best if guess.columns is None else int(guess.columns[best]))
+            compared += 1
+    assert compared >= 4 * 3
 
 
 def test_guesses_are_about_the_answer_alone(tiny_target):

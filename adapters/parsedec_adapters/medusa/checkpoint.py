@@ -61,6 +61,11 @@ def load_heads(source: str | Path) -> MedusaHeads:
     )
 
 
+def inside_a_model(source: str | Path) -> bool:
+    """Whether the heads of `source`, which can be loaded, are among a whole model's weights: Medusa-2."""
+    return all(find_file(source, name) is None for name in FILES)
+
+
 def _read_from_model(source: str | Path, path: Path) -> dict[str, Tensor]:
     """The heads inside a whole model's weights; of a sharded one only the shards that hold some are opened."""
     shards = [path]

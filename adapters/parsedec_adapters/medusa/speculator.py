@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from parsedec.errors import IncompatibleStack, require_number
+from parsedec.models.checkpoints import find_checkpoint
 from parsedec.models.language_model import LanguageModel
 from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Seen, Tree
-from parsedec_adapters.medusa.checkpoint import load_once
+from parsedec_adapters.medusa.checkpoint import inside_a_model, load_once
 from parsedec_adapters.medusa.heads import MedusaHeads, output_layer
 from parsedec_adapters.medusa.trees import TreeShape, clip, read_tree
 
@@ -93,7 +94,7 @@ class Medusa:
         name = "the given heads" if isinstance(self.heads, MedusaHeads) else str(self.heads)
         _check_fit(name, loaded, target)
         if not isinstance(self.heads, MedusaHeads):
-            _warn_of_another_base(Path(self.heads), target)
+            _warn_of_another_base(self.heads, target)
         choices = clip(read_tree(self.tree), heads=loaded.heads, ranks=target.vocab_size, nodes=self.nodes)
         shape = TreeShape.of(choices)
         obstacle = target.mask_obstacle if shape.branches else None
@@ -177,10 +178,13 @@ def _check_fit(name: str, heads: MedusaHeads, target: LanguageModel) -> None:
         )
 
 
-def _warn_of_another_base(folder: Path, target: LanguageModel) -> None:
+def _warn_of_another_base(source: str | Path, target: LanguageModel) -> None:
     """Medusa-2 tunes the target together with its heads: with another target they guess poorly, and nothing fails."""
     own = str(getattr(target.hf.config, "name_or_path", ""))
-    if own and any(folder.glob("model*.safetensors")) and Path(own).resolve() != folder.resolve():
+    if not own or not inside_a_model(source):
+        return
+    place = find_checkpoint(source).location  # a directory or a hub id, as models are named by
+    if own != place and Path(own).resolve() != Path(place).resolve():
         log.warning(
             "inner.heads=%s is a whole Medusa-2 model, but the target was loaded from %s; its heads were trained "
-            "together with its own weights. Use target.source=%s.", folder, own, folder)  # fmt: skip
+            "together with its own weights. Use target.source=%s.", source, own, source)  # fmt: skip
