@@ -165,6 +165,20 @@ def test_a_prompt_that_cannot_be_asked_is_refused_before_anything_is_learnt(tmp_
     assert not (tmp_path / "run" / "answers.json").exists()
 
 
+def test_answers_of_one_token_leave_nothing_to_measure(tmp_path):
+    record = run_recipe(composed("zoo_medusa", tmp_path, ONE_STEP, "recipe.max_new_tokens=1"))
+    assert record["evaluation"]["target_calls"] == 0
+    assert "tau" not in record["evaluation"]
+    assert "NaN" not in (tmp_path / "record.json").read_text()
+
+
+def test_a_mask_that_the_target_writes_is_refused(tmp_path):
+    target = load("zoo:target", dtype="float32", device="cpu")
+    [digit] = target.encode("7")
+    with pytest.raises(ConfigError, match=rf"mask_token={digit} .*'7'"):
+        run_recipe(composed("zoo_pard", tmp_path, ONE_STEP, f"recipe.head.mask_token={digit}"))
+
+
 # one loop trains them all: one head here, the others where there is time
 @pytest.mark.parametrize(
     "recipe", [pytest.param(h, marks=() if h == "zoo_medusa" else pytest.mark.slow) for h in HEADS]

@@ -63,6 +63,11 @@ class PardTraining:
             raise IncompatibleStack(f"{init} has not the vocabulary of {target.name}; PARD drafts in the target's.")
         if not 0 <= mask_token < model.vocab_size:
             raise ConfigError(f"recipe.head.mask_token={mask_token}; expected an id below {model.vocab_size}.")
+        if any(mask_token in tokens for written in answers for tokens, _ in written):
+            raise ConfigError(
+                f"recipe.head.mask_token={mask_token} is a token that {target.name} writes "
+                f"({model.decode([mask_token])!r}); expected an id that no text uses, such as a reserved one."
+            )
         self.model = model
         self.module = model.hf
         self.mask_token = mask_token

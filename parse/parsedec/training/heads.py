@@ -37,6 +37,7 @@ from parsedec.text.chat import closing_token
 from parsedec.training.drafts import Pool, load_or_sample
 from parsedec.training.generation import prompts
 from parsedec.training.loop import Loss, Schedule, check_output
+from parsedec.types import Counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,15 +247,24 @@ def acceptance(cfg: DictConfig, folder: Path, problems: Sequence[Problem]) -> di
     offered, accepted = (
         sum_by_depth([getattr(one, name) for one in counters]) for name in ("offered_by_depth", "accepted_by_depth")
     )
-    steps = np.array([one.inner_steps for one in counters])
-    tokens = steps + np.array([sum(one.accepted_by_depth) for one in counters])
-    draws = resampled(len(problems), cfg.seed)
-    samples = tokens[draws].sum(1) / steps[draws].sum(1)
     return {
         "problems": len(problems),
-        "target_calls": int(steps.sum()),
-        "tau": float(tokens.sum() / steps.sum()),
-        "tau_interval": [float(x) for x in np.percentile(samples, [2.5, 97.5])],
+        "target_calls": sum(one.inner_steps for one in counters),
+        **_tau(counters, cfg.seed),
         "offered_by_depth": offered,
         "accepted_by_depth": accepted,
+    }
+
+
+def _tau(counters: Sequence[Counters], seed: int) -> dict[str, Any]:
+    """Nothing where no answer was longer than the token of the prefill: then nothing was guessed."""
+    steps = np.array([one.inner_steps for one in counters if one.inner_steps])
+    if not len(steps):
+        return {}
+    tokens = steps + np.array([sum(one.accepted_by_depth) for one in counters if one.inner_steps])
+    draws = resampled(len(steps), seed)
+    samples = tokens[draws].sum(1) / steps[draws].sum(1)
+    return {
+        "tau": float(tokens.sum() / steps.sum()),
+        "tau_interval": [float(x) for x in np.percentile(samples, [2.5, 97.5])],
     }
