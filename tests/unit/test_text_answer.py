@@ -1,10 +1,12 @@
 """Text that grows token by token, and answers that end: characters of several bytes, stop strings, authors."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 import parsedec
 from parsedec.answer import Answer
@@ -72,6 +74,19 @@ def test_stream_of_any_tokens_spells_what_they_decode_to(tokens):
 def test_special_tokens_add_no_text():
     tokens = [*MODEL.encode("a"), END, *MODEL.encode("b")]
     assert token_ends(MODEL, tokens) == ("ab", [1, 1, 2])
+
+
+@quick
+@given(st.lists(st.sampled_from(["<s>", "<x>", "▁", "▁a", "▁▁", "b", "\n"]), max_size=12))
+def test_no_space_is_lost_behind_tokens_without_text(pieces):
+    """As of SentencePiece vocabularies: their decoders drop a space at the beginning of what they are given."""
+    vocabulary = ["<s>", "<x>", *"▁ab\n", "▁a", "▁▁"]
+    core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=[]))
+    core.add_special_tokens(["<s>", "<x>"])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    model = SimpleNamespace(decode=lambda ids: core.decode(list(ids), skip_special_tokens=True))
+    tokens = [core.token_to_id(piece) for piece in pieces]
+    assert token_ends(model, tokens)[0] == model.decode(tokens)
 
 
 def test_draft_offsets_and_pieces():

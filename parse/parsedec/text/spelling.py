@@ -77,8 +77,12 @@ class TextStream:
         text = self.model.decode(self._window)
         if text.endswith(INCOMPLETE):
             return ""
-        added = text[len(self.model.decode(self._window[: self._read])) :]
-        self._window = self._window[self._read :]
+        before = self.model.decode(self._window[: self._read])
+        added = text[len(before) :]
+        if added:
+            self._window = self._window[self._read :]
+        elif before:  # with tokens without text in front, decoders would drop a leading space as at a text's beginning
+            self._window = self._window[: self._read]
         self._read = len(self._window)
         return added
 
