@@ -104,7 +104,7 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}... ({type(value).__name__})"
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of an error's message, without its full stop; its class name if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 

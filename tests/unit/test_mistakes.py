@@ -496,10 +496,12 @@ def test_a_baseline_is_one_of_the_arms_and_can_be_changed_afterwards(tmp_path):
 
 def test_a_run_that_answered_nothing_has_failed():
     def record(*errors):
-        return {"arms": [{"summary": {"errors": n, "requests": 2}} for n in errors]}
+        requests = [{"error": "ValueError: the prompt is too long.\nIt has 9 tokens."}, {"error": None}]
+        return {"arms": [{"summary": {"errors": n, "requests": 2}, "requests": requests} for n in errors]}
 
     refuse_nothing_answered(record(2, 1))
-    with pytest.raises(Exception, match="no request could be answered"):
+    said = r"no request could be answered; the first one's error is ValueError: the prompt is too long\. The record"
+    with pytest.raises(Exception, match=said):
         refuse_nothing_answered(record(2, 2))
 
 

@@ -299,6 +299,7 @@ def test_what_python_does_not_read_is_located(tmp_path: Path, line: str) -> None
     ("line", "part"),
     [
         ('{"id": ', "not JSON"),
+        ("\x1b[2J\x00{", "not JSON in UTF-8 .*: \ufffd\\[2J\ufffd{;"),
         ("[1, 2]", r"\[1, 2\]; expected an object"),
         (row(id=None), "id missing"),
         (row(prompt=3), "prompt missing or of the wrong type"),

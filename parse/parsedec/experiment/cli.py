@@ -75,8 +75,8 @@ def _usage(main: Callable[[], Any]) -> str:
     """What the command's module says of it; Hydra's own help, which comes behind, lists groups and settings alone."""
     return (
         f"{(sys.modules[main.__module__].__doc__ or '').strip()}\n\n"
-        "Listed below are the settings of the members chosen; choose others to see theirs: inner=medusa --help. The "
-        "files of\nconf/, by group and member, say what each setting is for.\n"
+        "Listed below are the settings of the members chosen; choose others to see theirs: GROUP=MEMBER --help. The "
+        "files\nof conf/, by group and member, say what each setting is for.\n"
     )
 
 

@@ -11,7 +11,7 @@ from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from parsedec.errors import ConfigError, ParsedecError, require_texts
+from parsedec.errors import ConfigError, ParsedecError, first_line, require_texts
 from parsedec.experiment.analysis import engine_facts, measure_entropy
 from parsedec.experiment.build import apply_runtime, build_draft_alone, build_engine, build_sampling, plain
 from parsedec.experiment.claim import released_on_error
@@ -142,7 +142,12 @@ def run_comparison(cfg: DictConfig, folder: Path, config: str, overrides: Sequen
 def refuse_nothing_answered(record: Mapping[str, Any]) -> None:
     """Raise ParsedecError if a run has answered nothing, so that a script does not go on."""
     if all(arm["summary"]["errors"] == arm["summary"]["requests"] for arm in record["arms"]):
-        raise ParsedecError("no request could be answered; the record says why, request by request.")
+        said = next(
+            (str(request["error"]) for arm in record["arms"] for request in arm["requests"]), "that none was asked"
+        )
+        raise ParsedecError(
+            f"no request could be answered; the first one's error is {first_line(said)}. The record has those of all."
+        )
 
 
 def _entropy(arm: Arm, settings: Settings) -> dict[str, Any] | None:

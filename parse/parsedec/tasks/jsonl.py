@@ -196,5 +196,6 @@ def _is_reference(value: object) -> bool:
 
 
 def _shorten(line: bytes, width: int = 120) -> str:
-    text = line.decode(errors="replace").strip()
+    told = line.decode(errors="replace").strip()
+    text = "".join(c if c.isprintable() else "\ufffd" for c in told)  # a terminal obeys control characters
     return text if len(text) <= width else text[:width] + " ..."
