@@ -284,6 +284,24 @@ def test_a_sweep_is_laid_side_by_side_under_what_differs(record):
     assert sections.side_by_side([*found[:1], *sections.sources([(Path("x/record.json"), record)], Path())]) == []
 
 
+def test_runs_that_differ_in_much_are_known_by_their_folders(record):
+    made = sweep_of(record)
+    for i, (_, one) in enumerate(made):
+        one["config"] |= {"seed": i, "stop": [f"a stop string number {i}, longer than a picture has room for"]}
+    (sweep,) = sections.side_by_side(sections.sources(made, Path("sweep")))
+    arms, differ = sweep.tables
+    assert [row[0] for row in arms.cells] == ["record-0", "record-1"]
+    assert [row[0] for row in differ.cells] == ["record-0", "record-1"]
+    assert "seed=1" in differ.cells[1][1]
+    assert "boundary.threshold=0.9" in differ.cells[1][1]
+
+
+def test_the_same_run_twice_is_two_arms(record):
+    first, (path, _) = sweep_of(record)
+    (sweep,) = sections.side_by_side(sections.sources([first, (path, first[1])], Path("sweep")))
+    assert [row[0] for row in sweep.tables[0].cells] == ["record-0", "record-1"]
+
+
 def test_runs_on_other_machines_are_not_laid_side_by_side(record):
     first, (path, other) = sweep_of(record)
     other["provenance"]["device"] = "another machine"

@@ -24,7 +24,7 @@ from parsedec.reporting.figure import Figure
 
 Json = dict[str, Any]
 LINKS = 12  # requests that a section points to
-LABEL = 70  # characters of a sweep's label
+LABEL = 70  # most characters of a name that pictures have room for
 NOT_SETTINGS = ("title", "resume", "output")
 
 
@@ -351,12 +351,12 @@ def side_by_side(found: Sequence[Source]) -> list[Section]:
 
 def _sweep(group: Sequence[Source], number: int) -> Section:
     labels = differences([source.record["config"] for source in group])
-    points = [
-        replace(speed.points(source.record)[0], name=label or source.anchor)
-        for source, label in zip(group, labels, strict=True)
-    ]
-    points = [replace(p, name=f"{p.name} ({i})") if [q.name for q in points].count(p.name) > 1 else p
-              for i, p in enumerate(points, 1)]  # fmt: skip
+    told = len(set(labels)) == len(labels) and max(map(len, labels)) <= LABEL  # else they are known by their folders
+    names = labels if told else [source.anchor for source in group]
+    points = [replace(speed.points(source.record)[0], name=name) for source, name in zip(group, names, strict=True)]
+    differ = TextTable(
+        title="What they differ in", heads=["arm", "settings"], cells=list(map(list, zip(names, labels, strict=True)))
+    )
     merged = {
         "title": group[0].record["title"],
         "config": group[0].record["config"],
@@ -370,7 +370,7 @@ def _sweep(group: Sequence[Source], number: int) -> Section:
         title=f"{len(group)} runs side by side: {group[0].record['title']}",
         said=["Each run was a process of its own, so differences of speed hold what else the machine did at the time; "
               "compare.py takes turns and pairs them."],
-        tables=[arms_table(merged)],
+        tables=[arms_table(merged), *([] if told else [differ])],
         figures=speed.pictures(points, None, anchor),
         words=frozenset({"target", "kept", "judge", "tok/s", "interval", "n"}),
     )  # fmt: skip
@@ -385,8 +385,7 @@ def differences(configs: Sequence[Json]) -> list[str]:
     varied = [key for key in varied if not (key.startswith("outer.") and key.removeprefix("outer.") in varied)]
     classes = {key.removesuffix("._target_") for key in varied if key.endswith("._target_")}
     varied = [key for key in varied if key.endswith("._target_") or key.rpartition(".")[0] not in classes]
-    return [", ".join(f"{key.removesuffix('._target_')}={_setting(one.get(key))}" for key in varied)[:LABEL]
-            for one in flat]  # fmt: skip
+    return [", ".join(f"{key.removesuffix('._target_')}={_setting(one.get(key))}" for key in varied) for one in flat]
 
 
 def _flat(config: Json, prefix: str = "") -> list[tuple[str, Any]]:
