@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import tiny
 from parsedec import LanguageModel, Parse, TargetOnly
@@ -17,6 +17,7 @@ from parsedec_adapters.parallelspec import ParallelSpec
 from parsedec_adapters.training.eagle3 import Eagle3Training
 from parsedec_adapters.training.medusa import MedusaTraining
 from parsedec_adapters.training.parallelspec import ParallelSpecTraining
+from parsedec_adapters.training.pard import PardTraining
 
 HEADS = {
     "eagle3": (Eagle3Training, lambda folder: Eagle3(head=folder, tokens=12, depth=2, top_k=3)),
@@ -102,6 +103,36 @@ def test_what_is_trained_is_what_drafts(family, name):
             assert drafted[guess.depth] == (best if guess.columns is None else int(guess.columns[best]))
             compared += 1
     assert compared >= 4 * 3
+
+
+def of_rows(rows, layers, seed=0):
+    torch.manual_seed(seed)
+    sizes = {**tiny.COMMON, "vocab_size": rows, "num_hidden_layers": layers}
+    return LanguageModel.wrap(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval(), tiny.tokenizer(), name="?")
+
+
+@pytest.mark.parametrize(("rows", "drafts"), [(64, 64), (64, 72), (72, 64)])
+def test_masks_are_read_as_when_drafting(tmp_path, rows, drafts):
+    """Each guess is that of a forward over the text up to its root and as many masks as lie between. Models of one
+    vocabulary may have different numbers of rows, as Qwen2.5's have; the text may hold what only the target has."""
+    target, draft = of_rows(rows, 4), of_rows(drafts, 2, seed=1)
+    draft.hf.save_pretrained(tmp_path)
+    draft.tokenizer.save_pretrained(tmp_path)
+    tokens = [*torch.randint(5, 60, (17,), generator=torch.Generator().manual_seed(1)).tolist(), rows - 1, 7, 8]
+    text, answers = torch.tensor([tokens]), torch.ones(1, 20, dtype=torch.bool)
+    answers[0, -1] = False
+    head = PardTraining(
+        target=target, answers=[], seed=0, init=str(tmp_path), mask_token=4, length=3, share=1.0, keep=1.0
+    )
+    for guess in head.guesses(Texts(text, answers, torch.empty(1, 20, 0, 64))):
+        for row, logits in zip(guess.rows.tolist(), guess.logits, strict=True):
+            read = [*draft.readable(tokens[: row - guess.depth + 2]), *[4] * (guess.depth - 1)]
+            with torch.no_grad():
+                plain = draft.hf(input_ids=torch.tensor([read])).logits[0, -1, :rows]
+            torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
+    losses = list(Distillation(target, head, decay=0.8, autocast=False).losses((text, answers)))
+    assert [loss.kind for loss in losses] == ["depth_1", "depth_2", "depth_3"]
+    assert all(0 < float(loss.total.detach()) < 100 * loss.labels for loss in losses)
 
 
 def test_guesses_are_about_the_answer_alone(tiny_target):

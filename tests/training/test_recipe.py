@@ -175,7 +175,7 @@ def test_answers_of_one_token_leave_nothing_to_measure(tmp_path):
 def test_a_mask_that_the_target_writes_is_refused(tmp_path):
     target = load("zoo:target", dtype="float32", device="cpu")
     [digit] = target.encode("7")
-    with pytest.raises(ConfigError, match=rf"mask_token={digit} .*'7'"):
+    with pytest.raises(ConfigError, match=rf"mask_token={digit}, '7'"):
         run_recipe(composed("zoo_pard", tmp_path, ONE_STEP, f"recipe.head.mask_token={digit}"))
 
 

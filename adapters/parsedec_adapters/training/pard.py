@@ -65,14 +65,18 @@ class PardTraining:
             raise ConfigError(f"recipe.head.mask_token={mask_token}; expected an id below {model.vocab_size}.")
         if any(mask_token in tokens for written in answers for tokens, _ in written):
             raise ConfigError(
-                f"recipe.head.mask_token={mask_token} is a token that {target.name} writes "
-                f"({model.decode([mask_token])!r}); expected an id that no text uses, such as a reserved one."
+                f"recipe.head.mask_token={mask_token}, {model.tokenizer.convert_ids_to_tokens(mask_token)!r}, is a "
+                f"token that {target.name} writes; expected an id that no text uses, such as a reserved one."
             )
         self.model = model
         self.module = model.hf
         self.mask_token = mask_token
         self.length = length
         self.share = share
+        # models of one vocabulary may have different numbers of rows; what only one of them has is padding
+        self._rows = min(model.vocab_size, target.vocab_size)
+        fewer = self._rows < target.vocab_size
+        self._columns = torch.arange(self._rows, device=target.device) if fewer else None
         self.reach = torch.tensor([max(keep**i, floor) for i in range(1, length)])
 
     def guesses(self, texts: Texts) -> Iterator[Guess]:
@@ -82,14 +86,14 @@ class PardTraining:
         depths = (torch.rand(len(anchors), 1) < self.reach).sum(-1)  # [G]
         anchor = anchors.repeat_interleave(depths)  # [M]
         depth = torch.cat([torch.arange(1, int(d) + 1) for d in depths]) if depths.any() else anchors[:0]
-        logits = self._read(texts.ids, anchor, depth).float()
+        logits = self._read(texts.ids, anchor, depth)[..., : self._rows].float()
         about, rows = known_rows(texts, torch.arange(length))
-        yield Guess(1, logits[:, :length][about], rows[about])
+        yield Guess(1, logits[:, :length][about], rows[about], self._columns)
         for i in range(1, self.length):
             chosen = (depth == i).nonzero().flatten()
             about, rows = known_rows(texts, (anchor + depth)[chosen])
             if about.any():
-                yield Guess(i + 1, logits[:, length + chosen][about], rows[about])
+                yield Guess(i + 1, logits[:, length + chosen][about], rows[about], self._columns)
 
     def save(self, folder: Path) -> None:
         twin = copy.copy(self.model.hf.config)
@@ -111,7 +115,8 @@ class PardTraining:
         mask = masks.for_model(allowed, positions, positions, windows=self.model.windows, dtype=dtype, device=device)
         filler = ids.new_full((batch, len(anchor)), self.mask_token)
         out: Tensor = self.module(
-            input_ids=torch.cat([ids, filler], dim=1),
+            # as when drafting, the last row stands for those it has not (`LanguageModel.readable`)
+            input_ids=torch.cat([ids, filler], dim=1).clamp(max=self.model.vocab_size - 1),
             position_ids=positions[None].expand(batch, -1).to(device),
             attention_mask=mask,
             use_cache=False,
