@@ -327,7 +327,6 @@ def test_numbers(value, settings, said):
         (lambda: Adaptive(cost_per_token="low"), r"gate\.cost_per_token='low'; expected a number"),
         (lambda: ConfidenceJudge(sure=None), r"judge\.sure=None; expected a number from 0 to 1"),
         (lambda: Cascade(threshold=2), r"outer\.threshold=2; expected a number from 0 to 1"),
-        (lambda: Cascade(gate=3), r"gate=3 has no allows"),
         (lambda: SpecReason(first_steps_by_target=1.5), r"first_steps_by_target=1\.5; expected a whole number"),
         (lambda: SpecReason(threshold="7"), r"outer\.threshold='7'; expected a number from 0 to 1"),
         (lambda: LookaheadReasoning(steps=2.5), r"outer\.steps=2\.5; expected a whole number, at least 1"),

@@ -267,7 +267,7 @@ def stack(**parts):
         (lambda: SpecReason(judge=3), "judge=3 has no bind"),
         (lambda: LookaheadReasoning(equivalence=3), "equivalence=3 has no bind, compare, asks"),
         (lambda: ConfidenceJudge(judge=3), r"judge\.judge=3 has no bind"),
-        (stack(outer=Cascade(gate=3)), "gate=3 has no allows"),
+        (lambda: Cascade(gate=3), "gate=3 has no allows"),
     ],
 )
 def test_what_does_not_belong_in_a_slot_is_refused_when_it_is_put_there(build, said):
