@@ -77,8 +77,11 @@ class Maths(JsonlTask):
         return _remembered(_PERCENT.sub("", problem.reference) if self.numbers else f"${problem.reference}$")
 
     def _answer(self, text: str) -> list[Any]:
-        """What math-verify reads in a text: the expression, and how it was written."""
-        text = _PERCENT.sub("", text) if self.numbers else text
+        """What math-verify reads in a text: the expression, and how it was written. It takes boxes near each other for
+        one answer of several values; where that is a number, the last box has it."""
+        if self.numbers:
+            before, box, last = _PERCENT.sub("", text).rpartition("\\boxed")
+            text = before.replace("\\boxed", "") + box + last
         marked = _MARKED.findall(text) if self.numbers else []
         said = re.sub(r"[\s\\$(,]", "", marked[-1]) if marked else _CURRENCY.sub("", text)
         return _parsed(said.replace("\u2212", "-"))
