@@ -19,7 +19,15 @@ from parsedec.experiment import claim as claims
 from parsedec.experiment import record as records
 from parsedec.experiment.claim import release
 from parsedec.experiment.intervals import FEWEST
-from parsedec.experiment.record import SCHEMA_VERSION, earlier_record, provenance, read_record, to_json, write_record
+from parsedec.experiment.record import (
+    SCHEMA_VERSION,
+    command_line,
+    earlier_record,
+    provenance,
+    read_record,
+    to_json,
+    write_record,
+)
 from parsedec.experiment.summary import compare, summarise, wilson
 from parsedec.experiment.table import columns, markdown, rows, terminal
 from parsedec.experiment.trace import arm_views
@@ -517,3 +525,10 @@ def test_an_arm_that_answers_nothing_has_no_speed_and_is_wrong():
     cells = dict(zip([name for name, _ in columns(record)], rows(record)[1][1:], strict=True))
     assert (cells["speed-up in tok/s"], cells["in time"], cells["McNemar p"]) == ("-", "-", "1.9e-06 (+0 -20)")
     assert arm_views(record["arms"], record["comparison"])[1]["gain"] is None
+
+
+def test_a_page_shows_a_command_that_can_be_run():
+    """Scripts are in experiments/; installed commands are found by their names."""
+    assert command_line({"provenance": {"command": "run.py task.n=3"}}) == "python experiments/run.py task.n=3"
+    assert command_line({"provenance": {"command": "parsedec-eval --tasks gsm8k"}}) == "parsedec-eval --tasks gsm8k"
+    assert command_line({}) is None

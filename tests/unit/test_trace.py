@@ -338,7 +338,7 @@ def test_links_inside_the_page_lead_somewhere():
 def test_header_names_machine_versions_seed_and_command():
     page = page_of(arm(request(result(alone("Hi.")))))
     assert page.by_class("facts")[:4] == ["one CPU", "torch 2.1", "commit 0123456789", "seed 17"]
-    assert page.by_class("command") == ["run.py seed=17"]
+    assert page.by_class("command") == ["python experiments/run.py seed=17"]
     assert page.by_class("status") == ["finished"]
     assert not page.by_class("notice")
 

@@ -244,6 +244,12 @@ def _command() -> str:
     return shlex.join([script, *sys.orig_argv[at + 1 :]])
 
 
+def command_line(record: Mapping[str, Any]) -> str | None:
+    """The command that made a record, to be run in a checkout; None for a record without provenance."""
+    typed = (record.get("provenance") or {}).get("command")
+    return f"python experiments/{typed}" if typed and typed.split()[0].endswith(".py") else typed
+
+
 def _git(*arguments: str) -> str | None:
     """Output of git in the folder of the running script, or None outside a checkout.
 

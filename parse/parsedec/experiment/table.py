@@ -12,6 +12,7 @@ from rich.table import Table
 
 from parsedec.experiment.analysis import predict, rows_per_tree, token_ceiling, work
 from parsedec.experiment.intervals import FEWEST, with_interval
+from parsedec.experiment.record import command_line
 from parsedec.experiment.summary import batch_of
 
 DEEPEST = 8  # levels shown; a record holds all of them
@@ -278,7 +279,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 def document(record: Mapping[str, Any], *parts: str) -> str:
     """Markdown about a record: its title, the command that made it, and `parts`, with blank lines between them."""
-    head = (f"# {record['title']}", f"    python experiments/{record['provenance']['command']}")
+    head = (f"# {record['title']}", f"    {command_line(record)}")
     return "\n\n".join((*head, *parts)) + "\n"
 
 

@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 
 from parsedec.errors import ParsedecError
 from parsedec.experiment.html import rendered
-from parsedec.experiment.record import SCHEMA_VERSION, to_json, write_text
+from parsedec.experiment.record import SCHEMA_VERSION, command_line, to_json, write_text
 from parsedec.experiment.summary import summarise
 from parsedec.types import Result
 
@@ -271,7 +271,7 @@ def page_view(record: Json) -> dict[str, Any]:
     ]
     return {
         "title": record["title"],
-        "command": (record.get("provenance") or {}).get("command"),
+        "command": command_line(record),
         "status": record["status"],
         "facts": list(filter(None, facts)),
         "compared": bool(record.get("comparison")),

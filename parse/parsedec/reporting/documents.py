@@ -18,7 +18,7 @@ from parsedec.calibration import report as calibration
 from parsedec.errors import ConfigError
 from parsedec.experiment import table
 from parsedec.experiment.intervals import with_interval
-from parsedec.experiment.record import is_run, read_record
+from parsedec.experiment.record import command_line, is_run, read_record
 from parsedec.experiment.summary import again
 
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+): (?P<heads>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -52,9 +52,9 @@ class Figures:
         paragraphs = (self.records / name / file).read_text(encoding="utf-8").strip().split("\n\n")
         return "\n\n".join(paragraphs[2:])
 
-    def command(self, name: str) -> str:
+    def command(self, name: str) -> str | None:
         """What made a record."""
-        return f"python experiments/{self.record(name)['provenance']['command']}"
+        return command_line(self.record(name))
 
     def compared(self, name: str, arm: str) -> dict[str, Any]:
         """An arm beside its record's baseline: ratios with their intervals."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from parsedec.errors import ParsedecError
 from parsedec.experiment import judging, overhead, table
-from parsedec.experiment.record import is_run
+from parsedec.experiment.record import command_line, is_run
 from parsedec.experiment.trace import by_id
 from parsedec.hardware import claims, floors
 from parsedec.reporting import costs, judged, speed
@@ -101,8 +101,7 @@ def section(source: Source) -> Section:
             f"{source.path} holds none of what a report is made of (arms, advice, calibration, judges, probes, a "
             f"training, overhead, floors, load); it has {sorted(record)}."
         )
-    provenance = record.get("provenance") or {}
-    return replace(make(source), status=record.get("status", "finished"), command=provenance.get("command"))
+    return replace(make(source), status=record.get("status", "finished"), command=command_line(record))
 
 
 def maker(record: Json) -> Callable[[Source], Section] | None:
