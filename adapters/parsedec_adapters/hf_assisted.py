@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,10 @@ from parsedec.sessions import kv
 from parsedec.text.spelling import common_prefix
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import drafting_model, fitted
+
+# A proposal borrows torch's global generators and the model's settings, and puts back what it found: requests in other
+# threads wait, or they would be given its settings and put those back
+_GENERATING = Lock()
 
 
 @dataclass(slots=True)
@@ -97,7 +102,10 @@ class HfAssisted:
         cache = kv.snapshot(state.cache)
         fewer = model.vocab_size < target.vocab_size
         text = torch.tensor([model.readable(state.tokens) if fewer else state.tokens], device=model.device)
-        with turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler), torch.inference_mode():
+        with (
+            _GENERATING, turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler),
+            torch.inference_mode(),
+        ):  # fmt: skip
             generator = self._generator(text, model, state.settings, length)
             generator.assistant_kwargs["past_key_values"] = cache
             found, scores = generator.get_candidates(text)

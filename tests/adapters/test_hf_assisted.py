@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,6 +109,20 @@ def test_accepted_guesses_are_not_read_again(tiny_target, tiny_draft, monkeypatc
     inner.propose(state, 3)
     hook.remove()
     assert rows == [9, 1, 1, 2, 1, 1]  # the last guess and the target's token, then one by one
+
+
+def test_requests_in_threads_write_as_alone_and_leave_the_model_as_it_is(tiny_target):
+    draft = relative(tiny_target)
+    before = draft.hf.generation_config
+    engine = Parse(tiny_target, draft, inner=HfAssisted(length=3), outer=TargetOnly())
+
+    def write(seed):
+        return engine.generate(TEXT[seed : seed + 5], max_new_tokens=16, sampling=SAMPLED, seed=seed).tokens
+
+    alone = [write(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, range(4))) == alone
+    assert draft.hf.generation_config is before
 
 
 def test_refusals(tiny_target, tiny_draft):
