@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import ClassVar
 
 import torch
@@ -29,16 +28,12 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from parsedec.errors import IncompatibleStack, require_number
 from parsedec.models.language_model import LanguageModel
 from parsedec.models.turns import turns_of
-from parsedec.peers import clean_settings, seeded, settings
+from parsedec.peers import GENERATING, clean_settings, seeded, settings
 from parsedec.sampling import Sampler
 from parsedec.sessions import kv
 from parsedec.text.spelling import common_prefix
 from parsedec.types import Needs, Outcome, Seen, Tree
 from parsedec_adapters.draft_model import drafting_model, fitted
-
-# A proposal borrows torch's global generators and the model's settings, and puts back what it found: requests in other
-# threads wait, or they would be given its settings and put those back
-_GENERATING = Lock()
 
 
 @dataclass(slots=True)
@@ -103,7 +98,7 @@ class HfAssisted:
         fewer = model.vocab_size < target.vocab_size
         text = torch.tensor([model.readable(state.tokens) if fewer else state.tokens], device=model.device)
         with (
-            _GENERATING, turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler),
+            GENERATING, turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler),
             torch.inference_mode(),
         ):  # fmt: skip
             generator = self._generator(text, model, state.settings, length)

@@ -111,10 +111,13 @@ def test_accepted_guesses_are_not_read_again(tiny_target, tiny_draft, monkeypatc
     assert rows == [9, 1, 1, 2, 1, 1]  # the last guess and the target's token, then one by one
 
 
-def test_requests_in_threads_write_as_alone_and_leave_the_model_as_it_is(tiny_target):
-    draft = relative(tiny_target)
-    before = draft.hf.generation_config
-    engine = Parse(tiny_target, draft, inner=HfAssisted(length=3), outer=TargetOnly())
+@pytest.mark.parametrize(
+    "parts", [dict(inner=HfAssisted(length=3), outer=TargetOnly()), dict(outer=HfGenerate(assisted=True))], ids=str
+)
+def test_requests_in_threads_write_as_alone_and_leave_the_models_as_they_are(tiny_target, parts):
+    models = [tiny_target, relative(tiny_target)]
+    before = [model.hf.generation_config for model in models]
+    engine = Parse(*models, **parts)
 
     def write(seed):
         return engine.generate(TEXT[seed : seed + 5], max_new_tokens=16, sampling=SAMPLED, seed=seed).tokens
@@ -122,7 +125,7 @@ def test_requests_in_threads_write_as_alone_and_leave_the_model_as_it_is(tiny_ta
     alone = [write(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(write, range(4))) == alone
-    assert draft.hf.generation_config is before
+    assert all(model.hf.generation_config is config for model, config in zip(models, before, strict=True))
 
 
 def test_refusals(tiny_target, tiny_draft):

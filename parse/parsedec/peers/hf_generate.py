@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,7 @@ class HfGenerate:
         follow = Follow(answer, session.length)
         wanted = settings(target, sampler.settings, min(answer.remaining, session.room))
         with ExitStack() as stack:
+            stack.enter_context(GENERATING)
             stack.enter_context(turns_of(target.hf).plain())
             stack.enter_context(clean_settings(target.hf))
             arguments: dict[str, Any] = {}
@@ -239,6 +241,11 @@ def settings(model: LanguageModel, sampling: Sampling, new_tokens: int) -> Gener
     return GenerationConfig(
         max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **chosen
     )
+
+
+# `generate` draws from torch's global generators and reads settings of the model. Both are lent to one request at a
+# time: another thread's would find what was lent to the first, and put that back for good
+GENERATING = RLock()
 
 
 @contextmanager
