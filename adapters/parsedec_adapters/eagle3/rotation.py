@@ -52,10 +52,11 @@ class Rotations:
     def singles(self, start: int, stop: int, like: Tensor) -> list[CosSin]:
         """The same for each of these positions by itself, [1, d]: for rows that all stand there."""
         cos, sin = self._covering(stop, like)
+        singles = self._singles  # a thread that enlarges the table begins another one
         for position in range(start, stop):
-            if position not in self._singles:
-                self._singles[position] = cos[position : position + 1], sin[position : position + 1]
-        return [self._singles[position] for position in range(start, stop)]
+            if position not in singles:
+                singles[position] = cos[position : position + 1], sin[position : position + 1]
+        return [singles[position] for position in range(start, stop)]
 
     def at(self, positions: Tensor, like: Tensor) -> CosSin:
         """The same for any positions [B, n]: [B, 1, n, d], ready for [B, heads, n, d]."""
@@ -68,7 +69,7 @@ class Rotations:
             have = 0 if table is None else len(table[0])
             with torch.inference_mode(False), torch.no_grad():  # training reads it, too
                 self._table = table = self._computed(max(stop, 2 * have, 256), like)
-            self._singles.clear()
+            self._singles = {}
         return table
 
     def _computed(self, count: int, like: Tensor) -> CosSin:
