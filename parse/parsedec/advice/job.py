@@ -1,7 +1,7 @@
 """The run behind `experiments/advise.py`: measure, predict, rehearse the best arm's loops, conclude, check.
 
-What is measured is saved as it comes; `resume=true` goes on. Loops are rehearsed, not predicted: what a second draft
-would be depends on what the target has written before it.
+Measurements are saved as they come in; `resume=true` continues a run. Loops are rehearsed, not predicted: a second
+draft depends on what the target has written before it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from parsedec.tasks.base import Problem, Task, first_turn, require_extra
 from parsedec.types import Limits
 
 log = logging.getLogger(__name__)
-PARTS = ("rehearsal", "check")  # in which arms are run
+PARTS = ("rehearsal", "check")  # the parts of the record for which arms are run
 ALONE = "inner alone"
 Requests = dict[str, list[dict[str, Any]]]  # by arm
 
 
 class Notes(GrowingRecord):
-    """What was measured, rehearsed and checked so far."""
+    """What has been measured, rehearsed and checked so far."""
 
     def __init__(self, head: dict[str, Any], path: Path, earlier: dict[str, Any] | None) -> None:
         super().__init__(head, path)
@@ -47,20 +47,20 @@ class Notes(GrowingRecord):
         trials = (Trial.of_data(data) for data in before.get("trials", ()))
         self.trials = {trial.id: trial for trial in trials if not trial.error}  # the others are tried again
         self.requests = {part: _answered(before.get(part, {})) for part in PARTS}
-        # what each arm was: trials that are tried again may change which one is best, under the same name
+        # trials that are tried again may change which arm is best, so that a name now means another arm
         self.overrides: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS} | before.get("arm_overrides", {})
         self.results: dict[str, Any] = {}
 
     def requests_of(self, part: str, arms: Mapping[str, Sequence[str]]) -> Requests:
-        """The answers of a part so far, by arm; those of another arm of the same name, or of one that is no longer
-        wanted, are dropped.
+        """The answers of a part so far, by arm. Drops those of arms that are no longer wanted, or whose name now means
+        another arm.
 
         arms  overrides by name
         """
         kept = {name: own for name, own in self.requests[part].items()
                 if name in arms and self.overrides[part].get(name) == list(arms[name])}  # fmt: skip
         if gone := sorted({name for name, own in self.requests[part].items() if own} - set(kept)):
-            log.warning("%s: the answers of %s are of another arm than is wanted now, and are dropped", part, gone)
+            log.warning("%s: the answers of %s are dropped: they belong to other arms than are wanted now", part, gone)
         self.requests[part] = {name: kept.get(name, []) for name in arms}
         self.overrides[part] = {name: list(own) for name, own in arms.items()}
         return self.requests[part]
@@ -78,12 +78,12 @@ class Notes(GrowingRecord):
 
 
 def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, Any]:
-    """Advise (or finish advising) in `folder`; returns the record, which is on disk every few seconds.
+    """Advise (or finish advising) in `folder`; returns the record, which is saved to disk every few seconds.
 
-    composed  the configuration of the command with further overrides
-    A record that is finished, without errors, is returned as it is when resuming: no model is loaded.
-    Raises OutputExistsError before a model is loaded if the folder holds a record and this is no resumption, or what it
-    has measured is not asked any more or is another problem now.
+    composed  gives the configuration of the command with further overrides
+    When resuming, a record that is finished without errors is returned as it is: no model is loaded.
+    Raises OutputExistsError, before a model is loaded, if the folder holds a record that this run does not resume, or
+    if a problem measured there is no longer asked or has changed.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
@@ -122,7 +122,7 @@ def run_advice(cfg: DictConfig, folder: Path, composed: Composed) -> dict[str, A
 
 
 def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """The problems that are measured, and those behind them for the check."""
+    """The problems to measure, and those after them for the check. Raises ConfigError if there are too few."""
     require_number("n", cfg.n, whole=True, low=1)
     require_number("short", cfg.short, whole=True, low=1, high=cfg.n)
     if cfg.rehearse is not None:
@@ -139,7 +139,10 @@ def divided(cfg: DictConfig, problems: Sequence[Problem]) -> tuple[list[Problem]
 
 
 def measure_all(prober: Prober, problems: Sequence[Problem], short: int, notes: Notes) -> None:
-    """Measure what is not measured yet. The first measurement is made twice, and its first time does not count."""
+    """Measure what is not measured yet. The first problem is measured twice: the first time is a warm-up.
+
+    Raises ConfigError if no problem could be measured.
+    """
     left = [(i, problem) for i, problem in enumerate(problems) if problem.id not in notes.trials]
     if left:
         prober.measure(left[0][1], left[0][0], inners=True)
@@ -155,7 +158,7 @@ def measure_all(prober: Prober, problems: Sequence[Problem], short: int, notes: 
 
 
 class Advisor:
-    """From measurements to a verdict, and to its check."""
+    """Turns measurements into a verdict, and checks it."""
 
     def __init__(self, cfg: DictConfig, prober: Prober, task: Task, notes: Notes, composed: Composed) -> None:
         self.cfg = cfg
@@ -180,7 +183,7 @@ class Advisor:
         self.separates = separations(self.predictor, list(prober.segmenters), cfg.seed)
 
     def advise(self, problems: Sequence[Problem]) -> Verdict:
-        """The verdict, after the best arm, its loops and the best inner level alone ran on the measured problems."""
+        """Run the best arm, its loops and the best inner level alone on the measured problems; returns the verdict."""
         first = best_parse(self.arms, self.demands)
         self.luck = luck_of_choice(self.arms, self.predictor, self.demands)
         alone = max(self.alone, key=lambda one: one.speedup)
@@ -198,15 +201,17 @@ class Advisor:
         if rehearsed := self._seen_in_rehearsal(first, done):
             self.rehearsed = rehearsed | {"accuracy": changes}
         right = [one for one in self.looped if not falls(changes[one.arm.loop], self.demands)]
-        # a loop has to be faster than once by more than noise to be worth a second draft
+        # to be worth a second draft, a loop must be faster than "once" by more than noise
         best = max(right or self.looped, key=lambda one: one.speedup * (1.0 if one.arm.loop == "once" else 0.98))
         assert first.arm.segmenter is not None
         separates = self.separates[first.arm.segmenter]
-        settings = len({(one.arm.segmenter, one.arm.thresholds) for one in self.arms})  # an inner level spoils nothing
+        # inner levels spoil nothing, and so do not count
+        settings = len({(one.arm.segmenter, one.arm.thresholds) for one in self.arms})
         return conclude(self.predictor, best, alone, separates, self.demands, changes[best.arm.loop], settings)
 
     def _seen_in_rehearsal(self, first: Expected, done: Requests) -> dict[str, Any] | None:
-        """The best arm as it ran beside the target, and as it was predicted from costs on the same problems."""
+        """The speed-up of the best arm as it ran beside the target, and as predicted from costs on the same problems;
+        None if both answered no problem in common."""
         found = compare(done["target"], done["once"])
         answered = {r["id"] for r in done["target"] if r["result"]} & {r["id"] for r in done["once"] if r["result"]}
         both = [i for i, trial in enumerate(self.predictor.trials) if trial.id in answered]
@@ -221,7 +226,10 @@ class Advisor:
         }
 
     def check(self, verdict: Verdict, problems: Sequence[Problem]) -> dict[str, Any]:
-        """What was predicted beside what is measured on problems that were not seen."""
+        """Run the verdict's arms on unseen problems; returns what was predicted beside what is measured.
+
+        Raises ConfigError if the target and an arm answered no problem in common.
+        """
         expected = {"parse": verdict.parse}
         if not verdict.helps and verdict.recommended.arm.inner != "none":
             expected["advised"] = verdict.recommended
@@ -230,7 +238,7 @@ class Advisor:
         for name, one in expected.items():
             measured = compare(done["target"], done[name])
             if measured is None or measured["time_ratio"] is None:
-                raise ConfigError(f"no problem of the check could be answered by both the target and {one.arm.label}.")
+                raise ConfigError(f"no problem of the check was answered by both the target and {one.arm.label}.")
             rows.append({
                 "arm": one.arm.label, "advised": one is verdict.recommended, "predicted": one.speedup,
                 "predicted_interval": list(one.interval), "measured": measured["time_ratio"],
@@ -241,7 +249,7 @@ class Advisor:
         return {"problems": len(problems), "accuracy": summarise(done["target"])["accuracy"], "rows": rows}
 
     def results(self, verdict: Verdict) -> dict[str, Any]:
-        """What the record says."""
+        """The results that go into the record."""
         predictor = self.predictor
         slim = [_slim(one) for one in (*self.alone, *self.arms)]
         return {
@@ -298,7 +306,7 @@ class Advisor:
         return list(dict.fromkeys(own if t is None else (float(t), float(t)) for t in self.cfg.thresholds))
 
     def _run(self, part: str, arms: Mapping[str, ArmChoice], problems: Sequence[Problem]) -> Requests:
-        """Arms alternating over problems; what an interrupted run has answered is not asked again."""
+        """Run arms in turn on each problem; what an interrupted run has answered is not asked again."""
         own = {name: overrides_of(arm) for name, arm in arms.items()}
         done = self.notes.requests_of(part, own)
         runs = [Arm(name, build_engine(self.composed(own[name])), requests=done[name]) for name in arms]
@@ -311,8 +319,8 @@ class Advisor:
 
 
 def accuracy_change(target: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The arm's share of right answers less the target's, on the requests that were scored for both, with its 95 %
-    interval; None where there is none. What could not be answered is not right."""
+    """The arm's share of right answers minus the target's, on requests scored for both, with its 95 % interval; None if
+    there are none. A request that got no answer counts as wrong."""
     found = compare(target, arm)
     if found is None or not found["scored"]:
         return None
@@ -321,25 +329,25 @@ def accuracy_change(target: Sequence[dict[str, Any]], arm: Sequence[dict[str, An
 
 
 def _complete(record: dict[str, Any]) -> bool:
-    """Whether nothing of a run is left to do; what failed is tried again."""
+    """Whether a run has nothing left to do; what failed is still to be tried again."""
     runs = [one for part in PARTS for requests in record[part].values() for one in requests]
     return record["status"] == "finished" and not any(one["error"] for one in (*record["trials"], *runs))
 
 
 def digests_of(problems: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, str]:
-    """Digests of everything that is asked, by id."""
+    """Digests of all problems asked, by id."""
     return digests({problem.id: problem for problem in (*problems, *held_out)})
 
 
 def _check_asked(earlier: dict[str, Any], asked: dict[str, str], path: Path) -> None:
-    """Raise OutputExistsError where an earlier run has measured other problems than are asked now."""
+    """Raise OutputExistsError if an earlier run measured or checked other problems than are asked now."""
     measured = {trial["id"] for trial in earlier["trials"] if not trial["error"]}
     checked = {first_turn(one["id"]) for runs in _answered(earlier["check"]).values() for one in runs}
     refuse_other_problems(path, earlier.get("problems") or {}, asked, measured | checked)
 
 
 def _answered(requests: Requests) -> Requests:
-    """Those of an interrupted run that have an answer; the others are tried again."""
+    """The requests of an interrupted run that have an answer; the others are tried again."""
     return {name: [one for one in runs if not one["error"]] for name, runs in requests.items()}
 
 
@@ -366,7 +374,7 @@ def overrides_of(arm: ArmChoice) -> list[str]:
 
 
 def _slim(one: Expected) -> dict[str, Any]:
-    """An expectation without what it is by problem, which the trials give."""
+    """An expectation without its values by problem, which follow from the trials."""
     data: dict[str, Any] = to_json(one)
     del data["seconds"], data["spoils"]
     return data | {"label": one.arm.label, "spoilt": one.spoilt}

@@ -1,7 +1,7 @@
-"""Measuring a pair of models on a user's own problems: every cost once, alternating within a problem.
+"""Measure a pair of models on a user's own problems: each cost once, all of them in turn on one problem after another.
 
-A judge pass is made for every segmenter that cuts a draft differently, since a judge may look at what lies between two
-cuts; everything a threshold, a boundary rule or an inner level changes is decided later, from what was measured here.
+Segmenters that cut a draft differently each get a judge pass of their own, since a score may depend on the text between
+two cuts. What thresholds, boundary rules and inner levels change is computed later, from these measurements.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ Labels = Callable[[Sequence[int]], tuple[bool, ...] | None]  # cuts -> whether t
 
 
 def chosen(group: str, entry: str) -> list[str]:
-    """The overrides of a member of a group and its settings, written as on a command line: 'pard inner.length=4'."""
+    """The overrides that choose a member of a group; `entry` is its name and settings, e.g. 'pard inner.length=4'."""
     name, *own = shlex.split(entry)
     return [f"{group}={name}", *own]
 
 
 class Prober:
-    """Runs what has to be measured. Raises ConfigError or IncompatibleStack for a pair that cannot run at all.
+    """Makes all measurements. Raises ConfigError or IncompatibleStack for a pair that cannot run at all.
 
     inners     entry -> the target with that inner level alone
-    left_out   entry -> why it does not fit
+    left_out   entry -> why that inner level does not fit the target
     """
 
     def __init__(self, cfg: DictConfig, composed: Composed, task: Task) -> None:
@@ -78,7 +78,7 @@ class Prober:
                 log.info("inner=%s is left out: %s", entry, error)
 
     def measure(self, problem: Problem, index: int, *, inners: bool) -> Trial:
-        """One problem; `inners`: every inner level runs on it, too. What cannot be run says why."""
+        """Measure one problem, with `inners` on every inner level, too. A trial that fails says why in its `error`."""
         try:
             return self._measure(problem, index, inners)
         except ParsedecError as error:
@@ -110,7 +110,7 @@ class Prober:
         )
 
     def _alone(self, inner: str, prompt: Any, most: int, index: int) -> Result:
-        """An answer of the target with an inner level alone."""
+        """The target's answer, of at most `most` tokens, with an inner level and no outer one."""
         return self.inners[inner].generate(
             prompt,
             max_new_tokens=most,
@@ -120,7 +120,7 @@ class Prober:
         )
 
     def _draft(self, problem: Problem, ids: list[int], index: int) -> tuple[Draft, float]:
-        """What the draft model writes, as the outer level would ask for it, and the seconds it takes."""
+        """The draft that the outer level would get from the draft model, and the seconds it takes."""
         meter = Meter(self.stack.target.device)
         sampler = Sampler(self.sampling, request_generator(self.seed, index))
         with meter.span("draft"):
@@ -128,7 +128,7 @@ class Prober:
         return draft, meter.seconds("draft")
 
     def _judge(self, ids: list[int], draft: Draft, labels: Labels) -> dict[str, Pass]:
-        """The judge's passes by segmenter; segmenters that cut alike share one."""
+        """The judge's pass for each segmenter; segmenters that cut alike share one."""
         made: dict[tuple[int, ...], Pass] = {}
         judged = {}
         for entry, segmenter in self.segmenters.items():
@@ -150,9 +150,9 @@ class Prober:
         return Pass(cuts=cuts, scores=scores.values, rows=scores.rows, seconds=meter.seconds("judge"), right=right)
 
     def _labels(self, problem: Problem, own: Result, draft: Draft) -> tuple[bool, bool, Labels]:
-        """Whether the target's own answer is right, whether the draft is, and how prefixes of it are labelled."""
+        """Whether the target's own answer is right, whether the draft is, and a function that labels its prefixes."""
         mine, drafted = (self.task.score(problem, text) for text in (own.text, draft.text))
-        if drafted.correct is None:  # the target's own answer is all there is to compare with
+        if drafted.correct is None:  # no program can tell: the target's own answer is all there is to compare with
             agrees = self.equivalence.compare(own.text, draft.text).score >= 0.5
             return True, agrees, _unlabelled
         if drafted.correct or drafted.first_wrong_line is not None:
@@ -162,10 +162,10 @@ class Prober:
     def _decode(
         self, problem: Problem, ids: list[int], draft: Draft, judged: Mapping[str, Pass], own: Result, index: int
     ) -> dict[str, tuple[Decoding, ...]]:
-        """Every inner level on the whole answer, and going on from a kept prefix, in rotating order."""
+        """Run every inner level on the whole answer and from a kept prefix on; the order rotates with `index`."""
         seen = next(iter(judged.values()))
         kept = self.outer.boundary.keep(seen.scores) if seen.scores else 0
-        if kept in (0, len(seen.cuts)):  # nothing is left to write, or all of it: take one half way
+        if kept in (0, len(seen.cuts)):  # nothing is kept, or all of it: take a prefix half-way
             kept = len(seen.cuts) // 2
         prefix = seen.cuts[kept - 1] if kept else 0
         names = list(self.inners)
@@ -188,4 +188,4 @@ def _decoding(prefix: int, result: Result) -> Decoding:
 
 
 def _unlabelled(_: Sequence[int]) -> None:
-    """The labels of prefixes where only final answers are known."""
+    """The labels of prefixes (none) where only final answers are known to be right or wrong."""

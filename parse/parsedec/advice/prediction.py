@@ -1,11 +1,11 @@
-"""What arms would do, from what was measured: thresholds are decided again by the engine's own boundary rule.
+"""What arms would cost and keep, predicted from measurements: the engine's own boundary rule decides again each time.
 
     seconds = prefill and all else the target does alone + draft + judge pass + what the target still writes
 
-with the cost model of `experiment.analysis`. What is left to write behind a kept prefix of c tokens is taken to be what
-the target's own answer is longer than that, T - c, times a factor measured on a few real continuations. What an inner
-level takes for it is a start and a pace, both in the target's own seconds per token on the same problem, so that a
-machine that is busier for a while does not count.
+with the cost model of `experiment.analysis`. After a kept prefix of c tokens the target is expected to write what is
+left of its own answer's T tokens, T - c, times a factor measured on a few real continuations. An inner level takes a
+start and a pace for them, both in units of the target's own seconds per token on the same problem, so that spells in
+which the machine is busier cancel out.
 
 Shapes in this file:  n problems, R resamples.
 """
@@ -32,21 +32,21 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What an inner level takes for m more tokens behind the first, which is free: start + pace * m, in tokens of the
-    target alone. tau: tokens per verified tree."""
+    """The cost of an inner level, in tokens of the target alone: start + pace * m for m tokens after the first, which
+    comes with the prefill. tau: tokens per verified tree."""
 
     start: float
     pace: float
     tau: float
 
     def tokens(self, written: Floats) -> Floats:
-        """Of answers of `written` tokens [n]: their cost in tokens of the target alone."""
+        """The cost of answers of `written` tokens [n], in tokens of the target alone [n]."""
         return np.where(written > 1, self.start + self.pace * (written - 1), 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmChoice:
-    """One way to set up the stack. No segmenter: the inner level alone."""
+    """One way to set up the stack. Without a segmenter it is the inner level alone."""
 
     inner: str
     segmenter: str | None = None
@@ -70,10 +70,10 @@ class Expected:
 
     speedup      the target's seconds over the arm's, with a 95 % interval (`jackknifed` over problems)
     seconds      of the arm by problem [n], as predicted
-    kept_share   of the drafts' tokens, their end tokens included
+    kept_share   share of the drafts' tokens that is kept, end tokens included
     spoils       whether something wrong is kept, by problem [n]; empty without drafts
-    parts        mean seconds by phase
-    rehearsed    on how many problems the arm was run; 0: speedup, kept_share and parts are predicted from costs
+    parts        mean seconds of each phase
+    rehearsed    on how many problems the arm was run; 0 if speedup, kept_share and parts are predicted from costs
     """
 
     arm: ArmChoice
@@ -92,22 +92,24 @@ class Expected:
 
 
 def fit_pace(trials: Sequence[Trial], inner: str) -> Pace:
-    """Least squares over the runs of an inner level, each against the target's own pace on its problem. Where no answer
-    has two tokens there is no pace, and nothing it would be needed for."""
+    """An inner level's pace: least squares over its runs, each in units of the target's own pace on its problem.
+
+    Returns the target's pace where no answer has two tokens: there is then none to measure, nor any need of one.
+    """
     runs = [(run, trial.token_s) for trial in trials for run in trial.decoded.get(inner, ())]
     useful = [(run.tokens - 1.0, run.seconds / token_s) for run, token_s in runs if run.tokens > 1 and token_s > 0]
     if not useful:
         return Pace(start=0.0, pace=1.0, tau=1.0)
     m, cost = np.array(useful).T
     start, pace = np.linalg.lstsq(np.stack([np.ones_like(m), m], 1), cost, rcond=None)[0]
-    if start < 0 or pace <= 0 or len(set(m)) == 1:  # noise, or a single length: a line through the origin
+    if start < 0 or pace <= 0 or len(set(m)) == 1:  # noise, or a single length: fit a line through the origin
         start, pace = 0.0, float(cost.sum() / m.sum())
     calls = sum(run.calls for run, _ in runs)
     return Pace(start=float(start), pace=float(pace), tau=float(m.sum() / calls) if calls else 1.0)
 
 
 def remaining_factor(trials: Sequence[Trial], limit: int) -> float:
-    """What the target still writes behind a prefix, over what its own answer is longer; 1 if nothing tells."""
+    """Tokens that the target really wrote after a prefix, over those its own answer has left; 1 if none was run."""
     pairs = [
         (run.tokens, _left(trial.tokens, run.prefix, limit))
         for trial in trials
@@ -122,10 +124,10 @@ def _left(own: float, prefix: float, limit: int) -> float:
 
 
 class Predictor:
-    """Expectations of arms over the problems measured.
+    """Predicts arms on the problems measured. Raises ValueError if none could be.
 
-    rule   the boundary rule, whose thresholds are replaced by those of an arm
-    limit  most tokens of an answer
+    rule   the boundary rule, whose thresholds are replaced by an arm's
+    limit  the most tokens an answer may have
     """
 
     def __init__(self, trials: Sequence[Trial], rule: BoundaryRule, limit: int, seed: int = 0) -> None:
@@ -155,7 +157,7 @@ class Predictor:
         return [trial.sample(segmenter, prefixes=self.prefixes) for trial in self.trials]
 
     def alone(self, inner: str) -> Expected:
-        """The target with an inner level and no outer one."""
+        """What to expect of an inner level without an outer one."""
         nothing = np.zeros_like(self.target)
         written = self.paces[inner].tokens(self.own)
         seconds = self.target if inner == "none" else expected_seconds(
@@ -163,7 +165,7 @@ class Predictor:
         return self._expected(ArmChoice(inner=inner), seconds, nothing, nothing)
 
     def parse(self, segmenter: str, pairs: Sequence[Pair], inners: Sequence[str]) -> list[Expected]:
-        """PARSE with one segmenter, for every pair of thresholds and inner level."""
+        """What to expect of PARSE with one segmenter, for every pair of thresholds and every inner level."""
         samples = self.samples(segmenter)
         judge = np.array([trial.judged[segmenter].seconds for trial in self.trials])
         decisions = decide(self.rule, samples, pairs)
@@ -184,12 +186,12 @@ class Predictor:
         return found
 
     def written(self, kept: NDArray[Any], closed: NDArray[np.bool_]) -> Floats:
-        """Tokens the target writes behind kept prefixes [n]; none where a draft that has ended is the answer."""
+        """Tokens that the target writes after the kept prefixes [n]; 0 where a closed draft is itself the answer."""
         left = np.clip(self.own - kept, 1.0, None) * self.factor
         return np.where(closed, 0.0, np.clip(np.maximum(left, 1.0), 0.0, self.limit - kept))
 
     def ideal(self, segmenter: str) -> float:
-        """The speed-up if every draft stood: what is paid is the draft and the judge's pass."""
+        """The speed-up if every draft were kept whole: only prompt, draft and judge pass would then cost time."""
         judge = np.array([trial.judged[segmenter].seconds for trial in self.trials])
         return float(self.target.sum() / (self.prefill + self.draft + judge).sum())
 
@@ -198,18 +200,19 @@ class Predictor:
         return float(self.token_s.mean() / (self.draft.sum() / max(1.0, (self.drafted + self.ended).sum())))
 
     def break_even(self, segmenter: str, inner: str) -> float:
-        """The share of a draft that has to stand for drafting and judging to cost nothing."""
+        """The share of a draft that must be kept to pay for drafting and judging; infinite if drafts save no time."""
         judge = np.array([trial.judged[segmenter].seconds for trial in self.trials])
         worth = (self.drafted * self.paces[inner].pace * self.token_s).sum()
         return float((self.draft + judge).sum() / worth) if worth else np.inf
 
     def resampled(self, seconds: Sequence[float]) -> Floats:
-        """Speed-ups [R] on resampled problems, of an arm's seconds [n]."""
+        """Speed-ups on resampled problems [R] of an arm that takes `seconds` [n]."""
         ratios: Floats = self.target[self.draws].sum(1) / np.asarray(seconds)[self.draws].sum(1)
         return ratios
 
     def _spoilt(self, samples: Sequence[Sample], whole: NDArray[np.bool_], pair: Pair) -> NDArray[np.bool_]:
-        """Whether something wrong is kept [n]; with final answers alone, whether a wrong draft replaces a right one."""
+        """Whether something wrong is kept where the target alone is right [n]. Where only final answers are known:
+        whether a wrong draft replaces a right answer."""
         own = np.array([trial.own_correct for trial in self.trials])
         correct = np.array([sample.correct for sample in samples])
         if not self.prefixes:
@@ -233,10 +236,11 @@ class Predictor:
 def observed(
     one: Expected, arm: ArmChoice, target: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], luck: float = 1.0
 ) -> Expected:
-    """What is to be expected of an arm that was run beside the target, divided by what it owes to having been chosen.
+    """What to expect of an arm that was run beside the target: what was measured, its speed-up divided by `luck`.
 
-    one     what was predicted of it, or of the arm it varies; that stands where no problem was answered by both
-    target  requests of the target alone, own: of the arm
+    one          what was predicted for it, or for the arm it varies; returned if both answered no problem in common
+    target, own  requests of the target alone, and of the arm
+    luck         how many times faster it looks for having been chosen on these problems (`verdict.luck_of_choice`)
     """
     found, summary = compare(target, own), summarise(own)
     if found is None or found["time_ratio"] is None:

@@ -1,4 +1,4 @@
-"""What a run of the advisor leaves for people: a table for the terminal, advice.md, and a configuration to run."""
+"""What a run of the advisor shows and writes: a table for the terminal, advice.md, and a configuration to run."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from parsedec.experiment.table import document, grid, origin, printed, tier
 
 Json = dict[str, Any]
 SHOWN = 8  # arms of PARSE in the table
-CLOSE = 0.15  # an error of a prediction that is called close
+CLOSE = 0.15  # the largest error with which a prediction still counts as close
 NAME = "advised"
-NOT_OURS = ("output", "resume", "title", "calibration")  # settings of a run that advice says nothing about
+NOT_OURS = ("output", "resume", "title", "calibration")  # settings of a run on which there is no advice
 HEADS = ("arm", "speed-up", "kept", "spoilt", "draft ms", "judge ms", "decode ms")
 CHECK_HEADS = ("arm", "predicted", "measured", "error", "in tok/s", "accuracy change", "kept")
 
 
 def write_reports(record: Json, folder: Path, overrides: Sequence[str]) -> list[Path]:
-    """advice.md and the configuration; returns their paths."""
+    """Write advice.md and the configuration; returns their paths."""
     advised = folder / "experiment" / f"{NAME}.yaml"
     written = write_text(configuration(record, overrides), advised)
     return [write_text(markdown(record, command(folder)), folder / "advice.md"), written]
 
 
 def command(folder: Path) -> str:
-    """What runs the advised configuration, from where the advisor ran."""
+    """The command that runs the advised configuration, from the directory in which the advisor ran."""
     near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     return f"python experiments/run.py --config-dir {near} experiment={NAME}"
 
 
 def configuration(record: Json, overrides: Sequence[str]) -> str:
-    """The advised arm as a file of the group `experiment`: members of groups, and the settings that differ from theirs.
+    """The advised arm as YAML for the group `experiment`: members of groups, and settings that differ from theirs.
 
-    overrides  those of the advisor's own command, models and task among them; what only it knows is left out
+    overrides  those of the advisor's own command, including models and task; what only the advisor knows is left out
     """
     known = compose("config")
     user = [one for one in overrides if _root(one) in {*known, "experiment"} and _root(one) not in NOT_OURS]
@@ -63,7 +63,7 @@ def configuration(record: Json, overrides: Sequence[str]) -> str:
 
 
 def _differences(full: Json, base: Json) -> Json:
-    """What of `full` is another value in `base`, or is not there."""
+    """The settings of `full` that `base` lacks or sets to another value."""
     found: Json = {}
     for key, value in full.items():
         other = base.get(key)
@@ -76,7 +76,7 @@ def _differences(full: Json, base: Json) -> Json:
 
 
 def _settings(overrides: Sequence[str]) -> Json:
-    """A run's configuration as it is written, interpolations included."""
+    """A run's configuration as written, with its interpolations unresolved."""
     data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=False)
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items() if key not in NOT_OURS}
@@ -102,7 +102,7 @@ def _is_member(override: str) -> bool:
 
 
 def arm_rows(record: Json) -> list[list[str]]:
-    """The best arm and its loops, the fastest arms of PARSE, and the inner levels alone."""
+    """Table rows of the best arm and its loops, the fastest other arms of PARSE, and the inner levels alone."""
     parse = sorted((arm for arm in record["arms"] if arm["arm"]["segmenter"]), key=lambda a: -a["speedup"])
     demand = record["config"]["spoilt"]
     first = record["looped"][0]["label"]
@@ -132,7 +132,7 @@ def _spoilt(share: float | None, n: int) -> str:
 
 
 def cost_rows(record: Json) -> list[list[str]]:
-    """What things cost, and how well the judge does."""
+    """Table rows of the measured costs, and of how well each judge separates right from wrong."""
     costs = record["costs"]
     rows = [
         ["target, ms a token", f"{1000 * costs['target_token_s']:.2f}"],
@@ -164,8 +164,8 @@ def cost_rows(record: Json) -> list[list[str]]:
 
 
 def rehearsed_accuracy(record: Json) -> dict[str, str]:
-    """By loop, how the share of right answers changed where the best arm was run; "not scored" where no program could
-    say. Of records before it was stored: none."""
+    """By loop, how the share of right answers changed when the best arm was run, or "not scored" if no program can
+    tell. Empty for records from before this was stored."""
     said = {}
     for name, seen in ((record["rehearsed"] or {}).get("accuracy") or {}).items():
         said[name] = "not scored"
@@ -188,7 +188,7 @@ def _meaning(record: Json) -> str:
 
 
 def check_rows(record: Json) -> list[list[str]]:
-    """Predicted beside measured, a list of cells an arm."""
+    """Predicted and measured figures side by side, one row of cells per arm."""
     rows = []
     for row in record.get("checked", {}).get("rows", []):
         said, seen = ([row[key], *row[f"{key}_interval"]] for key in ("predicted", "measured"))
@@ -225,7 +225,7 @@ def _where(record: Json) -> str:
 
 
 def terminal(record: Json) -> RenderableType:
-    """What is printed."""
+    """What is printed in the terminal: the tables, the verdict and its findings."""
     verdict = record["verdict"]
     said = [verdict["text"], *(f"- {finding['text']}" for finding in verdict["findings"])]
     tables: list[RenderableType] = [
@@ -239,7 +239,7 @@ def terminal(record: Json) -> RenderableType:
 
 
 def markdown(record: Json, run: str) -> str:
-    """advice.md."""
+    """The text of advice.md; `run` is the command that runs the advised configuration."""
     verdict = record["verdict"]
     parts = [f"**{verdict['text']}**"]
     if verdict["findings"]:

@@ -1,4 +1,4 @@
-"""What was measured on one problem: the target alone, a draft, the judge's passes over it, and inner levels.
+"""What was measured on one problem: the target alone, a draft, judge passes over that draft, and inner levels.
 
 Shapes in this file:  K cuts.
 """
@@ -15,9 +15,9 @@ from parsedec.experiment.record import to_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One judge pass over the draft: what it costs, and what it says at a segmenter's cuts [K].
+    """One judge pass over the draft: its cost, and its scores at a segmenter's cuts [K].
 
-    right  [K] whether the prefix up to each cut is free of errors; None: not known
+    right  [K] whether the prefix up to each cut is free of errors; None if not known
     """
 
     cuts: tuple[int, ...]
@@ -29,7 +29,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """The target decoding with an inner level, behind the prompt and the draft's first `prefix` tokens."""
+    """The target decoding with an inner level, after the prompt and the draft's first `prefix` tokens."""
 
     prefix: int
     tokens: int
@@ -39,16 +39,17 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One problem. Seconds are wall-clock; `wall_s` is what the target takes alone, all of it.
+    """The measurements on one problem. Seconds are wall-clock; `wall_s` is all that the target alone takes.
 
     tokens         of the target's own answer, its end token included
     draft_tokens   of the draft in the target's vocabulary, without its end token
-    ended          the draft model closed its answer
-    own_correct    whether the target's own answer is right, draft_correct the draft's; see `agreement`
-    agreement      "right" is: agrees with the target's own answer, since nothing else is known
-    judged         by segmenter
-    decoded        by inner level, on the problems they were run on
-    error          why there is nothing else
+    ended          whether the draft model closed its answer
+    own_correct    whether the target's own answer is right
+    draft_correct  whether the draft is; see `agreement`
+    agreement      whether "right" only means that the draft agrees with the target's answer, as no program can score it
+    judged         judge passes, by segmenter
+    decoded        runs, by inner level; empty where inner levels were not run
+    error          why the problem could not be measured; everything else is then missing
     """
 
     id: str
@@ -68,11 +69,11 @@ class Trial:
 
     @property
     def token_s(self) -> float:
-        """Seconds per token of the target alone; the first one comes with the prefill."""
+        """Seconds per token of the target alone. The first token is not counted: it comes with the prefill."""
         return self.decode_s / max(1, self.tokens - 1)
 
     def sample(self, segmenter: str, *, prefixes: bool) -> Sample:
-        """The draft as cut by one segmenter, as calibration sees it; `prefixes`: with the labels of its prefixes."""
+        """The draft as one segmenter cuts it, in calibration's form; with `prefixes`, it has their labels."""
         seen = self.judged[segmenter]
         return Sample(
             part="fit",

@@ -13,16 +13,19 @@ from parsedec.calibration.figures import judged, separation
 from parsedec.calibration.risk import upper_bound
 from parsedec.experiment.intervals import with_interval
 
-NEAR = 0.02  # arms this close in speed are told apart by what they spoil
+NEAR = 0.02  # among arms whose speeds differ by no more than this share, the one that spoils least is taken
 CONFIDENCE = 0.95  # of the bound on what an arm spoils
-FEWEST = 3  # right and wrong samples below which nothing is said of how well a judge separates
+FEWEST = 3  # with fewer right or fewer wrong samples, nothing is said about how well a judge separates
 
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """gain: least speed-up over the target and over the inner level alone; spoilt: most requests spoilt, as a share
-    of those that arms are chosen on (no promise for others: `spoilt_at_most`), and largest fall of the share of right
-    answers in the rehearsal."""
+    """What PARSE has to reach to be advised.
+
+    gain    least speed-up over the target and over the inner level alone
+    spoilt  largest share of requests spoilt, of those that arms are chosen on (no promise for others: see
+            `spoilt_at_most`), and largest drop in the share of right answers in the rehearsal
+    """
 
     gain: float
     spoilt: float
@@ -30,8 +33,8 @@ class Demands:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What limits PARSE here. kind: slow_draft, short_answers, refusing_judge, blind_judge, spoiling, less_accurate,
-    inner_alone."""
+    """Something that limits PARSE here. Its kind is one of slow_draft, short_answers, refusing_judge, blind_judge,
+    spoiling, less_accurate, inner_alone."""
 
     kind: str
     text: str
@@ -39,12 +42,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """helps           whether PARSE is worth setting up
+    """The advice.
+
+    helps           whether PARSE is worth setting up
     recommended     the arm to run: PARSE, an inner level alone, or the target alone
     parse           the best arm of PARSE, whether or not it helps
-    alone           the best inner level alone, "none" among them
-    settings        how many pairs of segmenter and thresholds that one was chosen among
-    spoilt_at_most  the function of this name, of it
+    alone           the best inner level alone, which may be "none"
+    settings        how many pairs of segmenter and thresholds `parse` was chosen among
+    spoilt_at_most  the share of requests that `parse` may spoil on other problems (see the function of this name)
     """
 
     helps: bool
@@ -57,10 +62,11 @@ class Verdict:
 
 
 def best_parse(arms: Sequence[Expected], demands: Demands) -> Expected:
-    """The fastest arm that does not spoil too much; of arms about as fast the one that spoils least, then the one with
-    the highest threshold. Where all spoil too much, the one that spoils least.
+    """The fastest arm that does not spoil too much; among arms about as fast, the one that spoils least, then the one
+    with the highest threshold. Where all spoil too much, the one that spoils least.
 
-    What it spoils is what was counted, and of many arms one is always lucky: on other problems it spoils more."""
+    What it spoils is counted on the problems that chose it, and among many arms some are lucky: expect more on others.
+    """
     fit = [arm for arm in arms if (arm.spoilt or 0.0) <= demands.spoilt]
     if not fit:
         least = min(arm.spoilt or 0.0 for arm in arms)
@@ -71,10 +77,11 @@ def best_parse(arms: Sequence[Expected], demands: Demands) -> Expected:
 
 
 def luck_of_choice(arms: Sequence[Expected], predictor: Predictor, demands: Demands, draws: int = 200) -> float:
-    """How many times faster the best arm looks on the problems it was chosen on than on others.
+    """How many times faster the best arm looks on the problems it was chosen on than on others; at least 1.
 
-    The mean, over resampled problems, of the speed-up there of the arm that is best there over the same arm's on all
-    problems (the bootstrap's estimate of optimism: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 17.6).
+    Each draw chooses the arm that is best on resampled problems, and divides its speed-up on them by its speed-up on
+    all problems; the mean is returned (the bootstrap's estimate of optimism: Efron and Tibshirani, An Introduction to
+    the Bootstrap, 1993, 17.6).
     """
     speedups = np.stack([predictor.resampled(arm.seconds) for arm in arms])[:, :draws]  # [arms, draws]
     spoils = np.array([arm.spoils for arm in arms])  # [arms, n]
@@ -91,27 +98,27 @@ def luck_of_choice(arms: Sequence[Expected], predictor: Predictor, demands: Dema
 
 
 def spoilt_at_most(spoilt: int, n: int, settings: int) -> float:
-    """The share of requests that the arm chosen may spoil on other problems, with 95 % confidence.
+    """The largest share of requests that the chosen arm may spoil on other problems, with 95 % confidence.
 
-    It spoilt `spoilt` of the `n` problems that it was chosen on, among so many settings. Clopper and Pearson's bound
-    for each of them at once (Bonferroni), and so for any that is chosen; from thirty problems it is wide.
+    It was chosen among `settings` settings, and spoilt `spoilt` of the `n` problems it was chosen on. Clopper and
+    Pearson's bound for all settings at once (Bonferroni), and so for any one chosen; with thirty problems it is wide.
     """
     return upper_bound(spoilt, n, 1 - (1 - CONFIDENCE) / settings)
 
 
 def separations(predictor: Predictor, segmenters: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
-    """By segmenter how well the scores tell right from wrong (`calibration.figures.separation`)."""
+    """For each segmenter, how well the scores tell right from wrong (`calibration.figures.separation`)."""
     return {name: separation(judged(predictor.samples(name)), seed) for name in segmenters}
 
 
 def blind(separates: dict[str, Any]) -> bool:
-    """Whether the scores tell right from wrong no better than chance; not where there is too little to say so."""
+    """Whether the scores may separate no better than chance; False where there are too few samples to say so."""
     known = separates["auc"] is not None and min(separates["right"], separates["wrong"]) >= FEWEST
     return bool(known and separates["interval"][0] <= 0.5)
 
 
 def falls(accuracy: Mapping[str, Any] | None, demands: Demands) -> bool:
-    """Whether an arm answered rightly less often than the target by more than is allowed; not where nothing is scored.
+    """Whether an arm's share of right answers is lower than the target's by more than is allowed; False if not scored.
 
     accuracy  `job.accuracy_change` of the arm
     """
@@ -127,18 +134,23 @@ def conclude(
     accuracy: Mapping[str, Any] | None = None,
     settings: int = 1,
 ) -> Verdict:
-    """The advice. `separates`: of the segmenter of the best arm; `accuracy`: its change in the rehearsal, if scored;
-    `settings`: how many pairs of segmenter and thresholds it is the best of."""
+    """The advice.
+
+    parse, alone  the best arm of PARSE, and the best inner level alone
+    separates     `separations` of the best arm's segmenter
+    accuracy      `job.accuracy_change` of the best arm in the rehearsal, if it was scored
+    settings      how many pairs of segmenter and thresholds it was chosen among
+    """
     segmenter = parse.arm.segmenter
     assert segmenter is not None
     findings = []
     ideal, ceiling = predictor.ideal(segmenter), predictor.ceiling()
     plain = predictor.alone("none")
     kept, even = parse.kept_share or 0.0, predictor.break_even(segmenter, parse.arm.inner)
-    if ceiling < 1.1 * demands.gain and predictor.own.mean() >= 2:  # shorter answers have no pace
+    if ceiling < 1.1 * demands.gain and predictor.own.mean() >= 2:  # with shorter answers there is no pace to compare
         findings.append(Finding("slow_draft", (
             f"The draft model is too slow: {ceiling:.2f} times the target's pace, which is the most that drafting can "
-            "gain. Take a smaller one, or speed it up (draft.inner=…).")))  # fmt: skip
+            "gain. Use a smaller one, or speed it up (draft.inner=…).")))  # fmt: skip
     elif ideal < demands.gain:
         findings.append(Finding("short_answers", (
             f"Answers are too short: {predictor.own.mean():.0f} tokens on average, and even with every draft kept "
@@ -162,7 +174,7 @@ def conclude(
         findings.append(Finding("less_accurate", (
             f"Accuracy falls: run beside the target on {accuracy['requests']} of the problems, PARSE was right "
             f"{-100 * accuracy['change']:.0f} points less often [{100 * low:+.0f}, {100 * high:+.0f}], and "
-            f"{100 * demands.spoilt:.0f} are allowed. More problems (short=…) say it more surely.")))  # fmt: skip
+            f"{100 * demands.spoilt:.0f} are allowed. More problems (short=…) would make this surer.")))  # fmt: skip
     if parse.speedup < alone.speedup * demands.gain and alone.arm.inner != "none" and alone.speedup >= demands.gain:
         findings.append(Finding("inner_alone", (
             f"inner={alone.arm.inner} alone is {alone.speedup:.2f} times as fast as the target, PARSE with the best "
