@@ -20,17 +20,17 @@ Pair = tuple[float, float]  # (threshold, full_threshold)
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Per pair and sample the segments that stand, [P, n], and whether the draft is taken as complete, [P, n]."""
+    """For each pair and sample: how many segments are kept, and whether the draft is taken as complete, both [P, n]."""
 
     segments: np.ndarray
     whole: np.ndarray
 
 
 def thresholds(samples: Sequence[Sample], points: int) -> list[float]:
-    """Up to `points` scores at which decisions change, ascending, and 1 (which keeps nothing or next to it).
+    """Up to `points` scores at which decisions change, and 1 (which keeps next to nothing), in ascending order.
 
-    Half of them lie evenly among all scores, half just above those of wrong prefixes (of wrong drafts, where only
-    answers are labelled), where a threshold shuts an error out.
+    Half of them are spread evenly over all scores. The other half lie just above the scores of wrong prefixes (of wrong
+    drafts, where only answers are labelled), where a threshold shuts an error out.
     """
     scores = [score for sample in samples for score in sample.scores]
     wrong = [score for sample in samples for score in wrong_scores(sample)]
@@ -47,7 +47,7 @@ def wrong_scores(sample: Sample) -> list[float]:
 
 
 def decide(rule: BoundaryRule, samples: Sequence[Sample], pairs: Sequence[Pair]) -> Decisions:
-    """What `rule` keeps of every sample with every pair in place of its own thresholds."""
+    """What `rule` keeps of every sample, with each pair in turn in place of its own thresholds."""
     kept, whole = {}, {}
     for threshold in {pair[0] for pair in pairs}:
         floor = replace(rule, threshold=threshold)
@@ -62,7 +62,7 @@ def decide(rule: BoundaryRule, samples: Sequence[Sample], pairs: Sequence[Pair])
 
 
 def kept_tokens(samples: Sequence[Sample], decisions: Decisions) -> np.ndarray:
-    """Tokens of the drafts that stand, [P, n]."""
+    """Tokens kept of the drafts [P, n]."""
     columns = [
         np.array([sample.kept_tokens(k) for k in range(len(sample.cuts) + 1)])[decisions.segments[:, i]]
         for i, sample in enumerate(samples)
@@ -71,7 +71,8 @@ def kept_tokens(samples: Sequence[Sample], decisions: Decisions) -> np.ndarray:
 
 
 def prefix_losses(samples: Sequence[Sample], decisions: Decisions, of: str) -> Losses:
-    """An error is a kept prefix that holds one; a draft taken as the answer is wrong unless it is a right answer."""
+    """The losses of every pair. An error is a kept prefix with an error in it, or a draft taken as the answer that is
+    not a right one. `of`: as in `Goal`."""
     first = np.array([sample.first_wrong for sample in samples], dtype=int)
     correct = np.array([sample.correct for sample in samples], dtype=bool)
     ended = np.array([sample.ended for sample in samples], dtype=bool)

@@ -1,6 +1,6 @@
-"""How well a judge separates, where it errs, and what every threshold keeps and costs.
+"""How well a judge separates right from wrong, where it errs, and what every threshold keeps and costs.
 
-Everything is a share with its count; intervals are 95 %: Wilson for shares, bootstrap over problems for the area under
+Shares come with their counts. Intervals are 95 %: Wilson for shares, and a bootstrap over problems for the area under
 the ROC curve, since the prefixes of one draft are not independent.
 
 Shapes in this file:  m judged prefixes, B bins.
@@ -23,18 +23,18 @@ from parsedec.calibration.samples import Sample
 from parsedec.experiment.summary import harmonic, resampled, wilson
 
 BINS = 10
-DEEPEST = 12  # rows of the heat map; later segments share the last
+DEEPEST = 12  # rows of the heat map; all later segments share the last one
 RESAMPLES = 400
 ROC_POINTS = 60
 
 
 def judged(samples: Iterable[Sample], *, complete: bool = False) -> list[list[tuple[float, bool]]]:
-    """Per draft its (score, right) pairs: of its prefixes, or of the complete draft alone."""
+    """For each draft the (score, right) pairs of its prefixes, or of the complete draft alone."""
     return [_pairs(sample, complete) for sample in samples if sample.scores]
 
 
 def judged_by_problem(samples: Iterable[Sample], *, complete: bool = False) -> list[list[tuple[float, bool]]]:
-    """As `judged`, with the pairs of all drafts of a problem together: what is resampled."""
+    """As `judged`, with the pairs of all drafts of a problem together, since problems are what is resampled."""
     pairs: dict[str, list[tuple[float, bool]]] = {}
     for sample in samples:
         if sample.scores:
@@ -49,7 +49,10 @@ def _pairs(sample: Sample, complete: bool) -> list[tuple[float, bool]]:
 
 
 def separation(problems: Sequence[Sequence[tuple[float, bool]]], seed: int) -> dict[str, Any]:
-    """Area under the ROC curve and the curve itself; None without both kinds. The interval resamples problems."""
+    """The area under the ROC curve, its interval (problems are resampled) and the curve itself.
+
+    Area and interval are None, and the curve is empty, unless there are both right and wrong ones.
+    """
     scores, right = _flat(problems)
     counts = {"right": int(right.sum()), "wrong": int((~right).sum())}
     if not all(counts.values()):
@@ -77,9 +80,9 @@ def area(right: np.ndarray, scores: np.ndarray) -> float:
 
 
 def reliability(drafts: Sequence[Sequence[tuple[float, bool]]], bins: int = BINS) -> dict[str, Any]:
-    """Whether a score of s is right a share s of the time, in bins of equal width.
+    """Whether what is scored s is right in a share s of cases, in bins of equal width.
 
-    ece  expected calibration error: the mean distance between score and share right, each bin by its count
+    ece  expected calibration error: the mean distance between score and share right, bins weighted by their counts
     """
     scores, right = _flat(drafts)
     place = np.minimum((scores * bins).astype(int), bins - 1)  # [m]
@@ -96,7 +99,7 @@ def reliability(drafts: Sequence[Sequence[tuple[float, bool]]], bins: int = BINS
 
 
 def mistakes(drafts: Sequence[Sequence[tuple[float, bool]]], threshold: float) -> dict[str, Any]:
-    """False accepts among what is wrong, false refusals among what is right, each with its interval."""
+    """False accepts as a share of what is wrong, false refusals as a share of what is right, with their intervals."""
     scores, right = _flat(drafts)
     passed = scores >= threshold
     return {
@@ -107,10 +110,10 @@ def mistakes(drafts: Sequence[Sequence[tuple[float, bool]]], threshold: float) -
 
 
 def localisation(samples: Sequence[Sample], rule: BoundaryRule) -> dict[str, Any]:
-    """Where the boundary rule stops, against the first wrong cut.
+    """Where the boundary rule stops, compared with the first wrong cut.
 
-    exact, never_later  of the drafts with a wrong prefix: stopped just before it, or there or earlier
-    untouched           of the drafts without one: kept to the end
+    exact, never_later  of the drafts with a wrong prefix, those cut just before it, and those cut there or earlier
+    untouched           of the drafts without one, those kept to the end
     f1                  harmonic mean of `exact` and `untouched`, as ProcessBench (arXiv 2412.06559) defines it
     """
     stops = [(rule.keep(sample.scores), sample.first_wrong, len(sample.cuts)) for sample in samples if sample.cuts]
@@ -128,14 +131,14 @@ def localisation(samples: Sequence[Sample], rule: BoundaryRule) -> dict[str, Any
 
 
 def best_localisation(fit: Sequence[Sample], check: Sequence[Sample], rule: BoundaryRule, grid: Sequence[float]) -> Any:
-    """`localisation` on `check` with the threshold that has the best F1 on `fit`, and that F1."""
+    """`localisation` on `check` at the threshold with the best F1 on `fit`, and that F1."""
     tried = [(localisation(fit, replace(rule, threshold=threshold))["f1"] or 0.0, threshold) for threshold in grid]
     best, threshold = max(tried)
     return localisation(check, replace(rule, threshold=threshold)) | {"f1_on_fit": best}
 
 
 def by_position(samples: Sequence[Sample], threshold: float, bins: int = BINS) -> dict[str, Any]:
-    """The heat map: counts of prefixes by the index of their last segment and by score, and the mistakes there.
+    """The heat map: counts of prefixes by the index of their last segment and by score, and the mistakes by position.
 
     right, wrong  [positions, bins] counts; the last position holds all later ones
     """
@@ -157,7 +160,7 @@ def by_position(samples: Sequence[Sample], threshold: float, bins: int = BINS) -
 
 
 def sweep(samples: Sequence[Sample], rule: BoundaryRule, goal: Goal, grid: Sequence[float]) -> list[dict[str, Any]]:
-    """For every threshold, used for prefixes and complete drafts alike: kept share, errors and their upper bound."""
+    """Kept share, errors and their upper bound at every threshold, used for prefixes and complete drafts alike."""
     decisions = decide(rule, samples, [(threshold, threshold) for threshold in grid])
     losses = prefix_losses(samples, decisions, goal.of)
     drafted = sum(len(sample.tokens) for sample in samples)
@@ -178,7 +181,7 @@ def sweep(samples: Sequence[Sample], rule: BoundaryRule, goal: Goal, grid: Seque
 
 
 def kept_share(samples: Sequence[Sample], rule: BoundaryRule, pair: tuple[float, float]) -> dict[str, Any]:
-    """What one pair of thresholds keeps: tokens, drafts taken as complete, drafts of which something stands."""
+    """What one pair of thresholds keeps: share of tokens, drafts taken as complete, drafts kept at least in part."""
     decisions = decide(rule, samples, [pair])
     drafted = sum(len(sample.tokens) for sample in samples)
     return {

@@ -1,4 +1,4 @@
-"""Thresholds from judged samples: explore, test along a path, then check on problems that chose nothing."""
+"""Thresholds from judged samples: explore, test along a path, then check on problems that had no part in the choice."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ from parsedec.errors import ConfigError
 from parsedec.experiment.intervals import paired_change
 from parsedec.experiment.summary import wilson
 
-# what every pair of thresholds does to samples: losses of (samples, decisions)
+# (samples, decisions) -> what every pair of thresholds does to every sample
 LossesOf = Callable[[Sequence[Sample], Decisions], Losses]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """The thresholds found (None: none keeps the goal), and how.
+    """The thresholds found, and how.
 
-    path      the pairs that could be tested, strict to lax; `fit` speaks of their indices
-    explored  problems that chose the path, with all their samples
-    tested    problems the path was tested on, one sample of each
-    grid      single thresholds tried
+    pair      (threshold, full_threshold); None if none was shown to keep the goal
+    path      the pairs that could be tested, from strict to lax; `fit` refers to them by index
+    explored  how many problems the path was chosen on, with all their samples
+    tested    how many problems the path was tested on, with one sample of each
+    grid      the single thresholds tried
     """
 
     pair: Pair | None
@@ -54,9 +55,10 @@ class Fitted:
 
 
 def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], losses_of: LossesOf, seed: int) -> Fitted:
-    """The pair that keeps the most of the drafts and is shown to keep the goal.
+    """The pair that keeps the most of the drafts among those shown to keep the goal.
 
-    What is shown is about problems: both parts hold whole ones, and one sample of each is tested (`one_of_each`).
+    The statistics are about problems: each is either explored or tested as a whole, with one sample in the test
+    (`one_of_each`).
     """
     if goal.method == "crc":
         samples = one_of_each(samples, seed)
@@ -88,7 +90,7 @@ def fit_thresholds(goal: Goal, rule: BoundaryRule, samples: Sequence[Sample], lo
 
 
 def problems_of(samples: Sequence[Sample]) -> int:
-    """How many different problems they are of."""
+    """How many different problems the samples belong to."""
     return len({sample.group for sample in samples})
 
 
@@ -105,10 +107,10 @@ def report(
     outcomes: Outcomes | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything a reader of the record needs: the goal, what was found, whether it holds on the check, figures.
+    """Everything a reader of the record needs: the goal, what was found, whether it holds on the check, and figures.
 
-    Figures that take a threshold use the fitted ones or, where there are none, those in force without this run. Where
-    problems have several samples, bounds and answers are of one of each, as in the fit; the judge's figures are of all.
+    Figures that need a threshold use the fitted ones or, if there are none, those in force without this run. Bounds and
+    answers count one sample of each problem, as the fit does; figures about the judge count all samples.
     """
     held = parts["check"]
     single = {name: one_of_each(samples, seed) for name, samples in parts.items()}
@@ -155,7 +157,7 @@ def report(
 
 
 def outcome_figures(samples: Sequence[Sample], decisions: Decisions, outcomes: Outcomes) -> dict[str, Any]:
-    """Accuracy of the target alone and with what was kept, on the same problems: one sample of each."""
+    """Accuracy of the target alone and with the kept prefixes, on the same problems, one sample of each."""
     own, ours = outcomes.own(samples), outcomes.answers(samples, decisions)[0]
     spoilt, gained, n = int((own & ~ours).sum()), int((~own & ours).sum()), len(samples)
     return {
@@ -169,7 +171,7 @@ def outcome_figures(samples: Sequence[Sample], decisions: Decisions, outcomes: O
 
 
 def require_possible(goal: Goal, questions: Sequence[Question], seed: int, *, prefixes: bool) -> None:
-    """Refuse what cannot be fitted whatever the scores are: known before anything is judged."""
+    """Raise ConfigError, before anything is judged, for a goal that cannot be shown whatever the scores are."""
     if goal.method == "crc" and not prefixes:
         raise ConfigError(
             "goal.method=crc needs errors that only appear as thresholds fall; whether a request is spoilt is not such "
@@ -179,7 +181,7 @@ def require_possible(goal: Goal, questions: Sequence[Question], seed: int, *, pr
     fit = sorted({name for name, one in zip(every, questions, strict=True) if one.part == "fit"})
     explored = 0 if goal.method == "crc" else int(drawn(fit, goal.explore, seed, "explore").sum())
     if (tested := len(fit) - explored) < goal.least:
-        need = math.ceil(1.1 * goal.least * len(fit) / max(1, tested))  # 1.1: which ones explore is drawn
+        need = math.ceil(1.1 * goal.least * len(fit) / max(1, tested))  # 1.1: chance decides how many only explore
         total = math.ceil(need * len(set(every)) / len(fit))
         raise ConfigError(
             f"{tested} problems would be tested ({len(fit)} are to fit, of which {explored} only explore, and "
@@ -191,7 +193,7 @@ def require_possible(goal: Goal, questions: Sequence[Question], seed: int, *, pr
 
 
 def require_usable(parts: dict[str, list[Sample]]) -> None:
-    """Refuse parts of which nothing could be judged."""
+    """Raise ConfigError if no sample of a part could be judged."""
     empty = [name for name, samples in parts.items() if not samples]
     if empty:
         raise ConfigError(f"no sample of part {empty[0]!r} could be judged; the record says why, sample by sample.")

@@ -1,4 +1,4 @@
-"""A calibration from configuration to record. Samples are saved as they come: a killed run loses some seconds."""
+"""A calibration from configuration to record. Samples are saved as they come: a killed run loses only some seconds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Store(GrowingRecord):
-    """Samples by id, and answers behind kept prefixes, as far as they are known."""
+    """Samples by id, and whether answers behind kept prefixes are right, as far as known."""
 
     def __init__(self, head: dict[str, Any], path: Path, earlier: dict[str, Any] | None) -> None:
         super().__init__(head, path)
@@ -56,20 +56,20 @@ class Store(GrowingRecord):
     def contents(self, status: str) -> dict[str, Any]:
         return {
             "samples": [sample.as_data() for sample in self.samples.values()],
-            # sorted: which were asked for first says nothing
+            # sorted, since the order in which they were asked for means nothing
             "answers": {name: dict(sorted(self.answers[name].items())) for name in sorted(self.answers)},
             **self.results,
         }
 
 
 def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Fit (or finish fitting) thresholds in `folder`; returns the record, which is on disk every few seconds.
+    """Fit (or finish fitting) thresholds in `folder`; returns the record, which is saved to disk every few seconds.
 
-    A record that is finished, without errors, is returned as it is when resuming: no model is loaded.
-    Raises, before a model is loaded, OutputExistsError if the folder holds a record and this is no resumption, or its
-    samples are of problems that are not asked any more or are others now, and ConfigError for a goal that so few
-    problems cannot show.
-    KeyboardInterrupt passes through after the record says `interrupted`.
+    When resuming, a record that is finished without errors is returned as it is: no model is loaded.
+    Raises, before a model is loaded, OutputExistsError if the folder holds a record that this run does not resume, or
+    if a problem judged there is no longer asked or has changed; and ConfigError if there are too few problems to show
+    the goal.
+    KeyboardInterrupt passes through once the record says `interrupted`.
     """
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
@@ -114,16 +114,16 @@ def run_calibration(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def left_over(earlier: dict[str, Any], asked: dict[str, str], path: Path) -> bool:
-    """Whether questions are asked that an earlier run has not judged. Raises OutputExistsError where what it has judged
-    is not asked any more, or is another question now."""
+    """Whether some questions have not been judged by the earlier run. Raises OutputExistsError if one that it judged is
+    no longer asked, or has changed."""
     judged = {sample["id"] for sample in earlier["samples"] if not sample["error"]}
     refuse_other_problems(path, earlier.get("problems") or {}, asked, judged)
     return not set(asked) <= judged
 
 
 def judge_all(scorer: Scorer, questions: Sequence[Question], store: Store) -> None:
-    """Judge what is not judged yet; afterwards the store holds all samples in the order of their questions, each with
-    its problem, which a record of an earlier version does not name."""
+    """Judge what is not judged yet. Afterwards the store holds all samples in the order of their questions, each with
+    its problem, which records of an earlier version do not name."""
     known = dict(store.samples)
     left = sum(question.problem.id not in known for question in questions)
     with progress(left) as step:
@@ -140,7 +140,7 @@ def judge_all(scorer: Scorer, questions: Sequence[Question], store: Store) -> No
 
 
 def asking(scorer: Scorer, questions: Sequence[Question], store: Store) -> Outcomes:
-    """Answers behind kept prefixes, from the store or the target."""
+    """Outcomes of kept prefixes, from the store or else from the target."""
     by_id = {question.problem.id: question for question in questions}
 
     def ask(sample: Sample, tokens: int) -> bool:
@@ -152,7 +152,7 @@ def asking(scorer: Scorer, questions: Sequence[Question], store: Store) -> Outco
 
 
 def counted_outcomes(outcomes: Outcomes, goal: Goal) -> LossesOf:
-    """`Outcomes.losses`, with a progress bar over what has to be asked."""
+    """`Outcomes.losses`, with a progress bar over the answers to be asked for."""
 
     def losses(samples: Sequence[Sample], decisions: Decisions) -> Losses:
         with progress(outcomes.missing(samples, decisions)) as step:

@@ -1,6 +1,6 @@
-"""Where only final answers can be scored: what the target makes of a kept prefix, asked once per sample and cut.
+"""Where only final answers can be scored: how the target's answer turns out, asked once per sample and kept prefix.
 
-Every pair of thresholds that keeps the same prefix of a draft leads to the same answer (decoding is greedy), so a few
+All pairs of thresholds that keep the same prefix of a draft lead to the same answer (decoding is greedy), so a few
 continuations serve a whole grid.
 """
 
@@ -14,14 +14,14 @@ from parsedec.calibration.decisions import Decisions, kept_tokens
 from parsedec.calibration.risk import Losses
 from parsedec.calibration.samples import Sample
 
-Known = dict[str, dict[int, bool]]  # id -> tokens of the draft that stand -> whether the answer is then right
+Known = dict[str, dict[int, bool]]  # id -> tokens kept of the draft -> whether the answer is then right
 
 
 class Outcomes:
-    """Whether answers are right, with what is kept and without; asks for what is not known yet.
+    """Whether answers are right, with kept prefixes and without; asks for what is not known yet.
 
-    known  answers of an interrupted run; filled in place
-    ask    (sample, tokens of its draft that stand) -> whether the target's answer behind them is right
+    known  outcomes known from an interrupted run; new ones are added in place
+    ask    (sample, tokens kept of its draft) -> whether the answer that begins with them is right
     """
 
     def __init__(self, known: Known, ask: Callable[[Sample, int], bool]) -> None:
@@ -37,7 +37,7 @@ class Outcomes:
         return answers[tokens]
 
     def missing(self, samples: Sequence[Sample], decisions: Decisions) -> int:
-        """Answers that `losses` will ask for: what a progress bar counts."""
+        """How many answers `losses` will ask for (the length of a progress bar)."""
         wanted = {(i, tokens) for i, column in self._columns(samples, decisions) for tokens in (0, *column)}
         return sum(tokens not in self.known.get(samples[i].id, {}) for i, tokens in wanted)
 
@@ -56,13 +56,13 @@ class Outcomes:
         return np.array([self.right(sample, 0) for sample in samples], dtype=bool)
 
     def losses(self, samples: Sequence[Sample], decisions: Decisions, of: str) -> Losses:
-        """An error is a spoilt request: the target alone answers it rightly, PARSE does not."""
+        """The losses of every pair. An error is a spoilt request: one that only the target alone answers rightly."""
         wrong = self.own(samples)[None] & ~self.answers(samples, decisions)
         counted = decisions.segments > 0 if of == "kept" else np.ones_like(decisions.whole)
         return Losses(wrong, counted, kept_tokens(samples, decisions))
 
     def _columns(self, samples: Sequence[Sample], decisions: Decisions) -> list[tuple[int, list[int]]]:
-        """Per sample the kept lengths behind which the target goes on."""
+        """(index, kept lengths after which the target goes on) of every sample."""
         tokens = kept_tokens(samples, decisions)
         return [
             (i, sorted({int(t) for t, whole in zip(tokens[:, i], decisions.whole[:, i], strict=True)

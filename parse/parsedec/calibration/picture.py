@@ -16,7 +16,7 @@ from parsedec.reporting.judged import calibration_pictures
 
 
 def draw(record: dict[str, Any], path: Path) -> Path:
-    """A PNG of the record's figures; panels for which the labels say nothing are left out."""
+    """Write the record's figures as a PNG to `path`, and return it. Leaves out panels for which there are no labels."""
     panels = calibration_pictures(record["calibration"], "calibration")
     lines = -(-len(panels) // 2)
     with rc_context(STYLE):

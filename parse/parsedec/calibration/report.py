@@ -1,4 +1,4 @@
-"""What people and runs read of a calibration: a table, a picture, and the YAML that applies the thresholds."""
+"""What a calibration writes for people and for runs: a table, a picture, and the YAML that applies the thresholds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FILE = "calibration.yaml"
 
 
 def write_reports(record: dict[str, Any], folder: Path, boundary: str) -> list[Path]:
-    """Everything beside a finished record; `boundary` is the member of the group that was calibrated."""
+    """Write all files beside a finished record; returns their paths.
+
+    boundary  the member of the group `boundary` that was calibrated
+    """
     written = [write_text(markdown(record), folder / "table.md")]
     if record["calibration"]["used"]["fitted"]:
         written.append(write_text(settings(record, boundary), folder / FILE))
@@ -30,7 +33,7 @@ def write_reports(record: dict[str, Any], folder: Path, boundary: str) -> list[P
 
 
 def settings(record: dict[str, Any], boundary: str) -> str:
-    """The YAML: overrides that apply the thresholds, and what they hold for."""
+    """The YAML: overrides that apply the thresholds, and the conditions under which these hold."""
     found, config = record["calibration"], record["config"]
     used = found["used"]
     draft = config["draft"]["model"]
@@ -90,7 +93,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """What was found, and whether it holds on the problems that chose nothing."""
+    """The thresholds found, and whether they keep the goal on problems that had no part in choosing them."""
     fitted, held = found["fitted"], found["check"]
     used = found["used"]
     numbers = f"threshold {used['threshold']:.6g}, full_threshold {used['full_threshold']:.6g}"
@@ -112,7 +115,7 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
-    """The figures of the check, a name and a value each."""
+    """The figures of the check, as rows of a name and a value."""
     held, complete = found["check"], found["complete"]
     cells = [
         ["kept share of drafted tokens", f"{held['kept_share']:.1%}"],

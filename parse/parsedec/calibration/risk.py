@@ -1,20 +1,20 @@
 """From counted errors to a threshold that keeps a goal.
 
 The goal "of the drafts of which something is kept, at most 1 % keep something wrong, with 95 % confidence" is a
-statement about these very thresholds, so the expectation that conformal risk control bounds (Angelopoulos et al., arXiv
-2208.02814) is not enough. It counts the first drafts of requests; with final answers alone as labels, requests that are
-spoilt. The default is Learn-then-Test (2110.01052; for monotone risks it is RCPS, 2101.02703) with split fixed-sequence
-testing:
+statement about the very thresholds that are used, so a bound on the expected risk, as conformal risk control gives it
+(Angelopoulos et al., arXiv 2208.02814), is not enough. The goal counts first drafts of requests or, where only final
+answers are labelled, spoilt requests. The default method is Learn-then-Test (2110.01052; for monotone risks it is RCPS,
+2101.02703) with split fixed-sequence testing:
 
-1. a part of the problems is set aside to explore: it alone chooses a path of threshold pairs, from strict to lax;
-2. on the others every pair of the path is tested in turn: H "the risk exceeds the goal" is rejected if so few errors
-   had probability 1 - confidence or less under it, P(Binomial(k, risk) <= errors), exactly;
-3. the path ends at the first pair that is not rejected.
+1. some problems are set aside to explore: they alone choose a path of threshold pairs, from strict to lax;
+2. on the others every pair of the path is tested in turn: the hypothesis "the risk exceeds the goal" is rejected if so
+   few errors have probability 1 - confidence or less under it, P(Binomial(k, risk) <= errors), exactly;
+3. the path ends at the first pair for which the hypothesis is not rejected.
 
 The chance that the chosen pair breaks the goal is then at most 1 - confidence, for any score and any sample size: the
-first pair on the path that breaks it would have to be rejected. Problems are taken to be drawn independently from what
-will be asked later; nothing is said about other kinds of problems. Several solutions to a problem are one draw, not
-several: one of each problem is tested. `method=crc` bounds the expected risk instead.
+test would have to pass the first pair on the path that breaks it. Problems are assumed to be drawn independently from
+those asked later; nothing is claimed for other kinds of problems. Several solutions to a problem are one draw, not
+several, so one of each problem is tested. `method=crc` bounds the expected risk instead.
 
 Shapes in this file:  P pairs of thresholds, n samples.
 """
@@ -44,14 +44,14 @@ OF = ("kept", "requests")
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What thresholds have to keep, and how to find them.
+    """The goal that thresholds have to keep, and how to find them.
 
     risk        largest share of errors
     confidence  probability with which the fitted thresholds keep it (fixed_sequence)
-    of          "kept": share of the first drafts of which something was kept; "requests": share of all of them
+    of          what it is a share of: "kept", the first drafts of which something was kept, or "requests", all of them
     method      "fixed_sequence" or "crc" (expected risk over requests, one threshold for both, no confidence)
     explore     share of the problems that only choose the path (fixed_sequence)
-    points      thresholds tried of each kind
+    points      how many thresholds of each kind to try
     """
 
     risk: float = 0.01
@@ -80,22 +80,23 @@ class Goal:
 
     @property
     def least(self) -> int:
-        """The fewest samples with which thresholds that make no error can be shown to keep the goal."""
+        """The fewest samples that can show thresholds without any error to keep the goal."""
         if self.method == "crc":
             return math.ceil(1 / self.risk) - 1
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
     def least_risk(self, samples: int) -> float:
-        """The smallest risk that can be shown with so many samples and no error, rounded up."""
+        """The smallest risk that `samples` samples without an error can show, rounded up."""
         if samples < 1:
             return 1.0
         risk = 1 / (samples + 1) if self.method == "crc" else 1 - (1 - self.confidence) ** (1 / samples)
         return math.ceil(risk * 1000) / 1000
 
     def power(self, errors: np.ndarray, counts: np.ndarray, explored: int, ahead: int) -> np.ndarray:
-        """How likely each pair is to pass on `ahead` other samples [P], by its errors among the counted explored ones.
+        """How likely each pair is to pass its test on `ahead` other samples [P].
 
-        Shares are smoothed by half a sample, since a pair that has made no error may still make some.
+        errors, counts  [P] of the samples explored, which are `explored` in number
+        Shares are smoothed by half a sample, since a pair that has made no error so far may still make some.
         """
         samples = np.round((counts + 0.5) / (explored + 1) * ahead)
         most = binom.ppf(1 - self.confidence, samples, self.risk)
@@ -104,7 +105,7 @@ class Goal:
         return np.where(samples > 0, passes, 0.0)
 
     def p_value(self, errors: int, of: int) -> float:
-        """Largest probability of so few errors if the risk exceeded the goal (exact binomial)."""
+        """The largest probability of so few errors among `of` samples if the risk exceeds the goal (exact binomial)."""
         return float(binom.cdf(errors, of, self.risk)) if of else 1.0
 
 
@@ -112,9 +113,9 @@ class Goal:
 class Losses:
     """What every pair of thresholds does to every sample.
 
-    wrong    [P, n] an error
-    counted  [P, n] whether the sample is among those the risk is a share of
-    kept     [P, n] tokens of the draft that stand
+    wrong    [P, n] whether it is an error
+    counted  [P, n] whether the sample is among those of which the risk is a share
+    kept     [P, n] tokens kept of the draft
     """
 
     wrong: np.ndarray
@@ -136,9 +137,11 @@ class Losses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The outcome of a fit: `chosen` indexes the pairs; None where no pair can be shown to keep the goal.
+    """The outcome of a fit.
 
-    tested  the pairs looked at in order, with their errors, counts and p-values (crc: the bounded expectation)
+    chosen  index of the pair chosen; None if no pair was shown to keep the goal
+    tested  the pairs looked at, in order, with their errors, counts and p-values (crc: bounds on the expected risk)
+    reason  why no pair was chosen
     """
 
     chosen: int | None
@@ -147,23 +150,23 @@ class Fit:
 
 
 def upper_bound(errors: int, of: int, confidence: float) -> float:
-    """Clopper and Pearson's one-sided bound of a share: exact, never too low."""
+    """Clopper and Pearson's one-sided upper bound of a share: exact, so never too low."""
     return 1.0 if errors >= of else float(beta.ppf(confidence, errors + 1, of - errors))
 
 
 def lower_bound(errors: int, of: int, confidence: float) -> float:
-    """As `upper_bound`, from below."""
+    """The lower bound to match `upper_bound`."""
     return 0.0 if errors == 0 else float(beta.ppf(1 - confidence, errors, of - errors + 1))
 
 
 def choose_path(goal: Goal, losses: Losses, levels: Sequence[tuple[int, int]], ahead: int) -> list[int]:
     """The pairs to test, from strict to lax, chosen on the samples set aside to explore.
 
-    levels  per pair the ranks of its two thresholds on their grids; a pair is stricter if both are higher
-    ahead   samples left to test
+    levels  the ranks of each pair's two thresholds on their grids; a pair is stricter if both are higher
+    ahead   how many samples are left for the test
 
-    The first is the strictest of those that are nearly the most likely to pass: stricter ones keep too few drafts to be
-    shown anything with, and the path would end at them. Then come pairs that keep ever more for the same explored
+    The path begins at the strictest of the pairs that are (nearly) the most likely to pass: stricter ones keep too few
+    drafts to show anything, and the path would end there. Next are pairs that keep ever more with the same share of
     errors, then those that keep the most for the errors they make (the Pareto front).
     """
     errors, counts, gain = losses.errors, losses.counts, losses.kept.sum(1)
@@ -185,7 +188,7 @@ def choose_path(goal: Goal, losses: Losses, levels: Sequence[tuple[int, int]], a
 
 
 def fixed_sequence(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
-    """Test the pairs of a path chosen without these samples; the passed one that keeps the most is chosen."""
+    """Test the pairs of a path chosen without these samples; of those that pass, choose the one that keeps the most."""
     passed: list[int] = []
     tested: list[dict[str, Any]] = []
     errors, counts, gain = losses.errors, losses.counts, losses.kept.sum(1)
@@ -211,9 +214,10 @@ def fixed_sequence(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
 
 
 def conformal(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
-    """Conformal risk control along a path from strict to lax on which every sample's error only appears.
+    """Conformal risk control along a path from strict to lax, on which a sample's error never goes away again.
 
-    The last pair with (errors + 1) / (n + 1) <= risk: its expected risk on the next request is at most the goal's.
+    Chooses the last pair with (errors + 1) / (n + 1) <= risk: its expected risk on the next request is at most the
+    goal's.
     """
     chosen, tested = None, []
     errors, counts = losses.errors, losses.counts
@@ -230,11 +234,11 @@ def conformal(goal: Goal, losses: Losses, path: Sequence[int]) -> Fit:
 
 
 def check(goal: Goal, errors: int, of: int) -> dict[str, Any]:
-    """The goal on samples that chose nothing: the share of errors with its 95 % interval, and a verdict.
+    """The goal checked on samples that chose nothing: the share of errors with its 95 % interval, and a verdict.
 
-    confirmed         the bound from above is within the goal, so these samples alone show it
-    not contradicted  the interval holds the goal
-    violated          the bound from below is beyond the goal
+    confirmed         the upper bound is within the goal, so these samples alone show it
+    violated          the lower bound exceeds the goal
+    not contradicted  neither
     """
     upper = upper_bound(errors, of, goal.confidence) if of else 1.0
     lower = lower_bound(errors, of, goal.confidence) if of else 0.0
@@ -250,6 +254,6 @@ def check(goal: Goal, errors: int, of: int) -> dict[str, Any]:
 
 
 def drawn(names: Sequence[str], share: float, seed: int, purpose: str) -> np.ndarray:
-    """Which of the named problems belong to a random share: [n] bool, the same whatever the order and the others."""
+    """Whether each named problem belongs to a random share [n]; independent of the order and of the other names."""
     digests = (hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()[:8] for name in names)
     return np.array([int.from_bytes(digest, "big") / 2**64 < share for digest in digests], dtype=bool)

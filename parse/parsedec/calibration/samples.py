@@ -1,4 +1,4 @@
-"""One labelled draft with the judge's scores: what thresholds are fitted on, and what the record keeps."""
+"""Labelled drafts with the judge's scores: what thresholds are fitted on, and what the record keeps."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Sample:
     """A judged draft with N tokens and K cuts.
 
     part     "fit" or "check"
-    problem  id of the first sample of the same problem; None: its own
-    tokens   N target ids without the end token
-    ended    the draft closes its answer
+    problem  id of the first sample of the same problem; None if this one is
+    tokens   N ids in the target's vocabulary, without the end token
+    ended    whether the draft closes its answer
     cuts     [K] token positions, the last one N; empty for an empty draft
     scores   [K] the judge's scores
     right    [K] whether the prefix up to each cut is free of errors; None where only the final answer is known
     correct  whether the complete draft is a right answer
-    error    why it could not be judged; it is then left out of every figure, and counted
+    error    why it could not be judged; such samples are counted, but left out of every figure
     """
 
     part: str
@@ -48,12 +48,12 @@ class Sample:
 
     @property
     def group(self) -> str:
-        """What stands for its problem, whose samples are not independent of each other."""
+        """An id that all samples of a problem share: they are not independent of each other."""
         return self.id if self.problem is None else self.problem
 
     @property
     def first_wrong(self) -> int:
-        """Index of the first wrong cut; K if none is."""
+        """Index of the first wrong cut; K if none is wrong. Raises ValueError without labels of prefixes."""
         if self.right is None:
             raise ValueError(f"sample {self.id} has no labels of its prefixes, only of its final answer")
         return next((k for k, right in enumerate(self.right) if not right), len(self.cuts))
@@ -85,10 +85,10 @@ class Sample:
 
 
 def one_of_each(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """One sample of every problem, drawn with the seed, in their order.
+    """One sample of each problem, drawn with the seed, in the order given.
 
-    Solutions of one problem tend to be right or wrong together. Counted as if they were independent they look like more
-    evidence than they are, and exact bounds are too low.
+    Solutions to one problem tend to be right or wrong together. Counted as independent, they would pass for more
+    evidence than they are, and exact bounds would be too low.
     """
     chosen: dict[str, tuple[bytes, str]] = {}
     for sample in samples:
@@ -99,10 +99,10 @@ def one_of_each(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def right_prefixes(draft: Draft, cuts: Sequence[int], score: Score) -> tuple[bool, ...]:
-    """Whether the prefix up to each cut is free of errors, by the checker's first wrong line and character.
+    """Whether the prefix up to each cut is free of errors, from the first wrong line and character in `score`.
 
     A prefix of whole lines is right if all its lines are. One that stops inside the wrong line is right as long as
-    some right answer begins like it.
+    some right answer begins with it.
     """
     wrong = score.first_wrong_line
     if wrong is None:

@@ -1,6 +1,6 @@
-"""A question becomes a judged sample: the draft model writes, the segmenter cuts, the judge scores, as in the engine.
+"""Turn a question into a judged sample: the draft model writes, the segmenter cuts, the judge scores, as in the engine.
 
-Only `Judge.bind` and `Judge.score` are used of a judge, so every judge can be calibrated.
+This needs only `Judge.bind` and `Judge.score`, so every judge can be calibrated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 class Scorer:
     """Judges drafts of questions, and lets the target go on from kept prefixes.
 
-    Raises ConfigError or IncompatibleStack for configurations there is nothing to calibrate in.
+    Raises ConfigError or IncompatibleStack for a configuration that has nothing to calibrate, or that `source` does
+    not fit.
     """
 
     def __init__(self, cfg: DictConfig, source: Source) -> None:
@@ -71,7 +72,7 @@ class Scorer:
                 )
 
     def sample(self, question: Question, index: int) -> Sample:
-        """The question's draft, judged; one that cannot be (too long, say) says why."""
+        """The question's draft, judged. If it cannot be (too long, say), the sample's `error` says why."""
         problem = question.problem
         try:
             prompt = self.prompt(problem.prompt)
@@ -100,12 +101,12 @@ class Scorer:
             return Sample(part=question.part, id=problem.id, error=str(error))
 
     def prompt(self, text: str) -> list[int]:
-        """The problem as the target's prompt."""
+        """The problem as the target's prompt, in tokens."""
         return prompt_ids(self.target, [{"role": "user", "content": text}])
 
     @torch.inference_mode()
     def answer(self, question: Question, tokens: Sequence[int]) -> bool:
-        """Whether the target, going on from the first tokens of a draft, ends with a right answer."""
+        """Whether the target, going on from `tokens`, the first ones of a draft, ends with a right answer."""
         left = self.limits.max_new_tokens - len(tokens)
         written = list(tokens)
         if left > 0:
@@ -122,7 +123,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _draft(self, text: str, prompt: list[int], index: int) -> Draft:
-        """What the draft model writes, in the target's tokens, as the outer level would ask for it."""
+        """The draft that the outer level would get from the draft model, in the target's tokens."""
         assert self.engine is not None
         sampler = Sampler(self.sampling, request_generator(self.seed, index))
         return self.engine.write_draft(text, prompt, sampler, self.limits)

@@ -1,8 +1,8 @@
 """Where labels come from: a task's checker, labelled steps, or - for any pair and task - final answers alone.
 
 Every source gives two disjoint sets of questions: `fit`, on which thresholds are found, and `check`, on which the goal
-is checked. Where no second set is named, a share of the first is held out, drawn by problem: all solutions of one stay
-in the same set.
+is checked. If no second set is named, a share of the first is held out, drawn by problem, so that all solutions to one
+problem stay in the same set.
 """
 
 from __future__ import annotations
@@ -44,28 +44,29 @@ class Source(ABC):
 
     prefixes  whether it knows which prefixes are right, not only which answers
     drafts    whether the stack's draft model writes what is judged
+    controls  what a fitted threshold keeps in bounds, in words
     """
 
     prefixes: ClassVar[bool]
     drafts: ClassVar[bool]
-    controls: ClassVar[str]  # what a fitted threshold keeps in bounds, for people
+    controls: ClassVar[str]
 
     @abstractmethod
     def questions(self, seed: int) -> list[Question]:
-        """Those of `fit`, then those of `check`; ids differ within a part."""
+        """The questions of `fit`, then those of `check`; ids are unique within a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(Source):
-    """Labels of the final answers of a task, of whatever kind: nothing is known about prefixes.
+    """Labels of the final answers to any task; nothing is known about prefixes.
 
-    What is kept in bounds is the outcome: the share of requests that the target alone answers rightly and the two
-    levels together do not (spoilt). The accuracy lost is that share less the requests that are gained, so never more.
+    What is kept in bounds is the outcome: the share of spoilt requests, which the target alone answers rightly and the
+    two levels together do not. The accuracy lost is that share minus the requests gained, so never more than the share.
     Whether a kept prefix was right is not known; a target may recover from a wrong one.
 
     task      any task
-    fit       settings of the task for the problems thresholds are fitted on
-    check     those for the problems the goal is checked on; null: `held_out` of the former
+    fit       settings of the task for the problems on which thresholds are fitted
+    check     settings for the problems on which the goal is checked; null: `held_out` of the former
     held_out  share of the problems held out where `check` is null
     """
 
@@ -87,7 +88,7 @@ class Answers(Source):
         return divided(fit, check, self.held_out, seed)
 
     def label(self, question: Question, draft: Draft, cuts: Sequence[int]) -> Labels:
-        """What is known to be right of a draft."""
+        """(by cut whether the prefix is right, or None where that is not known; whether the draft is)."""
         return None, right(question.task, question.problem, draft.text)
 
     def _with(self, settings: Mapping[str, Any], name: str) -> Task:
@@ -103,7 +104,7 @@ class Answers(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Checker(Answers):
-    """Labels by a task that can check every line of an answer (the zoo's tasks)."""
+    """Labels by a task that can check every line of an answer, as the zoo's tasks can."""
 
     prefixes: ClassVar[bool] = True
     controls: ClassVar[str] = "drafts of which the kept prefix is wrong"
@@ -123,14 +124,14 @@ def right(task: Task, problem: Problem, text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Source):
-    """Labels from a file of solutions with the first wrong step marked. Their texts are judged as if drafted.
+    """Labels from a file of solutions whose first wrong step is marked. Their texts are judged as if they were drafts.
 
-    path        JSONL for the fit, in a form of `tasks.steps`
+    path        JSONL file for the fit, in a format of `tasks.steps`
     check_path  the same for the check; null: `held_out` of `path`
-    n, check_n  problems taken of each; null: all
-    shuffle     seed of a random order in which they are taken; null: the order of the file
+    n, check_n  how many problems to take of each; null: all
+    shuffle     seed of the random order in which they are taken; null: the order of the file
     held_out    share of the problems held out where `check_path` is null
-    separator   stands between two steps of the judged text
+    separator   text between two steps of what is judged
     """
 
     prefixes: ClassVar[bool] = True
@@ -167,13 +168,16 @@ class Steps(Source):
 
 
 def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Question]:
-    """The questions of two tasks, or of one of which a share is held out."""
+    """The questions of two tasks, or of one task of which a share is held out.
+
+    Raises ConfigError if fit and check share a problem, or if one of them is empty.
+    """
     problems = fit.problems()
     if check is None:
-        held = drawn(groups(problems), held_out, seed, "held out")  # solutions to a problem stay together
+        held = drawn(groups(problems), held_out, seed, "held out")  # all solutions to a problem stay together
         parts = ["check" if out else "fit" for out in held]
         asked = [Question(part, problem, fit) for part, problem in zip(parts, problems, strict=True)]
-        asked.sort(key=lambda question: question.part != "fit")  # stable: the order within a part stays
+        asked.sort(key=lambda question: question.part != "fit")  # stable: keeps the order within a part
     else:
         others = check.problems()
         shared = {problem.id for problem in problems} & {problem.id for problem in others}
@@ -190,18 +194,18 @@ def divided(fit: Task, check: Task | None, held_out: float, seed: int) -> list[Q
 
 
 def groups(problems: Sequence[Problem]) -> list[str]:
-    """What stands for the problem of each solution: the id of the first one with the same prompt."""
+    """For each solution, what identifies its problem: the id of the first one with the same prompt."""
     first: dict[str, str] = {}
     return [first.setdefault(problem.prompt, problem.id) for problem in problems]
 
 
 def prompt_digests(problems: Iterable[Problem]) -> list[str]:
-    """What a card of trained probes keeps of the problems they know, sorted."""
+    """Sorted digests of prompts, by which a card of trained probes records the problems they know."""
     return sorted({_of_prompt(problem) for problem in problems})
 
 
 def refuse_known(judge: object, questions: Sequence[Question]) -> None:
-    """Raise ConfigError if weights that `judge` reads were trained, or chosen, on problems among the questions."""
+    """Raise ConfigError if the weights of `judge` were trained, or chosen, on problems among the questions."""
     for source in sorted(weights_of(judge)):
         problems = read_card(source)[0].problems
         if problems is None:
@@ -224,7 +228,7 @@ def _of_prompt(problem: Problem) -> str:
 
 
 def asked_of(questions: Sequence[Question]) -> dict[str, str]:
-    """Digests of questions by the ids of their problems; which part each belongs to is of the question."""
+    """Digests of questions, by the ids of their problems. The part a question belongs to is in its digest."""
     of = digests({question.problem.id: question.problem for question in questions})
     return {question.problem.id: digest(question.part, of[question.problem.id]) for question in questions}
 
