@@ -17,6 +17,7 @@ from parsedec.calibration.fitting import outcome_figures
 from parsedec.calibration.outcomes import Outcomes
 from parsedec.calibration.risk import Goal
 from parsedec.calibration.samples import Sample, right_prefixes
+from parsedec.experiment.summary import auc
 from parsedec.tasks.base import Score
 from parsedec.text.spelling import Draft
 
@@ -73,7 +74,7 @@ def test_the_area_is_that_under_the_curve():
     random = np.random.default_rng(0)
     for digits in (1, 9):  # with many ties, and with none
         scores, right = random.random(50).round(digits), random.random(50) < 0.5
-        assert figures.area(right, scores) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
+        assert auc(scores, right) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
 
 
 def test_reliability_bins():

@@ -8,7 +8,7 @@ from parsedec.engine import Parse
 from parsedec.models.language_model import load
 from parsedec.outer import PrefixVerification
 from parsedec.tasks.zoo_arithmetic import ZooArithmetic
-from parsedec.training.evaluation import Judged, auc, calibrate, evaluate, localisation
+from parsedec.training.evaluation import Judged, calibrate, evaluate, localisation, separation
 from parsedec.training.packing import Answer
 
 
@@ -21,11 +21,11 @@ def judged(right, scores):
 
 
 def test_auc_counts_pairs():
-    assert auc([judged([True, False], [0.9, 0.1])]) == 1.0
-    assert auc([judged([True, False], [0.1, 0.9])]) == 0.0
-    assert auc([judged([True, False], [0.5, 0.5])]) == 0.5
-    assert auc([judged([True, True, False], [0.9, 0.2, 0.5])]) == 0.5
-    assert auc([judged([True], [0.5])]) is None
+    assert separation([judged([True, False], [0.9, 0.1])]) == 1.0
+    assert separation([judged([True, False], [0.1, 0.9])]) == 0.0
+    assert separation([judged([True, False], [0.5, 0.5])]) == 0.5
+    assert separation([judged([True, True, False], [0.9, 0.2, 0.5])]) == 0.5
+    assert separation([judged([True], [0.5])]) is None
 
 
 def test_localisation_compares_first_failures():

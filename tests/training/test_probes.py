@@ -14,6 +14,7 @@ from parsedec import Parse, PrefixVerification, load
 from parsedec.calibration.sources import Answers, Checker, Question, Steps, prompt_digests, refuse_known
 from parsedec.errors import ConfigError, IncompatibleStack, OutputExistsError
 from parsedec.experiment.record import read_record
+from parsedec.experiment.summary import auc
 from parsedec.judge import ProbeJudge, judging_session
 from parsedec.judge.probe import read_card
 from parsedec.segmenters import Lines
@@ -26,7 +27,6 @@ from parsedec.training.probe_job import labelled, train_probes
 from parsedec.training.probes import (
     Linear,
     States,
-    area,
     collect,
     elsewhere,
     first_half,
@@ -70,7 +70,7 @@ def test_the_best_of_many_probes_on_noise_is_no_better_than_guessing_elsewhere()
             ("cut", layer): Linear(weight=torch.zeros(1), bias=0.0, strength=1.0, auc=0.0, tried=rng.random((4, 60)))
             for layer in range(6)
         }
-        chosen.append(max(area(row, unseen.right) for fit in found.values() for row in fit.tried))
+        chosen.append(max(auc(row, unseen.right) for fit in found.values() for row in fit.tried))
         others.append(elsewhere(found, unseen)["cut"])
     assert np.mean(chosen) > 0.6
     # an area on 30 prefixes has a standard deviation of about 0.11, the mean of 24 of them one of 0.022

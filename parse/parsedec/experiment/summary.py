@@ -131,6 +131,17 @@ def wilson(hits: float, n: int, z: float = 1.96) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
+def auc(scores: np.ndarray, right: np.ndarray) -> float:
+    """Area under the ROC curve: the probability that something right scores above something wrong, ties counting half.
+
+    scores [n]; right [n] bool, both kinds among them. Counted by ranks (Mann and Whitney): far faster than integrating
+    the curve, and a bootstrap asks for hundreds.
+    """
+    good, bad = scores[right], np.sort(scores[~right])
+    below, up_to = (np.searchsorted(bad, good, side).sum() for side in ("left", "right"))
+    return float((below + up_to) / 2 / (len(good) * len(bad)))
+
+
 def harmonic(a: float | None, b: float | None) -> float | None:
     """Harmonic mean: 0 if both are 0, None if one is not known."""
     if a is None or b is None:

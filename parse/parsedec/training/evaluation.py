@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from parsedec.boundary import FirstFailure
-from parsedec.experiment.summary import wilson
+from parsedec.experiment.summary import auc, wilson
 from parsedec.judge import how_to_ask
 from parsedec.models.language_model import JudgeCard, LanguageModel
 from parsedec.tasks.base import Problem, Task
@@ -68,7 +69,7 @@ def evaluate(
         "draft_tokens": sum(len(tokens) for tokens, _ in drafts),
         "shared_prefix_tokens": sum(shared),  # what token-level acceptance would keep at first
         "probes": sum(len(one.scores) for one in judged),
-        "auc": auc(judged),
+        "auc": separation(judged),
         "localisation": [localisation(judged, threshold) for threshold in thresholds],
         "thresholds": sweep(target, task, problems, contexts, judged, thresholds, max_new_tokens, batch),
         "evaluation_s": time.monotonic() - started,
@@ -119,16 +120,11 @@ def judge_drafts(
     ]
 
 
-def auc(judged: Sequence[Judged]) -> float | None:
-    """Probability that a right prefix scores higher than a wrong one, ties counting half; None without both."""
-    scores = torch.tensor([score for one in judged for score in one.scores], dtype=torch.float64)
-    right = torch.tensor([right for one in judged for right in one.answer.right], dtype=torch.bool)
-    good, bad = scores[right], scores[~right].sort().values
-    if not len(good) or not len(bad):
-        return None
-    below = torch.searchsorted(bad, good).double()
-    up_to = torch.searchsorted(bad, good, right=True).double()
-    return float((below + up_to).mean() / 2 / len(bad))
+def separation(judged: Sequence[Judged]) -> float | None:
+    """The area under the ROC curve of all scored prefixes; None unless there are both right and wrong ones."""
+    scores = np.array([score for one in judged for score in one.scores], dtype=float)
+    right = np.array([right for one in judged for right in one.answer.right], dtype=bool)
+    return auc(scores, right) if right.any() and not right.all() else None
 
 
 def localisation(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:

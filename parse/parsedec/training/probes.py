@@ -23,6 +23,7 @@ from torch import Tensor
 
 from parsedec.errors import ConfigError, require_number, require_numbers
 from parsedec.experiment.record import to_json, write_text
+from parsedec.experiment.summary import auc
 from parsedec.judge import CombinedJudge, Reading, judging_session
 from parsedec.judge.probe import CARD, POSITIONS, WEIGHTS, LinearProbes, Mixture, ProbeCard
 from parsedec.judge.seam import choose_path
@@ -134,7 +135,7 @@ def fit_probe(train: tuple[Tensor, Bools], unseen: tuple[Tensor, Bools], strengt
         weight = (torch.from_numpy(model.coef_[0]).float() / scale).bfloat16()  # standardisation folded in, as stored
         bias = float(model.intercept_[0]) - float(weight.float() @ mean)
         tried.append(np.asarray(unseen[0] @ weight.float() + bias, dtype=float))
-        found = area(tried[-1], unseen[1])
+        found = auc(tried[-1], unseen[1])
         if best is None or found > best.auc:
             best = Linear(weight=weight, bias=bias, strength=strength, auc=found, tried=tried[-1][None])
     if best is None:
@@ -175,8 +176,8 @@ def elsewhere(found: Mapping[tuple[str, int], Linear], unseen: States) -> dict[s
             continue
         both = []
         for chooses, tells in (halves, halves[::-1]):
-            best = max(odds, key=lambda row: area(row[chooses], unseen.right[chooses]))
-            both.append(area(best[tells], unseen.right[tells]))
+            best = max(odds, key=lambda row: auc(row[chooses], unseen.right[chooses]))
+            both.append(auc(best[tells], unseen.right[tells]))
         areas[position] = float(np.mean(both))
     return areas
 
@@ -246,13 +247,6 @@ def lowest(wrong: Floats, allowed: float) -> float:
     if count >= len(wrong):
         return 0.0
     return min(1.0, float(np.nextafter(np.sort(wrong)[::-1][count], 2.0)))
-
-
-def area(scores: Floats, right: Bools) -> float:
-    """Area under the ROC curve of right against wrong prefixes."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(right, scores))
 
 
 def rights(marked: Sequence[Marked]) -> Bools:
