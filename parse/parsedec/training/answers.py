@@ -1,7 +1,7 @@
-"""Labelled answers: solutions, solutions with an injected error, and what drafts really wrote.
+"""Labelled answers: solutions, solutions with an injected error, and real drafts.
 
-The checker of the task decides: line ends before the first wrong line are Correct, those from it on are Incorrect.
-Only text that is right is learnt as text.
+The task's checker decides: the ends of lines before the first wrong one are Correct, those from it on Incorrect. Only
+right text is learnt as text.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def mark(
     *,
     teach_until_error: bool = False,
 ) -> Answer:
-    """An answer with the verdict at each of its line ends. Raises ConfigError for a task that cannot tell them.
+    """The answer with a verdict at each of its line ends.
 
     teach_until_error  learn the lines before the first wrong one as text. Right for solutions with an injected error,
-                       whose beginning is drawn as any solution's; not for drafts, whose habits are not to be learnt.
-    Raises ConfigError where the task does not say which line is wrong: all prefixes would pass for right.
+                       which begin like any other solution; wrong for drafts, whose habits are not to be learnt.
+    Raises ConfigError for a task that does not say which line is wrong: all prefixes would pass for right.
     """
     draft = Draft.of(model, tokens, ended)
     cuts = SEGMENTER.cuts(draft)
@@ -52,23 +52,23 @@ def mark(
         taught = len(draft.tokens) + ended
     else:
         kept = next((k for k, good in enumerate(right) if not good), len(right))
-        # + 1: the line break behind the last right line is still right
+        # + 1: the line break after the last right line is still right
         taught = min(cuts[kept - 1] + 1, len(draft.tokens)) if teach_until_error and kept else 0
     return Answer(draft.tokens, tuple(cuts), tuple(right), taught, *_soundness(draft, score))
 
 
 def _soundness(draft: Draft, score: Score) -> tuple[int, bool]:
-    """How many leading tokens begin a right answer, and whether the next one is known not to."""
+    """How many leading tokens begin a right answer, and whether the token after them is known to break it."""
     if score.correct:
         return len(draft.tokens), False
-    if score.error_at is None:  # the task does not tell
+    if score.error_at is None:  # the task does not say where the error is
         return 0, False
     at = bisect_right(draft.ends, score.error_at)  # the first token that reaches beyond the error
     return at, at < len(draft.tokens)
 
 
 def clean(model: LanguageModel, task: Task, problem: Problem, solution: Solution, rng: random.Random) -> Answer:
-    """A right solution in random wordings."""
+    """A right solution, worded at random."""
     return mark(model, task, problem, model.encode("\n".join(solution(problem, rng))), True)
 
 

@@ -1,4 +1,4 @@
-"""A model card from a recipe's record: what the model is, how it came about, what it does. Every figure is measured.
+"""A model card from a recipe's record: what the model is, how it was made, how well it does. Every figure is measured.
 
 python -m parsedec.training.card DIR     DIR is a recipe's output; writes DIR/model/README.md
 
@@ -38,7 +38,10 @@ large models."""
 
 
 def write_card(output: Path) -> Path:
-    """Write the card of the finished run in `output` beside its model; ParsedecError if there is none."""
+    """Write the card of the finished run in `output` beside its model; returns its path.
+
+    Raises ParsedecError if `output` holds no finished run.
+    """
     record, folder = read_record(output / "record.json"), output / "model"
     weights = sorted(folder.glob("*.safetensors"))
     if record["status"] != "finished" or "evaluation" not in record or not weights:
@@ -51,7 +54,7 @@ def write_card(output: Path) -> Path:
 
 
 def render(record: dict[str, Any], folder: Path) -> str:
-    """The card as Markdown, from a record and the exported model it speaks of."""
+    """The card as Markdown, from a record and the folder of the exported model."""
     parts = [HEAD, f"# {record['title']}", shape(folder), origin(record), *figures(record), f"## Limits\n\n{LIMITS}"]
     return "\n\n".join([*parts, "## Files", files(folder)]) + "\n"
 
@@ -62,20 +65,20 @@ def shape(folder: Path) -> str:
     parameters, dtypes = 0, set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dictionary, it cannot be iterated
+            for name in tensors.keys():  # noqa: SIM118 - `tensors` is no dictionary and cannot be iterated
                 part = tensors.get_slice(name)
                 parameters += prod(part.get_shape())
                 dtypes.add(str(part.get_dtype()))
     said = [("architecture", ", ".join(config.get("architectures", ["a head"])))]
-    said += [(name, config[key]) for name, key in SHAPE.items() if key in config]  # heads say less than models
+    said += [(name, config[key]) for name, key in SHAPE.items() if key in config]  # a head's config has fewer keys
     return table(("", ""), [*said, ("parameters", f"{parameters:,} ({', '.join(sorted(dtypes))})")])
 
 
 def origin(record: dict[str, Any]) -> str:
-    """What it was trained from, on and with."""
+    """A table of what the model was trained from, on and with."""
     config, made = record["config"], record["provenance"]
     recipe, changed = config["recipe"], " with uncommitted changes" if made["git_dirty"] else ""
-    # where the files went says nothing about the model
+    # left out: where files were written does not concern the model
     words = [word for word in shlex.split(made["command"]) if not word.startswith(("output=", "resume="))]
     rows: list[tuple[str, object]] = [
         ("command", f"`python experiments/{shlex.join(words)}`"),
@@ -95,7 +98,8 @@ def origin(record: dict[str, Any]) -> str:
 
 
 def figures(record: dict[str, Any]) -> Iterator[str]:
-    """Accuracy on problems it was not trained on and, for a judge, what every threshold keeps and costs."""
+    """Accuracy on problems it was not trained on and, for a judge, what every threshold keeps and costs (for a head,
+    tau instead)."""
     found, task = record["evaluation"], record["config"]["recipe"]["evaluation"]["task"]
     yield f"## Figures\n\n{found['problems']} problems of {settings(task)}; greedy; intervals are 95 %."
     if "tau" in found:
@@ -141,13 +145,13 @@ def figures(record: dict[str, Any]) -> Iterator[str]:
 
 
 def files(folder: Path) -> str:
-    """sha256 of everything beside the card."""
+    """A table of the sha256 of every file beside the card."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "README.md")
     return table(("file", "sha256"), [(path.name, f"`{sha256(path)}`") for path in paths])
 
 
 def settings(task: dict[str, Any]) -> str:
-    """A task as its YAML has it, on one line."""
+    """A task's settings as in its YAML, on one line."""
     rest = ", ".join(f"{key}={value}" for key, value in task.items() if key != "_target_")
     return f"`{task['_target_'].rpartition('.')[2]}` ({rest})"
 

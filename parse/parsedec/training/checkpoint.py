@@ -1,4 +1,4 @@
-"""A training run on disk: weights, optimiser, random generators and step, written beside the old one and renamed."""
+"""A training run on disk: weights, optimiser, random generators and step. A new file is written, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 def save_checkpoint(
     path: Path, *, step: int, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> None:
-    """`step` is also the position in the data: batch number `step` is the next one to read."""
+    """Write a checkpoint to `path`. `step` is also the position in the data: batch number `step` is to be read next."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "format": FORMAT,
@@ -39,10 +39,13 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, *, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer
 ) -> tuple[int, dict[str, Any]]:
-    """Put the checkpoint's state into `modules` and `optimiser`; returns (step, facts)."""
+    """Load the checkpoint into `modules`, `optimiser` and the random generators; returns (step, facts).
+
+    Raises ParsedecError for a file that cannot be read or has another format.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler fail in a dozen ways; each is chained and shown
+    except Exception as error:  # a damaged file can make the unpickler fail in a dozen ways
         raise ParsedecError(f"cannot read the checkpoint {path}: {error}. Delete it to start again.") from error
     if state.get("format") != FORMAT:
         raise ParsedecError(f"{path} has checkpoint format {state.get('format')!r}; expected {FORMAT}.")

@@ -1,4 +1,4 @@
-"""Checksums of the models that ship with parsedec, as `sha256sum` writes and checks them.
+"""Checksums of the models that ship with parsedec, in the format of `sha256sum`.
 
 python -m parsedec.training.checksums            rewrite zoo/CHECKSUMS after a file there has changed
 cd parse/parsedec/zoo && sha256sum -c CHECKSUMS  check them without Python
@@ -17,7 +17,7 @@ NAME = "CHECKSUMS"
 
 
 def shipped(folder: Path = ZOO) -> list[Path]:
-    """Every file below `folder` but documents, hidden files and the list itself, in the order of their names."""
+    """Every file below `folder` except documents, hidden files and the list itself, sorted by path."""
     found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md" and path.name != NAME)
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
@@ -28,13 +28,13 @@ def digests(folder: Path = ZOO) -> dict[str, str]:
 
 
 def write_checksums(folder: Path = ZOO) -> Path:
-    """Write `folder`/CHECKSUMS."""
+    """Write `folder`/CHECKSUMS; returns its path."""
     lines = [f"{digest}  {name}\n" for name, digest in digests(folder).items()]
     return write_text("".join(lines), folder / NAME)
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in small hexadecimal digits."""
+    """The sha256 of a file, in lower-case hexadecimal digits."""
     with path.open("rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""The pool of drafts a judge learns from: answers that the draft model, and weaker copies of it, really write."""
+"""The pool of drafts a judge learns from: real answers of the draft model and of weaker copies of it."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ SAVE_EVERY_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class DraftPass:
-    """One answer per problem.
+    """One answer to every problem.
 
-    temperature  0: greedy, what the engine drafts with by default
-    noise        noise on the draft model's weights, as a share of their standard deviation: a weaker checkpoint
+    temperature  0: greedy, the engine's default for drafts
+    noise        noise on the draft model's weights, as a share of their standard deviation: makes a weaker model
     """
 
     temperature: float = 0.0
     noise: float = 0.0
 
 
-Pool = list[list[Written]]  # per problem its different answers
+Pool = list[list[Written]]  # for each problem, its distinct answers
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The part of a pool that is written.
+    """The part of a pool that has been written.
 
-    written  per pass that has begun, answers by the place of their problem
-    state    of the generator behind the last of them, in hexadecimal digits
+    written  for each pass that has begun, answers by the index of their problem
+    state    of the random generator after the last of them, in hexadecimal digits
     """
 
     written: Sequence[Mapping[int, Written]] = ()
@@ -70,10 +70,10 @@ def sample_pool(
     begun: Begun | None = None,
     after_batch: Callable[[Begun], None] = lambda _: None,
 ) -> Pool:
-    """What the draft model writes for every problem, each different answer once.
+    """The draft model's answers to every problem, each distinct answer once.
 
-    begun        what an interrupted run has written, which is gone on with: the pool is the same as without a break
-    after_batch  called with all that is written so far
+    begun        what an interrupted run has written; continuing it gives the same pool as a run without a break
+    after_batch  called with all that has been written so far
     """
     contexts, begun = prompts(draft, problems), begun or Begun()
     pool: Pool = [[] for _ in problems]
@@ -117,9 +117,9 @@ def _told(
 
 def load_or_sample(path: Path, draft: LanguageModel, problems: Sequence[Problem], passes: Sequence[DraftPass],
                    *, max_new_tokens: int, batch: int, seed: int) -> Pool:  # fmt: skip
-    """The pool of an earlier run, or a new one, stored at `path` with what it is an answer to.
+    """The pool of an earlier run, or a new one, stored at `path` with a digest of what was asked.
 
-    What is written meanwhile is saved every few seconds in a file beside it, and gone on with after a kill.
+    Answers are saved every few seconds in a file beside it, from which a killed run continues.
     Raises OutputExistsError for a file that holds answers to something else.
     """
     asked = hashlib.sha256(repr([draft.name, [p.prompt for p in problems], passes, max_new_tokens, seed]).encode())
@@ -143,7 +143,7 @@ def load_or_sample(path: Path, draft: LanguageModel, problems: Sequence[Problem]
 
 
 def _read(path: Path, asked: str) -> dict[str, Any] | None:
-    """What a file holds of answers to this; None without one."""
+    """The contents of a file of answers to `asked`; None if there is no file."""
     if not path.exists():
         return None
     stored = json.loads(path.read_text())
@@ -160,7 +160,7 @@ def _compact(data: Any) -> str:
 
 
 def share_wrong(pool: Pool, problems: Sequence[Problem], task: Task, draft: LanguageModel) -> float:
-    """Share of the pool's answers that are wrong somewhere."""
+    """Share of the pool's answers that are wrong."""
     marks = [
         bool(task.score(problem, draft.decode(tokens)).correct)
         for problem, answers in zip(problems, pool, strict=True)

@@ -1,7 +1,7 @@
-"""How well a target solves and judges, measured on the answers a draft model really writes.
+"""How well a target solves and judges, measured on real answers of a draft model.
 
-PARSE is computed here from one packed judge pass per draft and batched greedy continuations, with the boundary rule of
-the engine: the same decisions at every threshold, for the price of one. Its figures are about text, never about time.
+PARSE's answers are computed here from one packed judge pass per draft, batched greedy continuations and the engine's
+own boundary rule: its decisions at every threshold, for the price of one. The figures are about text, not time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def evaluate(
     batch: int = 128,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> dict[str, Any]:
-    """Every figure of a target and its judge on one task."""
+    """All figures of a target and its judge on one task."""
     started = time.monotonic()
     problems = task.problems()
     contexts = prompts(target, problems)
@@ -67,7 +67,7 @@ def evaluate(
         "draft_accuracy": accuracy(target, task, problems, drafts),
         "target_tokens": sum(len(tokens) for tokens, _ in own),
         "draft_tokens": sum(len(tokens) for tokens, _ in drafts),
-        "shared_prefix_tokens": sum(shared),  # what token-level acceptance would keep at first
+        "shared_prefix_tokens": sum(shared),  # what token-level acceptance would keep before its first rejection
         "probes": sum(len(one.scores) for one in judged),
         "auc": separation(judged),
         "localisation": [localisation(judged, threshold) for threshold in thresholds],
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def accuracy(model: LanguageModel, task: Task, problems: Sequence[Problem], answers: Sequence[Written]) -> Any:
-    """{"right": count, "share": …, "interval": 95 %} of complete answers."""
+    """{"right": count, "share": …, "interval": 95 %} of right answers. An answer that was cut off counts as wrong."""
     marks = [
         ended and bool(task.score(problem, model.decode(tokens)).correct)
         for problem, (tokens, ended) in zip(problems, answers, strict=True)
@@ -95,7 +95,7 @@ def judge_drafts(
     *,
     batch: int,
 ) -> list[Judged]:
-    """Scores of every line end of every draft, in packed passes."""
+    """The drafts with the target's score at each line end, from packed passes of `batch` drafts."""
     packer = Packer.of(target, dtype=target.dtype)
     answers = [mark(target, task, problem, *draft) for problem, draft in zip(problems, drafts, strict=True)]
     scores: list[tuple[float, ...]] = [()] * len(answers)
@@ -128,7 +128,7 @@ def separation(judged: Sequence[Judged]) -> float | None:
 
 
 def localisation(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:
-    """Where the first failing prefix of a wrong draft lies, compared with its first wrong line."""
+    """Where the first failing prefix of a wrong draft is, compared with its first wrong line."""
     wrong = [one for one in judged if one.first_wrong < len(one.scores)]
     rule = FirstFailure(threshold=threshold, full_threshold=threshold)
     kept = [rule.keep(one.scores) for one in wrong]
@@ -150,7 +150,7 @@ def sweep(
     max_new_tokens: int,
     batch: int,
 ) -> list[dict[str, Any]]:
-    """For every threshold: what of the drafts is kept, and how many of PARSE's answers are right."""
+    """At every threshold, how much of the drafts is kept, and how many of PARSE's answers are right."""
     kept = [[_kept_tokens(one, threshold) for one in judged] for threshold in thresholds]
     needed = sorted(
         {(i, cut) for row in kept for i, (cut, whole) in enumerate(row) if not whole}
@@ -185,7 +185,7 @@ def sweep(
 def calibrate(model: LanguageModel, report: dict[str, Any], margin: float) -> JudgeCard:
     """The card with the lowest threshold at which PARSE is at most `margin` less accurate than the target alone.
 
-    Where none is, the highest one tried: it keeps the least of the drafts.
+    If there is none, it has the highest threshold tried, which keeps the least of the drafts.
     """
     wanted = report["target_accuracy"]["share"] - margin
     rows = report["thresholds"]
@@ -196,7 +196,7 @@ def calibrate(model: LanguageModel, report: dict[str, Any], margin: float) -> Ju
 
 
 def _kept_tokens(one: Judged, threshold: float) -> tuple[int, bool]:
-    """(tokens of the draft that stand, whether the draft is the answer), as `PrefixVerification` decides."""
+    """(tokens kept of the draft, whether it is the whole answer), as `PrefixVerification` decides."""
     rule = FirstFailure(threshold=threshold, full_threshold=threshold)
     if not one.scores:
         return 0, False

@@ -1,8 +1,7 @@
 """Answers of many problems at once: a batched decoding loop with its own random generator.
 
-Training and evaluation need thousands of plain answers and nothing of the engine's two levels, so here rows are
-left-padded into batches of hundreds and leave the batch when they have ended. (`batch` runs the engine's own requests
-together.)
+Training and evaluation need thousands of plain answers and neither of the engine's two levels, so rows are left-padded
+into batches of hundreds here, and leave the batch when they end. (`batch` runs the engine's own requests together.)
 
 Shapes in this file:  B rows of a batch, T positions, V vocabulary.
 """
@@ -27,9 +26,9 @@ Written = tuple[tuple[int, ...], bool]  # (tokens without the end token, whether
 
 
 def prompts(model: LanguageModel, problems: Sequence[Problem]) -> list[list[int]]:
-    """The problems as the model's prompts, up to the assistant opening, read as a request's are.
+    """The problems as the model's prompts, up to the assistant opening, read as the engine reads a request's.
 
-    Raises PromptError that names the problem, for one that is empty, no text or longer than the model's context.
+    Raises PromptError, with the problem's id, for one that is empty, not text, or longer than the model's context.
     """
     return [_prompt(model, problem) for problem in problems]
 
@@ -55,12 +54,13 @@ def write_answers(
     known: Mapping[int, Written] | None = None,
     after_batch: Callable[[Mapping[int, Written]], None] = lambda _: None,
 ) -> list[Written]:
-    """An answer to every context, in order, up to the end of the model's context; temperature 0 is greedy and needs no
-    generator.
+    """An answer to every context, in order, of at most `max_new_tokens` and no longer than the model's context allows.
 
-    after_each   called as answers are finished
-    known        answers of an interrupted run by their places, which are not written again
-    after_batch  called with those and all that are finished since, by their places
+    temperature  0: greedy, which needs no generator
+    after_each   called for each answer that is finished
+    known        answers of an interrupted run, by index; these are not written again
+    after_batch  called with these and all answers finished since, by index
+    Raises IncompatibleStack for a model with recurrent layers.
     """
     if model.recurrent:
         raise IncompatibleStack(
@@ -80,7 +80,7 @@ def write_answers(
 
 
 def noised(model: LanguageModel, share: float, generator: torch.Generator) -> LanguageModel:
-    """A weaker copy: every weight matrix gets noise of `share` of its own standard deviation."""
+    """A weaker copy of the model: each weight matrix gets noise of `share` times its own standard deviation."""
     hf = copy.deepcopy(model.hf)
     with torch.no_grad():
         for weight in hf.parameters():
@@ -135,7 +135,7 @@ def _write_batch(
             chosen, seen, at, alive = chosen[index], seen[index], at[index], [alive[place] for place in staying]
         ids, at = chosen[:, None], at[:, -1:] + 1
         seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
-    for _ in range(ended.count(False)):  # those the limit has cut off
+    for _ in range(ended.count(False)):  # those that a limit has cut off
         after_each("answers")
     return [(tuple(row), done) for row, done in zip(tokens, ended, strict=True)]
 

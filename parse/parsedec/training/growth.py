@@ -1,8 +1,8 @@
-"""More layers for a trained model: a judge's errors are found in them, while what the model knows stays as it is.
+"""More layers for a trained model, in which it can learn to find errors while all that it knows stays as it is.
 
-What a new layer adds to the residual stream is zero at first, so training goes on from all the model can do. The first
-new layer begins by looking at the position before: there stands what the model expected the token to be, and that it
-is another one is how an error shows. Random attention would have to find that out by itself, which takes far longer.
+A new layer adds nothing to the residual stream at first, so training goes on from all that the model can do. The first
+new layer starts out attending to the position before: that one holds the token that the model expected, and an error
+shows in the token being another. Random attention would have to discover this by itself, which takes far longer.
 
 Shapes in this file:  H hidden, d head dimension.
 """
@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from parsedec.errors import ConfigError
 from parsedec.models.language_model import LanguageModel
 
-# Weights of rotation speeds 0 to 3, and of the slowest one, in the score of a head that looks one position back. With
-# them the score is 1 there, at most 0.3 at its neighbours and below 0 nearly everywhere else.
+# Weights of rotation speeds 0 to 3, and of the slowest one, in the score of a head that looks one position back. They
+# make the score 1 at that position, at most 0.3 at its neighbours and below 0 nearly everywhere else.
 FAST, SLOWEST = 0.75, -2.0
-SHARPNESS = 5.5  # what the score is multiplied by in front of the softmax
+SHARPNESS = 5.5  # the score is multiplied by this before the softmax
 
 
 def grown(model: LanguageModel, layers: int, seed: int, texts: Sequence[Sequence[int]]) -> LanguageModel:
-    """The model with `layers` more layers on top that change nothing yet; it reads `texts` to set up the first."""
+    """The model with `layers` new layers on top that change nothing yet; it reads `texts` to set up the first of them.
+
+    Raises ConfigError for a model whose layers are not of the Llama type.
+    """
     config = copy.deepcopy(model.hf.config)
     old = config.num_hidden_layers
     config.num_hidden_layers = old + layers
@@ -46,14 +49,14 @@ def grown(model: LanguageModel, layers: int, seed: int, texts: Sequence[Sequence
         _look_back(new[0].self_attn, _constant(hf, old, new[0].input_layernorm, texts))
     except AttributeError as missing:
         raise ConfigError(
-            f"recipe.grow={layers}: {type(model.hf).__name__} has not the layers this knows how to add ({missing}); "
+            f"recipe.grow={layers}: layers cannot be added to a {type(model.hf).__name__} ({missing}); "
             "expected layers of the Llama type. Use recipe.grow=0."
         ) from missing
     return LanguageModel.wrap(hf, model.tokenizer, name=model.name, judge_card=model.judge_card)
 
 
 def freeze(model: LanguageModel, layers: int) -> None:
-    """Keep the embeddings and the first `layers` layers as they are; 0: train everything."""
+    """Keep the embeddings and the first `layers` layers from being trained; 0 trains everything."""
     if not 0 <= layers < model.num_layers:
         raise ConfigError(f"recipe.freeze={layers}, but the model has {model.num_layers} layers; expected fewer.")
     if layers:
@@ -65,19 +68,19 @@ def freeze(model: LanguageModel, layers: int) -> None:
 def renew(model: LanguageModel, tokens: Sequence[str], seed: int) -> None:
     """Give tokens that the model has never met new embeddings, in random directions.
 
-    Training without a token pushes its output row where those of all unused tokens go: control tokens then can hardly
-    be told apart, which frozen embeddings would keep so. The new rows are half as long as the median row, so that they
-    stand out nowhere by chance.
+    Training pushes the output rows of all unused tokens in the same direction. Unused control tokens can then hardly be
+    told apart, and frozen embeddings would keep it so. The new rows are half as long as the median row, so that they
+    are nowhere likely by chance.
     """
     ids = model.tokenizer.convert_tokens_to_ids(list(tokens))
     known = model.tokenizer.get_vocab()
     if strangers := [token for token in tokens if token not in known]:
         raise ConfigError(
-            f"recipe.new_tokens has {strangers}, which {model.name}'s vocabulary has not. Leave them out."
+            f"recipe.new_tokens has {strangers}, which are not in {model.name}'s vocabulary. Leave them out."
         )
     generator = torch.Generator().manual_seed(seed)
     tables = {part.weight for part in (model.hf.get_input_embeddings(), model.hf.get_output_embeddings())}
-    for table in tables:  # one, if input and output share it
+    for table in tables:  # only one if input and output share it
         rows = torch.randn(len(ids), table.shape[1], generator=generator)
         rows *= table.norm(dim=1).median().item() / 2 / rows.norm(dim=1, keepdim=True)
         table[ids] = rows.to(table)
@@ -85,7 +88,8 @@ def renew(model: LanguageModel, tokens: Sequence[str], seed: int) -> None:
 
 @torch.no_grad()
 def _constant(hf: Any, layer: int, norm: Any, texts: Sequence[Sequence[int]]) -> Tensor:
-    """A direction [H] along which the normed inputs of a layer are all about 1: projections here have no bias."""
+    """A direction [H] along which all normed inputs of a layer are about 1. It stands in for a bias, which projections
+    here lack."""
     rows = torch.cat(
         [
             norm(hf.base_model(_ids(hf, text), use_cache=False, output_hidden_states=True).hidden_states[layer])[0]
@@ -104,7 +108,7 @@ def _ids(hf: Any, text: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _look_back(attention: Any, constant: Tensor) -> None:
-    """Make every head attend one position back, and pass on what it finds there."""
+    """Make every head attend to the position before, and pass on what it finds there."""
     d, config = attention.head_dim, attention.config
     device = constant.device
     steps = torch.arange(0, d, 2, device=device) / d

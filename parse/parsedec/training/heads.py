@@ -1,12 +1,12 @@
 """Recipes for heads: an inner speculator's weights, distilled from a target's own answers.
 
-The target answers the recipe's problems by itself; then, step by step, it reads some of those answers again and shows
-the head what the head would see while guessing - hidden states, tokens - and what the right guesses were: its own
-distribution over the next token at every later position. Any attention model that can be loaded will do.
+The target first answers the recipe's problems. In every training step it then reads some of these answers again, and
+shows the head what it would see while guessing (hidden states and tokens) and what it should have guessed: the target's
+own distribution over the next token at every later position. The target may be any attention model that can be loaded.
 
     loss = sum over depths d of decay^(d-1) · mean CE(target's distribution, guess made d tokens ahead)
 
-output/answers.json   the target's answers (kept for a resumption)
+output/answers.json   the target's answers (kept for resuming)
 output/model/         the head in its public checkpoint layout
 
 Shapes in this file:  B texts, T positions, L taps, H hidden, M guesses, V vocabulary.
@@ -42,10 +42,10 @@ from parsedec.types import Counters
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Prompts with the target's answers, and what it shows while reading them.
+    """Prompts with the target's answers, and the hidden states of the target reading them.
 
     ids      [B, T] padded at the end
-    answers  [B, T] whether the token behind a position belongs to the answer (its end token included)
+    answers  [B, T] whether the token after a position belongs to the answer (its end token included)
     taps     [B, T, L, H] hidden states the head asked for
     """
 
@@ -58,10 +58,10 @@ class Texts:
 class Guess:
     """Guesses that a head makes a given number of tokens ahead.
 
-    depth    1: of the token the speculator would put right behind its root
+    depth    1 for the token that comes right after the speculator's root
     logits   [M, V] or, with `columns`, [M, len(columns)]
     rows     [M] flat positions b * T + t whose next token is guessed
-    columns  target ids of the logits' columns; None: all of the vocabulary
+    columns  target ids of the logits' columns; None: the whole vocabulary
     """
 
     depth: int
@@ -111,7 +111,7 @@ class Distillation:
 
     @torch.no_grad()
     def _read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's last hidden states [B, T, H] and the taps. Texts are padded behind: causal reading is enough."""
+        """The target's last hidden states [B, T, H] and the taps. No mask is needed, since padding comes last."""
         out = self.target.hf.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
         layers = [out.hidden_states[layer] for layer in self.head.layers]
         none = out.last_hidden_state.new_empty(*ids.shape, 0, self.target.hidden_size)
@@ -133,7 +133,8 @@ class Distillation:
 class TextBatches(Dataset[tuple[Tensor, Tensor]]):
     """Batch number `step`: (ids [B, T], answers [B, T]), a pure function of (seed, step).
 
-    positions  a batch has about so many, padding included
+    positions  about how many positions a batch has, padding included
+    Raises ConfigError if the pool is empty.
     """
 
     contexts: Sequence[Sequence[int]]
@@ -147,7 +148,7 @@ class TextBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"{self.seed}/{step}")
-        # texts of about one length, so that little is padding: a random one and its neighbours
+        # a random text and others of about its length, so that there is little padding
         middle = rng.randrange(len(self._by_length))
         texts = [self._by_length[middle]]
         reach = max(1, self.positions // len(texts[0][0]))
@@ -181,7 +182,7 @@ class HeadJob:
         self.folder = folder
         target = load(recipe.target, dtype="float32", device=preset.device, attention=preset.attention)
         problems, self.unseen = problems_of(recipe)
-        contexts, _ = prompts(target, problems), prompts(target, self.unseen)  # what cannot be asked is refused now
+        contexts, _ = prompts(target, problems), prompts(target, self.unseen)  # raises now for a prompt too long
         pool = load_or_sample(
             folder / "answers.json",
             target,
@@ -199,7 +200,7 @@ class HeadJob:
             positions=recipe.positions,
             seed=cfg.seed,
         )
-        torch.manual_seed(cfg.seed)  # what a head draws while it learns comes from the global generator
+        torch.manual_seed(cfg.seed)  # heads draw from the global generator while they learn
         self.head: Head = instantiate(recipe.head, _partial_=True)(target=target, answers=pool, seed=cfg.seed)
         self.schedule: Schedule = instantiate(recipe.optimisation)
         self.objective = Distillation(target, self.head, decay=recipe.decay, autocast=preset.autocast)
@@ -210,18 +211,21 @@ class HeadJob:
             batch_size=None,
             sampler=range(start, stop),
             num_workers=self.cfg.preset.workers,
-            generator=torch.Generator(),  # its own: a loader that draws from the global one would shift a resumed run
+            generator=torch.Generator(),  # of its own: drawing from the global one would shift a resumed run
         )
         yield from loader
 
     def finish(self) -> dict[str, Any]:
-        self.head.module.to(torch.bfloat16)  # as it is to be shipped; the checkpoint beside it keeps float32
+        self.head.module.to(torch.bfloat16)  # the precision it ships in; the checkpoint beside it keeps float32
         self.head.save(self.folder / "model")
         return {"evaluation": acceptance(self.cfg, self.folder / "model", self.unseen)}
 
 
 def problems_of(recipe: DictConfig) -> tuple[list[Problem], list[Problem]]:
-    """What the target is asked to learn from, and what the head is measured on: two tasks, or a file of prompts."""
+    """The problems to learn from, and those the head is measured on: of two tasks, or of one file of prompts.
+
+    Raises ConfigError if `evaluation.held_out` leaves none of the file's prompts for either.
+    """
     if recipe.prompts is None:
         return instantiate(recipe.task).problems(), instantiate(recipe.evaluation.task).problems()
     problems = read_prompts(recipe.prompts)
@@ -234,9 +238,9 @@ def problems_of(recipe: DictConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def acceptance(cfg: DictConfig, folder: Path, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Mean accepted tokens per target call (tau) of the exported head on unseen problems, at the engine's own loop.
+    """Mean tokens per target call (tau) of the exported head on unseen problems, in the engine's own loop.
 
-    tau counts the token that every call yields besides its accepted guesses, as EAGLE's papers and Medusa's do.
+    tau counts accepted guesses and the token that every call yields besides, as the papers on EAGLE and Medusa do.
     The interval is a 95 % bootstrap over problems.
     """
     recipe = cfg.recipe

@@ -1,4 +1,4 @@
-"""The training loop of every recipe: schedule, steps, progress, checkpoints from which a run goes on bit for bit.
+"""The training loop of every recipe: schedule, steps, progress, and checkpoints that resume a run bit for bit.
 
 What is learnt is an `Objective`: the target's solving and judging (`solve_judge`), or a speculator's head (`heads`).
 """
@@ -38,7 +38,7 @@ class Objective(Protocol):
         """Modules that learn beside it and are thrown away; without parameters if there are none."""
 
     def losses(self, batch: Any) -> Iterator[Loss]:
-        """Everything the batch has labels for."""
+        """A loss for each kind of label in the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Loss:
 
     weight  of its mean in the sum that is minimised
     total   sum over the labels, with a gradient
-    hits    how many labels were the first choice
-    labels  how many there are
+    hits    how many labels were the model's first choice
+    labels  how many labels there are
     """
 
     kind: str
@@ -60,11 +60,12 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """AdamW; the rate rises linearly, stays at its peak, and falls by a cosine to `final` of it.
+    """AdamW; the rate rises linearly, stays at its peak, and falls along a cosine to `final` times the peak.
 
-    hold     share of the steps at the peak. 0: a plain cosine. Above 0 a run can still be given another number of
-             steps while it is at the peak, which helps where nobody knows how fast the machine will be
+    hold     share of the steps at the peak. 0: a plain cosine. Above 0, the number of steps can still be changed while
+             a run is at the peak, which helps if nobody knows how fast the machine will be
     clip     largest norm of the gradient
+    Raises ConfigError for settings out of range.
     """
 
     steps: int
@@ -101,7 +102,7 @@ class Tally:
             self.sums[kind] = [a + b for a, b in zip(before, values, strict=True)]
 
     def read(self) -> dict[str, float]:
-        """Means of what was added, per label; the sums start again."""
+        """Means per label of what was added since the last call; resets the sums."""
         out = {}
         for kind, (loss, hits, labels) in self.sums.items():
             if labels:
@@ -112,7 +113,7 @@ class Tally:
 
 
 class Trainer:
-    """An objective in training: weights, optimiser, step. The weights are trained in float32."""
+    """An objective in training: its weights (in float32), the optimiser, and the step."""
 
     def __init__(self, objective: Objective, schedule: Schedule) -> None:
         self.objective = objective
@@ -129,7 +130,7 @@ class Trainer:
         )
 
     def train_step(self, batch: Any) -> dict[str, list[float]]:
-        """One update; returns [sum of the loss, hits, labels] by kind."""
+        """One update; returns [sum of the loss, hits, labels] by kind. ConfigError for a batch without losses."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate_at(self.step)
         self.objective.trained.train()
@@ -156,10 +157,10 @@ class Trainer:
         report_steps: int = 20,
         on_report: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        """Train on `batches`, which begin at this trainer's step; a checkpoint every few minutes and at the end.
+        """Train on `batches`, which begin at this trainer's step, with a checkpoint every few minutes and at the end.
 
-        Ctrl-C ends it behind the step that is being made. What breaks off in the middle of a step leaves the checkpoint
-        before it: weights may have moved and random numbers have been drawn that a resumed run would draw again.
+        Ctrl-C takes effect once the current step is done. An error in the middle of a step leaves the checkpoint before
+        it: weights may have moved, and random numbers have been drawn that a resumed run would draw again.
         """
         tally, saved = Tally(), time.monotonic()
         started, first, whole = time.monotonic(), self.step, True
@@ -187,7 +188,7 @@ class Trainer:
         )
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint: weights, optimiser, random generators and step are as they were."""
+        """Restore weights, optimiser, random generators and step from a checkpoint."""
         self.step, facts = load_checkpoint(path, modules=self._modules, optimiser=self.optimiser)
         self.history = facts["history"]
         log.info("going on from step %d of %s", self.step, path)
@@ -208,10 +209,10 @@ class Trainer:
 
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end; a second one at once."""
+    """Delay Ctrl-C until the end of the block; a second Ctrl-C takes effect at once."""
     usual = signal.getsignal(signal.SIGINT)
     if not callable(usual) or threading.current_thread() is not threading.main_thread():
-        yield  # it is not Python's to handle, or goes to another thread
+        yield  # Python does not handle the signal, or it goes to another thread
         return
     held: list[Any] = []
 
@@ -230,7 +231,8 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 
 def check_output(model: LanguageModel) -> None:
-    """The loop applies decoder and output matrix by itself; a model that does more in between is refused."""
+    """Raise IncompatibleStack for a model whose logits are more than output matrix times last hidden state, which is
+    all that the loop computes."""
     config = model.hf.config.get_text_config()
     extra = [
         name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, name, None)

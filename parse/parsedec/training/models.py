@@ -1,6 +1,6 @@
-"""Recipes for whole models: a target that solves and judges, or a draft model that solves only.
+"""Recipes for whole models: a target that solves and judges, or a draft model that only solves.
 
-output/drafts.json   what the draft model wrote for the judge to learn from (kept for a resumption)
+output/drafts.json   what the draft model wrote for the judge to learn from (kept for resuming)
 output/model/        the exported model
 """
 
@@ -51,7 +51,7 @@ class ModelJob:
         )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        if start >= stop:  # nothing to train: no drafts need be sampled for it
+        if start >= stop:  # nothing is left to train, so no drafts need be sampled
             return iter(())
         rows = make_batches(self.cfg, self.model, instantiate(self.cfg.recipe.task), self.folder)
         return stream(rows, start, stop, self.cfg.preset.workers)
@@ -62,7 +62,7 @@ class ModelJob:
 
 
 def new_model(cfg: DictConfig) -> LanguageModel:
-    """The model to train, in float32: given weights (`init`), or new ones of `shape`."""
+    """The model to train, in float32: with given weights (`init`), or with new ones of a given `shape`."""
     recipe, preset = cfg.recipe, cfg.preset
     if recipe.init is not None:
         model = load(recipe.init, dtype="float32", device=preset.device, attention=preset.attention)
@@ -71,7 +71,7 @@ def new_model(cfg: DictConfig) -> LanguageModel:
     tokenizer, card = tokenizer_of(shape.tokenizer)
     if shape.hidden_size % shape.heads:
         raise ConfigError(
-            f"shape.hidden_size={shape.hidden_size} is no multiple of shape.heads={shape.heads}. Change one."
+            f"shape.hidden_size={shape.hidden_size} is not a multiple of shape.heads={shape.heads}. Change one."
         )
     torch.manual_seed(cfg.seed)  # transformers draws initial weights from the global generator
     config = LlamaConfig(
@@ -94,7 +94,7 @@ def new_model(cfg: DictConfig) -> LanguageModel:
 
 
 def some_texts(cfg: DictConfig, model: LanguageModel, count: int = 64) -> list[list[int]]:
-    """Problems with a right solution each, as the model reads them."""
+    """Problems, each with a right solution, as token ids."""
     task, solution, rng = instantiate(cfg.recipe.task), instantiate(cfg.recipe.solution), random.Random(cfg.seed)
     problems = task.problems()[:count]
     answers = [clean(model, task, problem, solution, rng).tokens for problem in problems]
@@ -102,7 +102,7 @@ def some_texts(cfg: DictConfig, model: LanguageModel, count: int = 64) -> list[l
 
 
 def make_batches(cfg: DictConfig, model: LanguageModel, task: Task, folder: Path) -> Batches:
-    """The training data of a recipe, drafts sampled if it learns from any."""
+    """The training data of a recipe; samples drafts if it learns from any."""
     recipe, preset = cfg.recipe, cfg.preset
     problems = task.problems()
     mix = instantiate(recipe.mix)
@@ -140,9 +140,9 @@ def make_batches(cfg: DictConfig, model: LanguageModel, task: Task, folder: Path
 
 
 def measure(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Figures of the exported model: solving and judging, or solving alone where nothing was judged.
+    """Figures of the exported model: solving and judging, or only solving for a model that does not judge.
 
-    A judge's thresholds are chosen on the calibration problems and written to its card before the test is looked at.
+    A judge's thresholds are chosen on the calibration problems, and written to its card, before the test begins.
     """
     recipe, device, batch = cfg.recipe, cfg.preset.device, cfg.preset.generation_batch
     model, task = load(folder, dtype="float32", device=device), instantiate(recipe.evaluation.task)

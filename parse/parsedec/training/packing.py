@@ -2,8 +2,8 @@
 
     prompt | answer 1, its probes | answer 2, its probes | …
 
-An answer and its probes see the prompt and themselves through `masks.probe_mask`, the very mask of a judge pass, and
-nothing of the other answers; their position ids are those of a judge pass. The prompt is thus read once for all.
+An answer and its probes see the prompt and each other through `masks.probe_mask`, exactly as in a judge pass, and
+nothing of the other answers; their position ids are those of a judge pass, too. So the prompt is read only once.
 
 Shapes in this file:  B rows of a batch, R positions of a row, P prompt, N answer, K probes, S suffix rows a probe.
 """
@@ -23,20 +23,20 @@ from parsedec.judge import how_to_ask
 from parsedec.models.language_model import LanguageModel
 from parsedec.text.chat import closing_token, label_tokens, suffix_text
 
-IGNORED = -100  # the label cross_entropy skips
+IGNORED = -100  # the label that cross_entropy skips
 RIGHT, WRONG = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with what is to be learnt from it.
+    """An answer, and what is to be learnt from it.
 
-    tokens  N ids, end token left out
+    tokens  N ids, without the end token
     cuts    K ascending positions in 1..N at which it is judged
     right   K verdicts: whether tokens[:cut] is free of errors
     taught  how many leading tokens are learnt as text; N + 1: all of them and the end token
     sound   how many leading tokens are known to begin a right answer
-    slips   whether the token behind those is known to be the first that no right answer has
+    slips   whether the token after those is known to be the first wrong one
     """
 
     tokens: tuple[int, ...]
@@ -74,12 +74,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step reads.
+    """The input and labels of one step.
 
-    attention_mask  additive [B, 1, R, R], or one per layer kind
-    labels          [B, R] the token each position has to predict; IGNORED: none
+    attention_mask  additive [B, 1, R, R], or a dictionary of one for each layer kind
+    labels          [B, R] the token that each position has to predict; IGNORED if none
     verdicts        [B, R] whether that token is a verdict
-    slips           [B, R] RIGHT at a token that still begins a right answer, WRONG at the first that does not; IGNORED
+    slips           [B, R] RIGHT at tokens up to which the answer is right, WRONG at the first wrong one, IGNORED
                     elsewhere
     """
 
@@ -109,7 +109,7 @@ class Packer:
     suffix      S ids of the verification suffix
     label_ids   (right, wrong)
     end_id      the token that closes an answer
-    dtype       of the additive mask: the one attention computes in
+    dtype       of the additive mask: the one that attention computes in
     """
 
     suffix: tuple[int, ...]
@@ -139,14 +139,14 @@ class Packer:
         )
 
     def width(self, answer: Answer) -> int:
-        """Positions an answer takes, its probes included."""
+        """How many positions an answer takes, its probes included."""
         return len(answer.tokens) + len(answer.cuts) * len(self.suffix)
 
     def length(self, row: Row) -> int:
         return len(row.prompt) + sum(map(self.width, row.answers))
 
     def fit(self, row: Row, length: int) -> Row | None:
-        """The row without the answers that do not fit into `length` positions; None if none does."""
+        """The row without the answers that do not fit into `length` positions; None if no answer fits."""
         room, kept = length - len(row.prompt), []
         for answer in row.answers:
             if self.width(answer) <= room:
@@ -168,7 +168,7 @@ class Packer:
         return Batch(ids, positions, mask, labels, verdicts, slips)
 
     def verdict_positions(self, row: Row) -> list[list[int]]:
-        """Where in the packed row each answer's verdicts are read, one list per answer."""
+        """The positions in the packed row at which verdicts are read, one list per answer."""
         found, start = [], len(row.prompt)
         for answer in row.answers:
             first = start + len(answer.tokens) + len(self.suffix) - 1
@@ -183,7 +183,7 @@ class Packer:
         ids = list(row.prompt)
         positions = torch.zeros(length, dtype=torch.long)
         positions[:p] = torch.arange(p)
-        # a padded position sees itself: a row of the mask that allows nothing would be no distribution
+        # a padded position sees itself: softmax over a row of the mask that allows nothing is undefined
         allowed = torch.eye(length, dtype=torch.bool)
         allowed[:p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
         labels = torch.full((length,), IGNORED)
@@ -197,7 +197,7 @@ class Packer:
             positions[branch] = masks.probe_positions(p, n, answer.cuts, len(self.suffix))
             ids += [*answer.tokens, *(self.suffix * len(answer.cuts))]
             if answer.taught:
-                # the first token is predicted by the last prompt position, which all answers share: the last one wins
+                # all answers share the last prompt position, which predicts the first token: the last answer wins
                 text = torch.tensor([*answer.tokens, self.end_id][: answer.taught])
                 labels[p - 1] = text[0]
                 labels[at : at + answer.taught - 1] = text[1:]

@@ -1,4 +1,4 @@
-"""Drafts with a verdict on every prefix: what trained judges learn from and all judges are measured on.
+"""Drafts with a verdict on every prefix: what trained judges learn from, and what all judges are measured on.
 
 They come from a task that can check every line, from final answers alone, or from a file of solutions with labelled
 steps (`calibration.sources`).
@@ -28,10 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A draft behind its prompt, with the cuts at which it is judged and the verdicts there.
+    """A prompt and a draft, with the cuts at which it is judged and the verdicts there.
 
-    prompt   the target's tokens, up to the assistant opening
-    own      the same prompt in the draft model's tokens; None where no draft model is known
+    problem  the problem's id
+    prompt   the prompt in the target's tokens, up to the assistant opening
+    own      the same prompt in the draft model's tokens; None without a draft model of the same vocabulary
     right    whether the prefix up to each cut is free of errors
     """
 
@@ -44,7 +45,7 @@ class Marked:
 
     @property
     def first_wrong(self) -> int:
-        """Index of the first wrong cut; the number of cuts if none is."""
+        """Index of the first wrong cut; the number of cuts if none is wrong."""
         return next((k for k, right in enumerate(self.right) if not right), len(self.right))
 
 
@@ -58,7 +59,7 @@ def from_task(
 ) -> list[Marked]:
     """The draft model's answers to every question, cut by `segmenter` (None: at line ends) and labelled by `source`.
 
-    A source that knows final answers alone gives every prefix the verdict on the whole draft, as verifiers are trained
+    A source that knows only final answers gives every prefix the verdict on the whole draft, as verifiers are trained
     on outcomes (arXiv 2110.14168, section 4): a score then says how likely a draft that begins like this ends right.
 
     Raises ConfigError for a task that cannot give the labels.
@@ -86,15 +87,14 @@ def from_steps(
     n: int | None = None,
     shuffle: int | None = None,
 ) -> list[Marked]:
-    """n solutions of a step-labelled file, in a random order (`shuffle` is its seed) or in the file's."""
+    """n solutions from a step-labelled file (None: all), in random order (`shuffle`: its seed) or in the file's."""
     return from_solutions(target, draft, StepFile(path=path, n=n, shuffle=shuffle).problems())
 
 
 def from_solutions(
     target: LanguageModel, draft: LanguageModel | None, solutions: Sequence[Problem], separator: str = BETWEEN
 ) -> list[Marked]:
-    """Step-labelled solutions (`tasks.steps`), cut where their steps end. Those too long for the target are left
-    out."""
+    """Step-labelled solutions (`tasks.steps`), cut where their steps end. Leaves out those too long for the target."""
     marked, long = [], 0
     for problem in solutions:
         messages = [{"role": "user", "content": problem.prompt}]
@@ -117,8 +117,8 @@ def from_solutions(
 def with_logprobs(
     marked: Sequence[Marked], draft: LanguageModel, after_each: Callable[[str], None] = lambda _: None
 ) -> list[Marked]:
-    """The same drafts with the draft model's log-probabilities of their tokens, from one forward of it each: what it
-    would have recorded while it wrote them. Left as they are where the vocabularies differ."""
+    """The same drafts with the draft model's log-probabilities of their tokens, as it would have recorded them while it
+    wrote. Takes one forward for each draft. Drafts without the prompt in its tokens are returned as they are."""
     done = []
     for one in marked:
         if one.own is not None:

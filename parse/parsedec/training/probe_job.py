@@ -1,9 +1,9 @@
 """`experiments/train_probe.py` from configuration to record: drafts, hidden states, probes, weights, figures.
 
 output/probe/           the probes and the combined judge's weights: `judge.weights` of judge=probe and judge=combined
-output/drafts_*.json    the drafts that were labelled; saved as they come, an interrupted run takes them up again
+output/drafts_*.json    the drafts to label, saved as they come; an interrupted run continues from them
 output/record.json      configuration, provenance, and areas under the ROC curve: of every probe on the problems that
-                        chose it (`probes`), of the best layer of each position on problems that did not (`elsewhere`)
+                        chose it (`probes`), and of each position's best layer on problems that did not (`elsewhere`)
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from parsedec.training.prefixes import Marked, from_solutions, from_task, with_l
 log = logging.getLogger(__name__)
 
 Told = Callable[[str], None]
-PARTS = {"train": "fit", "calibration": "check"}  # our word: that of `labels`
+PARTS = {"train": "fit", "calibration": "check"}  # our name for a part: its name in `labels`
 
 
 def train_probes(cfg: DictConfig) -> dict[str, Any]:
-    """Train, export and measure; the record is written at the end, and is not made again if it is there."""
+    """Train, export and measure; returns the record, which is written at the end.
+
+    When resuming, a finished record is returned as it is.
+    """
     folder = Path(cfg.output)
     if cfg.get("combined"):
-        cfg.combined.weights = str(folder / "probe")  # the probe among its judges reads what is written there
+        cfg.combined.weights = str(folder / "probe")  # where the probe among its judges will be written
     config = plain(cfg)
     earlier = earlier_record(folder / "record.json", config, cfg.resume)
     if earlier is not None:
@@ -57,7 +60,7 @@ def train_probes(cfg: DictConfig) -> dict[str, Any]:
     asked, known = asked_of(questions), prompt_digests(question.problem for question in questions)
     started = time.monotonic()
     target = build_target(cfg)
-    layers = probes.grid_of_layers(target, cfg.layers)  # before drafts are written, which takes long
+    layers = probes.grid_of_layers(target, cfg.layers)  # fails before drafts are written, which takes long
     draft = build_model(cfg.draft.model) if cfg.draft.model is not None else None
     train, unseen = labelled(cfg, target, draft, folder)
     steps = len(train) + len(unseen) * (2 if cfg.get("combined") else 1) + len(cfg.positions) * len(layers)
@@ -90,8 +93,10 @@ def _fit(
     folder: Path,
     step: Told,
 ) -> tuple[ProbeCard, dict[tuple[str, int], probes.Linear], dict[str, float | None]]:
-    """Probes and, if they are wanted, the combined judge's weights, written to `folder`; and how good they are on
-    problems that did not choose them."""
+    """Fit probes and, if wanted, the combined judge's weights, and write them to `folder`.
+
+    Returns the card, the probes, and their areas on problems that did not choose them (`probes.elsewhere`).
+    """
     question = cfg.question or how_to_ask(target)[0]
     positions = tuple(cfg.positions)
     seen, unseen = (probes.collect(target, question, positions, layers, part, step) for part in data)
@@ -108,7 +113,7 @@ def _fit(
 def labelled(
     cfg: DictConfig, target: LanguageModel, draft: LanguageModel | None, folder: Path
 ) -> tuple[list[Marked], list[Marked]]:
-    """Drafts to train on, and those of other problems to choose and calibrate on."""
+    """Drafts to train on, and drafts of other problems to choose and calibrate on. Raises ConfigError without both."""
     source: Source = instantiate(cfg.labels)
     if source.drafts and draft is None:
         raise ConfigError("draft=none, so nobody writes what is labelled; set draft, or labels=steps labels.path=FILE.")
@@ -122,7 +127,7 @@ def labelled(
             assert isinstance(source, Answers)
             assert draft is not None
             marked = _drafts(cfg, target, draft, source, asked, folder / f"drafts_{name}.json")
-        # the draft model's probabilities are read by judges that are combined, not by probes
+        # combined judges may read the draft model's probabilities; probes do not
         parts.append(with_logprobs(marked, draft) if draft is not None and cfg.get("combined") else marked)
     train, unseen = parts
     if not train or not unseen:
@@ -138,7 +143,7 @@ def _drafts(
     questions: Sequence[Question],
     path: Path,
 ) -> list[Marked]:
-    """What the draft model writes for these questions, kept at `path`."""
+    """The labelled drafts that the draft model writes for these questions; they are kept at `path`."""
     pool = load_or_sample(
         path,
         draft,

@@ -1,7 +1,7 @@
 """Train the linear probes of judge=probe, and the weights of judge=combined, for one target.
 
-Hidden states are those of the very passes the judge will make. A probe is a logistic regression on standardised states;
-its strength of regularisation, and the layer to use, are the best on problems it was not trained on.
+Hidden states come from the same passes that the judge will make. A probe is a logistic regression on standardised
+states; its strength of regularisation, and the layer to use, are those that do best on problems it was not trained on.
 
 Shapes in this file:  P prefixes, H hidden, L layers.
 """
@@ -43,12 +43,12 @@ Told = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """What the passes over some drafts showed.
+    """Hidden states of the passes over some drafts, and labels.
 
     by        (position, layer) -> hidden states [P, H] float32
     right     [P] whether the prefix is free of errors
     complete  [P] whether it is a whole draft
-    first     [P] whether its problem belongs to the first half of the problems
+    first     [P] whether its problem is in the first half of the problems
     """
 
     by: Mapping[tuple[str, int], Tensor]
@@ -59,10 +59,10 @@ class States:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A probe that was fitted: weight [H], rounded as it will be stored, with the best of the strengths tried.
+    """A fitted probe of the best strength tried; its weight [H] is rounded as it will be stored.
 
-    auc    area under the ROC curve on the problems that chose the strength: the best of several, so too good
-    tried  [S, P] what the probes of all strengths say of the prefixes of those problems, in log-odds
+    auc    area under the ROC curve on the problems that chose the strength: the best of several, so optimistic
+    tried  [S, P] log-odds that the probes of all S strengths give the prefixes of those problems
     """
 
     weight: Tensor
@@ -73,7 +73,10 @@ class Linear:
 
 
 def grid_of_layers(target: LanguageModel, wanted: int | Sequence[int]) -> tuple[int, ...]:
-    """Layers to fit probes on: those given, or so many, evenly spread up to the last."""
+    """Layers to fit probes on: those given or, if `wanted` is a number, so many, evenly spread up to the last.
+
+    Raises ConfigError for layers that the target does not have.
+    """
     if not isinstance(wanted, int):
         require_numbers("layers", wanted)
         layers = tuple(sorted(set(wanted)))
@@ -94,8 +97,11 @@ def collect(
     marked: Sequence[Marked],
     after_each: Told,
 ) -> States:
-    """Hidden states behind the question or at the cuts, or both, from one judge pass a draft. Without position suffix
-    that is a plain pass over the draft, several times cheaper."""
+    """Hidden states after the question ("suffix") or at the cuts ("cut"), or both, from one judge pass for each draft.
+
+    Without position "suffix" that is a plain pass over the draft, which is several times cheaper.
+    Raises ConfigError for an unknown position.
+    """
     if not positions or not set(positions) <= set(POSITIONS):
         raise ConfigError(f"positions={list(positions)}; expected some of {', '.join(POSITIONS)}.")
     suffix: tuple[int, ...] = ()
@@ -121,9 +127,10 @@ def collect(
 
 
 def fit_probe(train: tuple[Tensor, Bools], unseen: tuple[Tensor, Bools], strengths: Sequence[float]) -> Linear:
-    """The probe with the largest area under the ROC curve on `unseen`: states [P, H] and verdicts [P].
+    """The probe with the largest area under the ROC curve on `unseen`, among those fitted on `train`.
 
-    strengths  inverse strengths of L2 regularisation to try
+    train, unseen  states [P, H] and verdicts [P]
+    strengths      inverse strengths of L2 regularisation to try
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -146,7 +153,7 @@ def fit_probe(train: tuple[Tensor, Bools], unseen: tuple[Tensor, Bools], strengt
 def fit_probes(
     train: States, unseen: States, strengths: Sequence[float], after_each: Told
 ) -> dict[tuple[str, int], Linear]:
-    """A probe for every position and layer."""
+    """A probe for every position and layer. Raises ConfigError unless both parts have right and wrong prefixes."""
     for name, states in (("train", train), ("calibration", unseen)):
         if len(set(states.right.tolist())) < 2:
             raise ConfigError(
@@ -161,11 +168,11 @@ def fit_probes(
 
 
 def elsewhere(found: Mapping[tuple[str, int], Linear], unseen: States) -> dict[str, float | None]:
-    """By position the area under the ROC curve of a layer and strength on problems that did not choose them.
+    """By position, the area under the ROC curve of the best layer and strength, on problems that did not choose them.
 
-    The best of many on the problems that choose it is too good: of pure noise it is well above one half. Here one half
-    of the problems chooses, the area is that on the other half, and both ways round are averaged. None where a half has
-    only right or only wrong prefixes.
+    The largest of many areas is too good on the problems that choose it: with pure noise it is well above one half. So
+    one half of the problems chooses, the other half gives the area, and both ways round are averaged. None if a half
+    has only right or only wrong prefixes.
     """
     areas: dict[str, float | None] = {}
     halves = (unseen.first, ~unseen.first)
@@ -185,7 +192,7 @@ def elsewhere(found: Mapping[tuple[str, int], Linear], unseen: States) -> dict[s
 def card_of(
     target: LanguageModel, question: str, found: Mapping[tuple[str, int], Linear], unseen: States, allowed: float
 ) -> ProbeCard:
-    """The best layer of either position, with thresholds at which `allowed` of the wrong prefixes pass."""
+    """The best layer of each position, with thresholds at which a share `allowed` of the wrong prefixes pass."""
     probes = {}
     for position in dict.fromkeys(at for at, _ in found):
         layers = {layer: fit for (at, layer), fit in found.items() if at == position}
@@ -206,7 +213,7 @@ def card_of(
 def fit_mixture(
     target: LanguageModel, judge: CombinedJudge, marked: Sequence[Marked], allowed: float, after_each: Told
 ) -> Mixture:
-    """Weights for the judges of `judge`, on drafts none of them was trained on."""
+    """Weights for the judges of `judge`, fitted on drafts that none of them was trained on."""
     from sklearn.linear_model import LogisticRegression
 
     names = list(judge.judges)
@@ -227,14 +234,14 @@ def fit_mixture(
 
 
 def write_probes(folder: Path, card: ProbeCard, found: Mapping[tuple[str, int], Linear]) -> Path:
-    """The folder that judge=probe and judge=combined read as `judge.weights`."""
+    """Write the folder that judge=probe and judge=combined read as `judge.weights`, and return it."""
     write_tensors({f"{position}.{layer}": fit.weight for (position, layer), fit in found.items()}, folder / WEIGHTS)
     write_text(json.dumps({"model_type": "parsedec_probe", **to_json(card)}, indent=1), folder / CARD)
     return folder
 
 
 def thresholds(scores: Floats, right: Bools, complete: Bools, allowed: float) -> tuple[float, float]:
-    """The lowest (prefix, whole draft) thresholds at which at most a share `allowed` of the wrong ones pass.
+    """The lowest thresholds, for prefixes and for whole drafts, at which at most a share `allowed` of wrong ones pass.
 
     A starting point: `experiments/calibrate.py` finds thresholds that keep a stated goal with a stated confidence.
     """
@@ -242,7 +249,7 @@ def thresholds(scores: Floats, right: Bools, complete: Bools, allowed: float) ->
 
 
 def lowest(wrong: Floats, allowed: float) -> float:
-    """The lowest threshold that at most a share `allowed` of the scores `wrong` reach; 1 at most, even if more do."""
+    """The lowest threshold that at most a share `allowed` of the scores `wrong` reach; at most 1, even if more do."""
     count = math.floor(allowed * len(wrong))
     if count >= len(wrong):
         return 0.0
@@ -254,7 +261,7 @@ def rights(marked: Sequence[Marked]) -> Bools:
 
 
 def first_half(marked: Sequence[Marked]) -> Bools:
-    """Whether each prefix is of a problem in the first half of those there are; all drafts of one are together."""
+    """Whether each prefix belongs to the first half of the problems; all drafts of a problem are in the same half."""
     order = {prompt: i for i, prompt in enumerate(dict.fromkeys(one.prompt for one in marked))}
     return np.array([2 * order[one.prompt] < len(order) for one in marked for _ in one.cuts], dtype=bool)
 
@@ -264,7 +271,7 @@ def wholes(marked: Sequence[Marked]) -> Bools:
 
 
 def layer_table(found: Mapping[tuple[str, int], Linear]) -> list[dict[str, Any]]:
-    """What the record says of every probe; `auc` is on the problems that chose its strength (`elsewhere`: others)."""
+    """Rows of the record, one for each probe; `auc` is on the problems that chose its strength (see `elsewhere`)."""
     return [
         {"position": position, "layer": layer, "auc": fit.auc, "strength": fit.strength}
         for (position, layer), fit in found.items()

@@ -4,7 +4,7 @@ output/checkpoint.pt    the run so far
 output/model/           the exported model or head
 output/record.json      configuration, provenance, progress and evaluation
 
-What the two kinds of recipe keep besides is said in `models` and `heads`.
+`models` and `heads` say what else the two kinds of recipe write.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ class Job(Protocol):
     def schedule(self) -> Schedule: ...
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """Batches number start..stop-1 of the whole training, a pure function of (seed, number)."""
+        """Batches start..stop-1 of the whole training; each is a pure function of seed and number."""
 
     def finish(self) -> dict[str, Any]:
-        """Export what was trained to output/model and measure the exported thing: entries of the record."""
+        """Export what was trained to output/model, and measure it as exported; returns entries of the record."""
 
 
 JOBS: dict[str, Callable[[DictConfig, Path], Job]] = {"model": ModelJob, "head": HeadJob}
 
 
 def run_recipe(cfg: DictConfig) -> dict[str, Any]:
-    """Train (or go on training) one model; the record is on disk after every report and at the end."""
+    """Train (or go on training) one model; returns the record, which is written after every report and at the end.
+
+    Raises OutputExistsError if the output folder holds a run that this one does not resume.
+    """
     apply_runtime(cfg)
     recipe, folder, config = cfg.recipe, Path(cfg.output), plain(cfg)
     checkpoint = folder / "checkpoint.pt"
@@ -87,7 +90,7 @@ def run_recipe(cfg: DictConfig) -> dict[str, Any]:
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
-        log.warning("interrupted at step %d; resume=true output=%s goes on from there", trainer.step, folder)
+        log.warning("interrupted at step %d; continue with resume=true output=%s", trainer.step, folder)
         raise
     finally:
         save(status=status)
@@ -95,11 +98,11 @@ def run_recipe(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _earlier(path: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The record to go on from. The number of steps may have changed: the rate then follows the new one."""
+    """The record to continue. The number of steps may have changed; the learning rate then follows the new one."""
     compared = copy.deepcopy(config)
     if resume and path.exists():
         before = read_record(path)["config"]["recipe"]["optimisation"]["steps"]
         if before != compared["recipe"]["optimisation"]["steps"]:
-            log.warning("the run was begun for %d steps; what follows is not what it would have been", before)
+            log.warning("the run was begun for %d steps; it will not end as it would have with that number", before)
         compared["recipe"]["optimisation"]["steps"] = before
     return earlier_record(path, compared, resume)

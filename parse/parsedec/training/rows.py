@@ -1,7 +1,7 @@
-"""Which rows a step reads: a pure function of (seed, step), so that a resumed run needs no more than its step.
+"""The rows that a step reads: a pure function of (seed, step), so a resumed run needs to know only its step.
 
-Every row is one problem with fresh solutions, fresh injected errors and some of the pool's drafts. Rows are grouped by
-expected length, so that batches have a few fixed shapes (a compiled model is compiled once per shape).
+Each row is one problem with fresh solutions, fresh injected errors and some of the pool's drafts. Rows are grouped by
+expected length, so that batches have only a few shapes (a compiled model is compiled once per shape).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Mix:
 
     clean     right solutions
     injected  solutions with one injected error
-    drafts    answers from the pool, in turn a wrong one and a right one, to judge but not to learn as text; where the
-              pool has none, a solution
+    drafts    answers from the pool, wrong and right ones in turn, to be judged but not learnt as text; a solution where
+              the pool has none left
     """
 
     clean: int = 1
@@ -49,7 +49,7 @@ class Mix:
 class Rows:
     """Training rows by (epoch, index).
 
-    judged  False: no verdicts, for models that only solve
+    judged  False leaves out verdicts, for models that only solve
     """
 
     model: LanguageModel
@@ -73,7 +73,7 @@ class Rows:
         answers += self._drafts(problem, index, rng)
         if not self.judged:
             answers = [Answer(answer.tokens, (), (), answer.taught) for answer in answers]
-        # in any order: what does not fit is left out at the end, and the last right answer teaches the first token
+        # random order, since answers at the end may not fit, and the last right answer teaches the first token
         rng.shuffle(answers)
         return Row(tuple(self.contexts[index]), tuple(answers))
 
@@ -88,7 +88,7 @@ class Rows:
             first, second = (wrong, right) if i % 2 == 0 else (right, wrong)
             source = first or second
             if source:
-                # never learnt as text, right or wrong: a target with its draft's habits would write its very tokens
+                # never learnt as text, right or wrong: a target with its draft's habits would write the same tokens
                 chosen.append(replace(source.pop(rng.randrange(len(source))), taught=0))
             else:
                 write = injected if i % 2 == 0 else clean
@@ -100,8 +100,8 @@ class Rows:
 class Batches(Dataset[Batch]):
     """Batch number `step` of the whole training.
 
-    lengths    ascending lengths rows are padded to; a row goes where it is expected to fit
-    positions  positions a batch has, about: rows a batch = positions // length
+    lengths    lengths to which rows are padded, ascending; a row gets the first that it is expected to fit into
+    positions  about how many positions a batch has: it has positions // length rows
     """
 
     rows: Rows
@@ -142,7 +142,7 @@ class Batches(Dataset[Batch]):
         return self.positions // length
 
     def _expected(self, index: int) -> float:
-        """Length of a row, judged by one solution of its problem."""
+        """The expected length of a row, estimated from one solution to its problem."""
         rng = random.Random(index)
         rows = self.rows
         answer = clean(rows.model, rows.task, rows.problems[index], rows.solution, rng)
@@ -163,5 +163,5 @@ class Batches(Dataset[Batch]):
 
 def stream(batches: Batches, start: int, stop: int, workers: int) -> Iterator[Batch]:
     """Batches start..stop-1, made by `workers` other processes (0: by this one)."""
-    own = torch.Generator()  # a loader that draws from the global one would shift a resumed run
+    own = torch.Generator()  # drawing from the global one would shift a resumed run
     yield from DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers, generator=own)

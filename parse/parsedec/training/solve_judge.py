@@ -1,10 +1,10 @@
-"""What a target learns: to solve, and to judge prefixes of answers, in one loss.
+"""The objective of a target: to solve, and to judge prefixes of answers, in one loss.
 
     loss = solve_weight · mean CE over taught text + verdict_weight · mean CE over verdicts
          + hint_weight · mean CE of linear probes on inner layers, at tokens of answers, both classes weighing the same
 
-A verdict is several steps of reasoning away from the token that is wrong, so it teaches slowly. The hints say at once,
-at every token and in the layers before the last, whether it is the first wrong one; the probes are thrown away.
+A verdict is several steps of reasoning away from the wrong token, so verdicts alone teach slowly. Hints tell layers
+before the last, at the token itself, whether it is the first wrong one; their probes are thrown away after training.
 
 Shapes in this file:  B rows of a batch, R positions of a row, T positions with a label, V vocabulary.
 """
@@ -45,10 +45,11 @@ class Optimisation(Schedule):
 
 
 class SolveAndJudge:
-    """The objective of targets and draft models (which have no verdicts).
+    """The objective of targets, and of draft models, which have no verdicts.
 
-    compiled    torch.compile the decoder: faster with eager attention on a CPU, a minute per batch shape to compile
     autocast    compute in bfloat16
+    compiled    torch.compile the decoder: faster with eager attention on a CPU, but takes a minute for each batch shape
+    Raises ConfigError for hints in layers that the model lacks, IncompatibleStack as `loop.check_output` does.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class SolveAndJudge:
             yield Loss(kind, weight, total, (logits.argmax(-1) == labels).sum(), len(labels))
 
     def _predictions(self, batch: Batch) -> Iterator[tuple[str, float, Tensor, Tensor]]:
-        """(kind, weight in the loss, logits [T, V], labels [T]) of everything the batch has labels for."""
+        """(kind, weight in the loss, logits [T, V], labels [T]) for each kind of label in the batch."""
         weights, device = self.weights, self.model.device
         labels, slips = batch.labels.flatten(), batch.slips.flatten()  # [B*R]
         text = ((labels != IGNORED) & ~batch.verdicts.flatten()).nonzero().flatten()
@@ -107,10 +108,10 @@ class SolveAndJudge:
 
 
 class _Probe(nn.Sequential):
-    """Right or wrong, read off one hidden state."""
+    """Reads right or wrong off one hidden state."""
 
     def __init__(self, hidden: int) -> None:
         read = nn.Linear(hidden, 2)
-        nn.init.zeros_(read.weight)  # no draw: the weights of a run do not depend on whether it has probes
+        nn.init.zeros_(read.weight)  # not random: the weights of a run do not depend on whether it has probes
         nn.init.zeros_(read.bias)
         super().__init__(nn.LayerNorm(hidden, elementwise_affine=False), read)

@@ -1,9 +1,9 @@
 """The tokenizer of the zoo: byte-level BPE, learnt from the problems and solutions of its tasks.
 
-Any text can be written with it. A digit is always a token of its own, so that numbers look alike wherever they stand;
-the judge's labels are one token each.
+It can encode any text. Every digit is a token of its own, so that a number looks alike wherever it occurs; the judge's
+labels are one token each.
 
-output/tokenizer/    what AutoTokenizer and `tokenizer_of` read: tokenizer.json, tokenizer_config.json, judge.json
+output/tokenizer/    tokenizer.json, tokenizer_config.json and judge.json, as AutoTokenizer and `tokenizer_of` read them
 output/record.json   configuration, provenance, and how many tokens held-out texts take
 """
 
@@ -40,18 +40,18 @@ TEMPLATE = (
     f"{{% if m['role'] == 'assistant' %}}{END}{{% endif %}}{{% endfor %}}"
     f"{{% if add_generation_prompt %}}{ASSISTANT}{{% endif %}}"
 )
-# thresholds of a judge that has not learnt anything yet; a recipe that trains one calibrates them
+# thresholds of a judge that has learnt nothing yet; a recipe that trains one calibrates them
 CARD = JudgeCard(question=QUESTION, labels=LABELS, threshold=0.5, full_threshold=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Text of one task.
+    """The texts of one task: its problems, and answers to them.
 
-    task       its problems, a text each
+    task       gives the problems
     solution   writes the answers
-    answers    answers per problem, worded anew, a text each
-    held_out   problems of the split `test` that the record's figures are taken on
+    answers    how many differently worded answers to each problem
+    held_out   how many problems of the split `test` the record's figures are measured on
     """
 
     task: ZooTask
@@ -70,7 +70,7 @@ class Corpus:
                 yield self._answer(problem, rng)
 
     def figures(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> dict[str, Any]:
-        """Tokens that held-out problems and answers take, and what does not survive encoding and decoding."""
+        """How many tokens held-out problems and answers take, and how many texts change when encoded and decoded."""
         problems = replace(self.task, split="test", n=self.held_out).problems()
         prompts, answers = [p.prompt for p in problems], [self._answer(p, rng) for p in problems]
         coded = {text: tokenizer.encode(text, add_special_tokens=False) for text in (*prompts, *answers)}
@@ -87,7 +87,7 @@ class Corpus:
 
 
 def train_tokenizer(cfg: DictConfig) -> dict[str, Any]:
-    """Learn a tokenizer from `cfg.corpus`, write it and its record (`conf/tokenizer.yaml`)."""
+    """Learn a tokenizer from `cfg.corpus`, write it and its record (`conf/tokenizer.yaml`), and return the record."""
     folder, config = Path(cfg.output), plain(cfg)
     earlier_record(folder / "record.json", config, resume=None)
     corpora: dict[str, Corpus] = {str(name): instantiate(node) for name, node in cfg.corpus.items()}
@@ -111,7 +111,7 @@ def train_tokenizer(cfg: DictConfig) -> dict[str, Any]:
 
 
 def texts(corpora: Mapping[str, Corpus], seed: int) -> Iterator[str]:
-    """Every text of every corpus. A corpus writes the same, whatever stands beside it."""
+    """Every text of every corpus. The texts of a corpus do not depend on the other corpora."""
     if not corpora:
         raise ConfigError("corpus is empty; expected at least one task to take text from. Leave one in.")
     for name, corpus in corpora.items():
@@ -119,10 +119,13 @@ def texts(corpora: Mapping[str, Corpus], seed: int) -> Iterator[str]:
 
 
 def learn(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of exactly `vocabulary` tokens: special ones, all bytes, and what `corpus` repeats most."""
+    """A tokenizer of exactly `vocabulary` tokens: special ones, all bytes, and what `corpus` repeats most.
+
+    Raises ConfigError if the corpus repeats too little to fill it.
+    """
     require_number("vocabulary", vocabulary, whole=True, low=len(SPECIAL) + BYTES)
     raw = Tokenizer(models.BPE())
-    # digits first: nothing that is learnt can then span one
+    # digits are split off first, so that no learnt token can contain one
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -145,16 +148,16 @@ def learn(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
-    """As beside an exported model, the judge card included."""
+    """Write tokenizer and judge card to `folder`, as beside an exported model; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    # the template inside tokenizer_config.json, as `export` does
+    # the template goes into tokenizer_config.json, as in `export`
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     export_card(CARD, folder)
     return folder
 
 
 def tokenizer_of(source: str) -> tuple[PreTrainedTokenizerBase, JudgeCard | None]:
-    """Tokenizer and judge card of a model (as `load` takes it), or of a folder that `save` wrote."""
+    """Tokenizer and judge card of a model (`source` as for `load`), or of a folder that `save` wrote."""
     folder = Path(source).expanduser()
     if (folder / "tokenizer.json").is_file() and not (folder / "config.json").exists():
         card = json.loads((folder / "judge.json").read_text())
