@@ -34,7 +34,7 @@ STEP_PARTS = ("target", "drafter", "speculator", "engine")
 
 
 def training_pictures(record: Json, prefix: str) -> list[Figure]:
-    """The course of a training: its losses and shares right by step, and how deep the trained head guesses."""
+    """The course of a training: losses and shares of right guesses by step, and how deep the trained head guesses."""
     figures = []
     for suffix, title, guide, scale, label in (
         ("loss", "What was learnt", "Lower is better: how surprised the model was by what it should have said.", 1,
@@ -79,7 +79,7 @@ def _course(axes: Axes, rows: Rows, scale: float, label: str) -> None:
 
 
 def overhead_picture(record: Json, prefix: str) -> list[Figure]:
-    """Where a decode step's time goes, per inner speculator."""
+    """Where the time of a decode step goes, for each inner speculator; no picture if nothing was measured."""
     rows: list[list[Cell]] = [
         [inner["name"], one["problems"], one["steps"], *(1000 * one[f"{part}_s"] for part in STEP_PARTS),
          1000 * one["step_s"]]
@@ -104,7 +104,7 @@ def overhead_picture(record: Json, prefix: str) -> list[Figure]:
 
 
 def floors_picture(record: Json, prefix: str) -> list[Figure]:
-    """Milliseconds of every pass beside what the device allows."""
+    """The milliseconds of every pass, beside the least that the device allows."""
     rows: list[list[Cell]] = []
     for row in record["rows"]:
         taken = [1000 * seconds for seconds in row["seconds"]]
@@ -135,7 +135,7 @@ def _floors(axes: Axes, rows: Rows) -> None:
 
 
 def advice_pictures(record: Json, prefix: str) -> list[Figure]:
-    """What an advice expects of its best arms and of the inner levels alone, and what was measured then."""
+    """What the advisor expects of its best arms and of the inner levels alone, and what was then measured."""
     n = record["costs"]["problems"]
     rows: list[list[Cell]] = [
         [f"{arm['label']}: expected", n, arm["speedup"], *arm["interval"]]
@@ -161,7 +161,7 @@ def advice_pictures(record: Json, prefix: str) -> list[Figure]:
 
 
 def load_pictures(found: Json, prefix: str) -> list[Figure]:
-    """How long clients waited; nothing where none got an answer."""
+    """How long clients waited; no picture if none got an answer."""
     waited = {"first text": found.get("first_piece_s"), "whole answer": found.get("answer_s")}
     rows: list[list[Cell]] = [[name, found["requests"], at["p50"], at["p95"]] for name, at in waited.items() if at]
     if not rows:

@@ -8,7 +8,7 @@ from parsedec.reporting.figure import Figure, Rows, beside, series
 
 
 def threshold_figure(prefix: str, rows: Rows) -> Figure:
-    """Shares by threshold: rows of (name, threshold, share, low, high, arm, n)."""
+    """Shares by threshold. Rows are (name, threshold, share, low, high, arm, n)."""
     return Figure(
         name=f"{prefix}-thresholds",
         title="How strict the judge should be",
@@ -28,7 +28,7 @@ def _thresholds(axes: Axes, rows: Rows) -> None:
 
 
 def depth_figure(prefix: str, rows: Rows) -> Figure:
-    """Rows of (name, depth, trees, reached, accepted, share)."""
+    """Acceptance by depth. Rows are (name, depth, trees, reached, accepted, share)."""
     return Figure(
         name=f"{prefix}-depth",
         title="How many guessed tokens in a row were right",

@@ -1,6 +1,6 @@
-"""Documents whose figures come from records: a Jinja template in Markdown, and tables between two marks of a page.
+"""Documents whose figures come from records: Markdown templates for Jinja, and tables between two marks on a page.
 
-`experiments/figures.py` writes the project's own with it. What templates may call: `Figures`.
+`experiments/figures.py` uses it to write the project's own. Templates may call the methods of `Figures`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK = re.compile(r"(<!-- table (?P<name>\w+): (?P<heads>[^>]+?) -->\n).*?(<!--
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of the records in a folder, as text. Each record is read once."""
+    """The figures of the records in a folder, as text. Each record is read only once."""
 
     records: Path
     _read: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -38,7 +38,10 @@ class Figures:
         return self._read[name]
 
     def table(self, name: str, heads: Sequence[str]) -> str:
-        """A comparison's arms as Markdown; heads are names of columns of its own table."""
+        """The arms of a comparison as a Markdown table; `heads` chooses among the columns of its own table.
+
+        Raises ConfigError for a column that it does not have.
+        """
         record = self.record(name)
         known = ["arm", *(head for head, _ in table.columns(record))]
         unknown = [head for head in heads if head not in known]
@@ -48,16 +51,16 @@ class Figures:
         return table.grid(list(heads), [[row[i] for i in chosen] for row in table.rows(record)])
 
     def body(self, name: str, file: str = "table.md") -> str:
-        """What the command wrote beside its record, without heading and command."""
+        """What the command wrote beside its record, without the heading and the command."""
         paragraphs = (self.records / name / file).read_text(encoding="utf-8").strip().split("\n\n")
         return "\n\n".join(paragraphs[2:])
 
     def command(self, name: str) -> str | None:
-        """What made a record."""
+        """The command that made a record."""
         return command_line(self.record(name))
 
     def compared(self, name: str, arm: str) -> dict[str, Any]:
-        """An arm beside its record's baseline: ratios with their intervals."""
+        """The row that compares an arm with its record's baseline: ratios with their intervals."""
         return next(row for row in self.record(name)["comparison"] if row["arm"] == arm)
 
     def speed(self, name: str, arm: str) -> str:
@@ -65,18 +68,18 @@ class Figures:
         return with_interval(row["speedup"], row["speedup_low"], row["speedup_high"])
 
     def change(self, name: str, arm: str) -> str:
-        """How much more often an arm is right than the baseline, in points."""
+        """How much more often an arm is right than the baseline, in percentage points."""
         row = self.compared(name, arm)
         middle, low, high = (100 * row[f"accuracy_change{end}"] for end in ("", "_low", "_high"))
         return f"{middle:+.1f} points [{low:+.1f}, {high:+.1f}]"
 
     def calibrated(self, name: str) -> str:
-        """The goal of a calibration, the thresholds, and whether they kept it on problems that chose nothing."""
+        """The goal of a calibration, its thresholds, and whether they kept the goal on the problems of the check."""
         record = self.record(name)
         return f"{calibration.sentence(record)}. {calibration.verdict(record['calibration'])}"
 
     def advised(self, names: Sequence[str]) -> str:
-        """What the advisor predicted and what was then measured, a row for each record."""
+        """A table of what the advisor predicted and what was then measured, in these records."""
         rows = []
         for name in names:
             record = self.record(name)
@@ -85,19 +88,19 @@ class Figures:
         return table.grid(["task.seed", *advice.CHECK_HEADS, "n"], rows)
 
     def longer(self, name: str, arm: str) -> str:
-        """How much more time an arm takes than the baseline."""
+        """How much more time an arm takes than the baseline, in per cent."""
         row = self.compared(name, arm)
         middle, low, high = (100 * (1 / row[key] - 1) for key in ("time_ratio", "time_ratio_high", "time_ratio_low"))
         return f"{middle:.0f} % [{low:.0f}, {high:.0f}]"
 
     def tau(self, name: str) -> str:
-        """Tokens per target call of a head's record."""
+        """Tokens per target call, from a head's record."""
         found = self.record(name)["evaluation"]
         low, high = found["tau_interval"]
         return f"{found['tau']:.2f} [{low:.2f}, {high:.2f}]"
 
     def curve(self, name: str) -> str:
-        """Threshold against what is kept and what that costs, of a target's record."""
+        """A table of what each threshold keeps and what that costs, from a target's record."""
         found = self.record(name)["evaluation"]
         rows = [
             [
@@ -115,7 +118,7 @@ class Figures:
         )
 
     def overhead(self) -> str:
-        """The engine's own work per step, as a share of a plain target step, of every inner speculator measured."""
+        """A table of the engine's own work per step, as a share of a plain target step, for each inner speculator."""
         rows = []
         for inner in self.record("overhead")["inners"]:
             found = inner["summary"]
@@ -135,7 +138,7 @@ def share(counted: dict[str, Any]) -> str:
 
 
 def rendered(template: Path, records: Path) -> str:
-    """The document of a template. Raises an error for a name or a column that does not exist."""
+    """The document made from a template. Raises an error for a name or a column that does not exist."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=False,  # Markdown, from our own template and records
@@ -147,7 +150,7 @@ def rendered(template: Path, records: Path) -> str:
 
 
 def with_tables(page: str, records: Path) -> str:
-    """A page whose tables between `<!-- table RECORD: column, … -->` and `<!-- end -->` are made anew."""
+    """The page, with all tables between `<!-- table RECORD: column, … -->` and `<!-- end -->` made anew."""
     figures = Figures(records)
 
     def made(found: re.Match[str]) -> str:

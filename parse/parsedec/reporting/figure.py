@@ -1,8 +1,8 @@
 """A picture of a report: its numbers, one sentence on how to read it, and how the numbers are drawn.
 
-What is drawn is what is stored: `draw` sees the rows and nothing else, and the same rows are written as CSV and shown
-below the picture. Colours are those of Okabe and Ito, which differ for colour-blind eyes, and no colour stands alone:
-series differ in marker or hatching, too.
+What is drawn is what is stored: `draw` sees only the rows, and the same rows are written as CSV and shown below the
+picture. The colours are Okabe and Ito's, which the colour-blind can tell apart, and series never differ in colour
+alone: markers or hatching differ, too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from matplotlib.figure import Figure as Canvas
 
 from parsedec.experiment.record import write_text
 
-INK, FAINT = "#1c2126", "#d6d9dc"  # as drawn; the page replaces them by its own, which follow light and dark
+INK, FAINT = "#1c2126", "#d6d9dc"  # the page replaces them with its own, which follow its light or dark theme
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a8f94", "#b8a800")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 HATCHES = ("", "//", "\\\\", "xx", "--")
-HEAT = "cividis"  # the same order for every eye, also in grey
-STYLE: Any = {  # to a type checker the names are literals
+HEAT = "cividis"  # its order is the same to the colour-blind and in grey
+STYLE: Any = {  # Any, since matplotlib's types want the keys as literals
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -63,11 +63,11 @@ Rows = Sequence[Sequence[Cell]]
 class Figure:
     """One picture.
 
-    name    of its files and of its place in the page
-    guide   one sentence: how to read it
-    heads   of the columns of `rows`; a row is what one mark of the picture shows
+    name    of its files, and of its anchor in the page
+    guide   one sentence on how to read it
+    heads   names of the columns of `rows`; a row holds what one mark of the picture shows
     draw    draws rows on the axes
-    height  inches, of a width of `WIDTH`
+    height  in inches; the width is always `WIDTH`
     """
 
     name: str
@@ -79,7 +79,7 @@ class Figure:
     height: float = 3.6
 
     def csv(self) -> str:
-        """The numbers, in full precision, with a line of names."""
+        """The numbers as CSV, in full precision, under a line of names."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.heads)
@@ -92,7 +92,7 @@ WIDTH = 8.4
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A picture as the page shows it: `svg` to be put into HTML, `cells` of its table, `link` to its CSV as data."""
+    """A picture as the page shows it: `svg` to put into HTML, `cells` of its table, and a data `link` to its CSV."""
 
     figure: Figure
     svg: Markup
@@ -101,7 +101,7 @@ class Drawn:
 
 
 def drawn(figure: Figure, folder: Path | None) -> Drawn:
-    """Draw it; with a folder, also write NAME.svg, NAME.png and NAME.csv there."""
+    """Draw a figure for the page; given a folder, also write NAME.svg, NAME.png and NAME.csv to it."""
     with rc_context(STYLE | {"svg.hashsalt": figure.name}):
         canvas = Canvas(figsize=(WIDTH, figure.height), layout="constrained")
         figure.draw(canvas.subplots(), figure.rows)
@@ -123,7 +123,7 @@ def drawn(figure: Figure, folder: Path | None) -> Drawn:
 
 
 def inline(svg: str, figure: Figure) -> Markup:
-    """The picture as part of a page: its names are its own, its colours those of the page, its size the window's."""
+    """The picture as part of a page: with ids unique to it, the page's colours, and a size that follows the window."""
     svg = svg[svg.index("<svg") :]
     size = re.search(r'viewBox="([^"]+)"', svg)
     head = (
@@ -137,14 +137,14 @@ def inline(svg: str, figure: Figure) -> Markup:
 
 
 def shown(cell: Cell) -> str:
-    """A cell of the table below a picture: short, while the CSV has all digits."""
+    """The text of a cell in the table below a picture; numbers are shortened, while the CSV has all digits."""
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return "–"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def numbers(rows: Rows, column: int) -> np.ndarray:
-    """One column; what is missing is NaN."""
+    """One column as numbers; missing ones are NaN."""
     return np.array([np.nan if (cell := row[column]) is None else float(cell) for row in rows], dtype=float)
 
 
@@ -153,12 +153,12 @@ def names(rows: Rows, column: int = 0) -> list[str]:
 
 
 def bars_height(count: int) -> float:
-    """Inches for so many lines of a chart with a line each."""
+    """The height in inches of a chart with `count` lines."""
     return 1.0 + 0.32 * max(count, 2)
 
 
 def dots(axes: Axes, rows: Rows, value: int, low: int, high: int, label: str) -> None:
-    """A line per row: value and interval, the row's name at the axis."""
+    """Draw a line for each row: value and interval, with the row's name at the axis."""
     places = np.arange(len(rows))
     centre = numbers(rows, value)
     whiskers(axes, centre, places, (numbers(rows, low), numbers(rows, high)), fmt="o", color=COLOURS[0])
@@ -166,13 +166,13 @@ def dots(axes: Axes, rows: Rows, value: int, low: int, high: int, label: str) ->
 
 
 def whiskers(axes: Axes, x: np.ndarray, y: np.ndarray, ends: tuple[np.ndarray, np.ndarray], **how: Any) -> None:
-    """Marks at (x, y) with horizontal intervals; NaN ends: none."""
+    """Draw marks at (x, y) with horizontal intervals; an end that is NaN is not drawn."""
     length = np.nan_to_num(np.clip([x - ends[0], ends[1] - x], 0, None))  # [2, n]; an end may miss by a rounding error
     axes.errorbar(x, y, xerr=length, capsize=3, markersize=6, elinewidth=1.4, **how)
 
 
 def lines(axes: Axes, labels: Sequence[str], label: str) -> None:
-    """A chart with a line per name, from top to bottom."""
+    """Lay out a chart with a line for each name, from top to bottom."""
     axes.set_yticks(np.arange(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -180,7 +180,7 @@ def lines(axes: Axes, labels: Sequence[str], label: str) -> None:
 
 
 def stacked(axes: Axes, rows: Rows, parts: Sequence[tuple[int, str]], label: str) -> None:
-    """A bar per row, of the parts in these columns."""
+    """Draw a bar for each row, made of the parts in these columns."""
     left, places = np.zeros(len(rows)), np.arange(len(rows))
     for i, (column, name) in enumerate(parts):
         width = np.nan_to_num(numbers(rows, column))
@@ -192,12 +192,12 @@ def stacked(axes: Axes, rows: Rows, parts: Sequence[tuple[int, str]], label: str
 
 
 def beside(axes: Axes) -> None:
-    """The legend, to the right of the picture."""
+    """Put the legend to the right of the picture."""
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0)
 
 
 def series(axes: Axes, rows: Rows, x: int, y: int, *, low: int | None = None, high: int | None = None) -> None:
-    """A line with its own marker per name in column 0; with intervals, if there are columns of them."""
+    """Draw a line with a marker of its own for each name in column 0, with intervals if there are columns of them."""
     for i, name in enumerate(dict.fromkeys(names(rows))):
         own = [row for row in rows if str(row[0]) == name]
         style: dict[str, Any] = {
@@ -215,7 +215,7 @@ def series(axes: Axes, rows: Rows, x: int, y: int, *, low: int | None = None, hi
 
 
 def heat(axes: Axes, grid: np.ndarray, labels: np.ndarray, scale: str) -> None:
-    """Shares [R, C] between 0 and 1 as colours with a text in every cell that holds one; NaN cells stay empty."""
+    """Draw shares [R, C] from 0 to 1 as colours, with a label [R, C] in each cell; NaN cells stay empty."""
     image = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=HEAT, vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(grid):
         if np.isfinite(share):

@@ -1,4 +1,4 @@
-"""Pictures of judges: how far a score can be trusted, what every threshold costs, where mistakes sit."""
+"""Pictures of judges: how far a score can be trusted, what every threshold costs, where mistakes are made."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from parsedec.reporting.figure import (
 )
 
 Json = Mapping[str, Any]
-WIDE = 8  # costs further apart than this many times are drawn on a logarithmic scale
+WIDE = 8  # costs that differ by more than this factor are drawn on a logarithmic scale
 
 
 def calibration_pictures(found: Json, prefix: str) -> list[Figure]:
-    """Of the key `calibration` of a record; what its labels do not tell is left out."""
+    """The pictures of a record's `calibration`; those for which its labels say nothing are left out."""
     kinds = {"prefixes": found.get("prefixes"), "complete drafts": found["complete"]}
     judged = {name: one for name, one in kinds.items() if one is not None}
     figures = [reliability(judged, prefix)]
@@ -103,7 +103,7 @@ def _roc(axes: Axes, rows: Rows) -> None:
 
 
 def sweep(found: Json, prefix: str) -> Figure:
-    """One threshold for prefixes and complete drafts, on the problems that chose nothing."""
+    """One threshold for prefixes and complete drafts alike, on the problems of the check."""
     goal, in_force = found["goal"]["risk"], found["check"]["kept_share"]
     keys = ("threshold", "kept_share", "risk", "upper", "errors", "counted", "accepted_whole", "accepted_whole_wrong")
     return Figure(
@@ -129,7 +129,7 @@ def _sweep(axes: Axes, rows: Rows) -> None:
 
 
 def positions(found: Json, prefix: str) -> Figure:
-    """The heat map: share wrong by the place of a prefix's last segment and by score."""
+    """The heat map: the share of wrong prefixes by the place of their last segment and by score."""
     edges = found["edges"]
     rows: list[list[Cell]] = []
     for i, (right, wrong) in enumerate(zip(found["right"], found["wrong"], strict=True)):
@@ -177,7 +177,7 @@ def mistakes(found: Json, prefix: str) -> Figure:
 
 
 def _mistakes(axes: Axes, rows: Rows) -> None:
-    moved = [  # side by side, not on top of each other
+    moved = [  # the two kinds side by side, not on top of each other
         [
             row[0],
             float(row[1] or 0) + (-0.08 if row[0] == rows[0][0] else 0.08),
@@ -192,12 +192,12 @@ def _mistakes(axes: Axes, rows: Rows) -> None:
 
 
 def judge_pictures(summary: Json, prefix: str) -> list[Figure]:
-    """Of judges side by side on the same drafts."""
+    """The pictures of judges side by side on the same drafts."""
     judges = summary["judges"]
     quality: list[list[Cell]] = [
         [name, summary["drafts"], one["auc"], *one["auc_interval"], one["decode_steps"], one["pass_s"], one["rows"]]
         for name, one in judges.items()
-        if one["auc"] is not None and isfinite(one["auc"])  # it is none where nothing was wrong, or nothing right
+        if one["auc"] is not None and isfinite(one["auc"])  # undefined where nothing was wrong, or nothing right
     ]
     curve: list[list[Cell]] = [
         [name, at["threshold"], at["kept_share"], at["never_later"], at["wrong_drafts"],
@@ -260,7 +260,7 @@ PROBE_HEADS = ("judge", "layer or weights", "AUC where chosen", "AUC elsewhere",
 
 
 def probe_rows(record: Json) -> list[list[str]]:
-    """What a training of probes recommends: the best layer of each position, and the combined judge's weights."""
+    """Table rows of what training probes recommends: the best layer of each position, the combined judge's weights."""
     card, areas = record["card"], {(row["position"], row["layer"]): row["auc"] for row in record["probes"]}
     others = record.get("elsewhere") or {}  # earlier records have none
     rows = [
@@ -309,7 +309,7 @@ def _layers(axes: Axes, rows: Rows) -> None:
 
 
 def evaluation_pictures(found: Json, prefix: str) -> list[Figure]:
-    """Of the evaluation of a trained target: its thresholds on unseen problems."""
+    """The pictures of a trained model's evaluation on unseen problems: thresholds, localisation and accuracies."""
     rows: list[list[Cell]] = []
     located: list[list[Cell]] = []
     for row in found.get("thresholds") or ():

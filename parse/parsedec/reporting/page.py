@@ -1,7 +1,7 @@
 """Write a report: one self-contained HTML page, and every picture as SVG, PNG and CSV beside it.
 
 The page needs no network and no other file; only its links to traces lead to other pages. This module says what is on
-it, `report.html.j2` how it looks; all values are HTML-escaped there.
+the page, and `report.html.j2`, which HTML-escapes all values, how it looks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parsedec.reporting.sections import Section, sections, sources
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-FILES = "report"  # folder of the pictures
+FILES = "report"  # folder for the pictures
 GLOSSARY = {
     "target": ("Target, draft model", "The large model whose answers are wanted, and the small fast one that writes a "
                "first version of them."),
@@ -39,10 +39,10 @@ GLOSSARY = {
 
 
 def write_report(found: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path, title: str | None = None) -> Path:
-    """`report.html` in `folder`, and the folder `report` with the files of its pictures. Returns the page's path.
+    """Write `report.html` to `folder`, and its pictures to `folder`/report; returns the page's path.
 
-    found  paths of records and what was read there
-    Raises ParsedecError for a record that no command of ours writes.
+    found  (path, contents) of every record
+    Raises ParsedecError for a record that none of our commands writes.
     """
     made = sections(sources([(path, dict(record)) for path, record in found], folder))
     files = folder / FILES

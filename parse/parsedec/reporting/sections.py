@@ -1,7 +1,7 @@
-"""A record becomes a section of a report: what it says in words, its tables, its pictures, its links.
+"""Turn a record into a section of a report: what it says in words, its tables, its pictures, its links.
 
-A record of any command has a section; what a record does not hold, because an older version made it or because the
-run was another one, is left out.
+Records of all commands have a section. What a record lacks, because an older version made it or another kind of run, is
+left out.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from parsedec.reporting import costs, judged, speed
 from parsedec.reporting.figure import Figure
 
 Json = dict[str, Any]
-LINKS = 12  # requests that a section points to
+LINKS = 12  # requests that a section links to
 LABEL = 70  # most characters of a name that pictures have room for
 NOT_SETTINGS = ("title", "resume", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTable:
-    """Cells as text; the first column holds names."""
+    """A table with cells of text; its first column holds names."""
 
     title: str
     heads: Sequence[str]
@@ -49,7 +49,7 @@ class Link:
 class Section:
     """One record, or several side by side.
 
-    anchor  its place in the page;  kind  the command that made it, in words;  words  of the glossary it needs
+    anchor  its id in the page;  kind  the command that made it, in words;  words  the glossary entries it needs
     """
 
     anchor: str
@@ -66,7 +66,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A record, where it lies, and its trace as seen from the report."""
+    """A record, its path, its anchor in the page, and the path of its trace relative to the report."""
 
     path: Path
     record: Json
@@ -75,7 +75,7 @@ class Source:
 
 
 def sources(found: Sequence[tuple[Path, Json]], folder: Path) -> list[Source]:
-    """With anchors made of the names of their folders; the report will lie in `folder`."""
+    """The records as sources, with anchors made from the names of their folders; the report will be in `folder`."""
     made: list[Source] = []
     for path, record in found:
         name = re.sub(r"[^a-z0-9]+", "-", path.resolve().parent.name.lower()).strip("-")
@@ -89,7 +89,7 @@ def sources(found: Sequence[tuple[Path, Json]], folder: Path) -> list[Source]:
 
 
 def sections(found: Sequence[Source]) -> list[Section]:
-    """Of every record; in front of them those of records that can be laid side by side."""
+    """The sections of all records, after those of records that can be shown side by side."""
     return [*side_by_side(found), *(section(source) for source in found)]
 
 
@@ -105,7 +105,7 @@ def section(source: Source) -> Section:
 
 
 def maker(record: Json) -> Callable[[Source], Section] | None:
-    """What makes the section of such a record; None for one that has no section."""
+    """The function that makes the section of such a record; None if it has no section."""
     return next((make for fits, make in MAKERS if fits(record)), None)
 
 
@@ -133,7 +133,7 @@ def _arms(source: Source) -> Section:
 
 
 def arms_table(record: Json) -> TextTable:
-    """The arms with n, every share and ratio with its interval."""
+    """The table of arms with n, and with an interval for every share and ratio."""
     heads = ["arm", "n", *(name for name, _ in table.columns(record))]
     counts = {arm["name"]: str(arm["summary"]["requests"]) for arm in record["arms"]}
     cells = [[row[0], counts[row[0]], *row[1:]] for row in table.rows(record)]
@@ -141,7 +141,7 @@ def arms_table(record: Json) -> TextTable:
 
 
 def in_short(record: Json, points: Sequence[speed.Point]) -> list[str]:
-    """What a hurried reader should know: the fastest arm with a judge, and without, against the baseline."""
+    """What a hurried reader should know: how the fastest arms, with a judge and without, compare with the baseline."""
     if not points:
         return ["No request was answered."]
     rated = [point for point in points if point.gain]
@@ -171,7 +171,7 @@ def _against(point: speed.Point, what: str, baseline: str) -> str:
 
 
 def trace_links(source: Source) -> list[Link]:
-    """To requests that tell most: some arm was wrong, or kept nothing; else the first ones."""
+    """Links to the requests that tell most, those that some arms got wrong and others not; then to the first ones."""
     arms = source.record["arms"]
     keyed = [(arm["name"], by_id(arm["requests"])) for arm in arms]
     wrong: list[Link] = []
@@ -336,7 +336,7 @@ MAKERS: tuple[tuple[Callable[[Json], bool], Callable[[Source], Section]], ...] =
 
 
 def side_by_side(found: Sequence[Source]) -> list[Section]:
-    """A section per group of runs, one arm each, of the same pair, task and machine: the folder of a sweep."""
+    """A section for each group of one-arm runs of the same pair, task and machine, such as a sweep leaves behind."""
     groups: dict[str, list[Source]] = {}
     for source in found:
         record = source.record
@@ -376,11 +376,11 @@ def _sweep(group: Sequence[Source], number: int) -> Section:
 
 
 def differences(configs: Sequence[Json]) -> list[str]:
-    """For every configuration, the settings in which it differs from the others, as `key=value` words."""
+    """For each configuration, the settings in which it differs from the others, as `key=value` words."""
     flat = [dict(_flat(config)) for config in configs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key.split(".")[0] not in NOT_SETTINGS]
     varied = [key for key in keys if len({json.dumps(one.get(key)) for one in flat}) > 1]
-    # the outer level holds copies of what is also set at the top
+    # the outer level holds copies of settings at the top
     varied = [key for key in varied if not (key.startswith("outer.") and key.removeprefix("outer.") in varied)]
     classes = {key.removesuffix("._target_") for key in varied if key.endswith("._target_")}
     varied = [key for key in varied if key.endswith("._target_") or key.rpartition(".")[0] not in classes]

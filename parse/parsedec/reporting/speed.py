@@ -1,7 +1,7 @@
 """Pictures of records with arms: accuracy against speed, what was kept, where the time went, how long answers took.
 
-An *arm* is one way of answering; `Point` is what a picture knows of it. Several records of a sweep, one arm each, give
-the same pictures as one record with several arms, but for the paired speed-ups.
+An *arm* is one way of answering; a `Point` is what pictures know of it. The records of a sweep, one arm each, give the
+same pictures as one record with several arms, except for the paired speed-ups.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ from parsedec.reporting.figure import (
 Json = Mapping[str, Any]
 PHASES = ("prefill", "draft", "judge", "decode")
 QUANTILES = (5, 25, 50, 75, 95, 99)
-DEEPEST = 10  # segments of the map; later ones share the last
+DEEPEST = 10  # segments in the map; all later ones share the last
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """An arm: its name, what the record has of it, its row of the comparison, the threshold it ran with, and how many
-    requests were answered at a time."""
+    """What pictures know of an arm.
+
+    arm        the record's entry
+    gain       its row of the comparison with the baseline
+    expected   what the cost model predicts for it
+    threshold  the judge's threshold, if it was set by hand
+    batch      how many requests were answered at a time
+    """
 
     name: str
     arm: Json
@@ -60,14 +66,14 @@ class Point:
 
     @property
     def results(self) -> list[tuple[str, Json]]:
-        """(problem, result) of the requests that have one."""
+        """(problem, result) of the requests that have a result."""
         return [(request["id"], request["result"]) for request in self.arm["requests"] if request.get("result")]
 
 
 def points(record: Json) -> list[Point]:
     """The arms of a record that answered something."""
     gains = {row["arm"]: row for row in record.get("comparison") or () if row["speedup"] is not None}
-    sized = all("models" in arm for arm in record["arms"])  # the cost model asks for the models' sizes
+    sized = all("models" in arm for arm in record["arms"])  # the cost model needs the models' sizes
     return [
         Point(
             name=arm["name"],
@@ -83,7 +89,7 @@ def points(record: Json) -> list[Point]:
 
 
 def threshold_of(record: Json, arm: Json) -> float | None:
-    """The judge's threshold where it was set by hand and something was judged."""
+    """The judge's threshold, if it was set by hand and something was judged."""
     if not arm["summary"].get("judge_passes"):
         return None
     settings = dict(word.split("=", 1) for word in arm.get("description", "").split() if "=" in word)
@@ -93,7 +99,7 @@ def threshold_of(record: Json, arm: Json) -> float | None:
 
 
 def pictures(found: Sequence[Point], baseline: str | None, prefix: str) -> list[Figure]:
-    """All that the arms have numbers for, in the order of a reader's questions."""
+    """All pictures for which the arms have numbers, in the order of a reader's questions."""
     compared = baseline is not None and any(point.gain for point in found)
     makers: tuple[Callable[[], Figure | None], ...] = (
         lambda: front(found, baseline if compared else None, prefix),
@@ -112,7 +118,7 @@ def pictures(found: Sequence[Point], baseline: str | None, prefix: str) -> list[
 
 
 def front(found: Sequence[Point], baseline: str | None, prefix: str) -> Figure | None:
-    """Accuracy against speed: times the baseline's speed where arms are paired, else tokens per second."""
+    """Accuracy against speed, as a multiple of the baseline's where arms are paired, else in tokens per second."""
     rows: list[list[Cell]] = []
     for point in found:
         if point.summary["accuracy"] is None:
@@ -146,7 +152,7 @@ def front(found: Sequence[Point], baseline: str | None, prefix: str) -> Figure |
 
 
 def on_front(at: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which of the (speed, accuracy) pairs no other one beats in one and equals in the other."""
+    """Which of the (speed, accuracy) pairs are on the Pareto front: no other is as good in both and better in one."""
     return [not any(s >= speed and a >= right and (s, a) != (speed, right) for s, a in at) for speed, right in at]
 
 
@@ -154,7 +160,7 @@ def _front(axes: Axes, rows: Rows, label: str) -> None:
     x, y = numbers(rows, 5), 100 * numbers(rows, 2)
     below, above = 100 * numbers(rows, 3), 100 * numbers(rows, 4)
     best = sorted((x[i], y[i]) for i in range(len(rows)) if rows[i][8])
-    # a step: what some arm reaches at this speed or more
+    # steps: the accuracy that some arm reaches at this speed or more
     axes.plot(*zip(*best, strict=True), color=INK, linewidth=1, linestyle=(0, (4, 3)), drawstyle="steps-pre", zorder=1)
     for i, name in enumerate(names(rows)):
         place = (x[i : i + 1], y[i : i + 1])
@@ -266,7 +272,7 @@ def _until_first(point: Point) -> list[float]:
 def waits(
     found: Sequence[Point], prefix: str, name: str, title: str, taken_of: Callable[[Point], list[float]], until: str
 ) -> Figure | None:
-    """Quantiles of seconds; nothing where no arm has any."""
+    """Quantiles of the seconds that `taken_of` gives; None if no arm has any."""
     rows: list[list[Cell]] = []
     for point in found:
         if taken := taken_of(point):
@@ -304,7 +310,7 @@ def _waits(axes: Axes, rows: Rows) -> None:
 
 
 def positions(found: Sequence[Point], prefix: str) -> Figure | None:
-    """Of the drafts that reached a segment, the share in which it stands, by the segment's place."""
+    """Among the drafts long enough to have a segment at a place, the share in which that segment was kept."""
     rows: list[list[Cell]] = []
     for point in found:
         stands, reached = [0] * DEEPEST, [0] * DEEPEST
@@ -344,7 +350,7 @@ def _positions(axes: Axes, rows: Rows) -> None:
 
 
 def thresholds(found: Sequence[Point], prefix: str) -> Figure | None:
-    """Accuracy and kept share by threshold, where arms ran with different ones."""
+    """Accuracy and kept share by threshold; None unless arms ran with different ones."""
     swept = sorted((point for point in found if point.threshold is not None), key=lambda p: p.threshold or 0)
     if len({point.threshold for point in swept}) < 2:
         return None
@@ -361,7 +367,7 @@ def thresholds(found: Sequence[Point], prefix: str) -> Figure | None:
 
 
 def depths(found: Sequence[Point], prefix: str) -> Figure | None:
-    """How deep guesses of the inner level were accepted."""
+    """How deep the inner level's guesses were accepted."""
     rows: list[list[Cell]] = []
     for point in found:
         summary = point.summary
