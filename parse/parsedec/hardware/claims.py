@@ -1,7 +1,8 @@
-"""What was to be shown on a GPU beside what was measured: a line per claim, made from the record of `gpu`.
+"""What was to be shown on a GPU beside what was measured: a line for each claim, made from the record of `gpu`.
 
-Wanted numbers are settings (`wanted` in conf/gpu.yaml); a line without one only tells what was measured. Of ratios the
-spread is the 95 % paired interval over requests, of fewer than `FEWEST` the range of theirs, as of repeated passes.
+Wanted numbers are settings (`wanted` in conf/gpu.yaml); a line without one only reports a measurement. The spread of a
+ratio is its 95 % paired interval over requests, or their range if they are fewer than `FEWEST`; that of repeated passes
+is their range.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from parsedec.hardware.floors import GIB, JudgeSize
 
 HEADS = ("what", "wanted", "measured", "n", "spread", "ceiling", "holds")
 STAGE_HEADS = ("stage", "status", "expected s", "seconds", "note")
-RUNS = ("replay", "hf")  # comparisons with a record of their own, in folders of these names
-KEPT_OF_RESULT = ("tokens", "times")  # what ratios are made of; the run's own record holds everything
+RUNS = ("replay", "hf")  # comparisons with records of their own, in folders of these names
+KEPT_OF_RESULT = ("tokens", "times")  # what ratios are computed from; the run's own record has everything
 
 Json = dict[str, Any]
 Part = tuple[str, Sequence[str], list[list[str]], str]
@@ -33,7 +34,12 @@ Part = tuple[str, Sequence[str], list[list[str]], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A line. measured: None where it was not; wanted: None where it is only told; n: repeats or requests."""
+    """A line of the table.
+
+    wanted    None if the line only reports a measurement
+    measured  None if it was not measured
+    n         how many repeats, or requests
+    """
 
     what: str
     wanted: str | None = None
@@ -52,7 +58,7 @@ class Claim:
 
 
 def claims(record: Json) -> list[Claim]:
-    """All lines, those that were not measured among them."""
+    """All lines, including those that were not measured."""
     return [
         *_tests(record),
         *_token_times(record),
@@ -91,7 +97,7 @@ def sources(record: Json) -> dict[str, str]:
 
 
 def row_of(record: Json, source: str, name: str) -> Json | None:
-    """The row of one pass of one shape; None where it was not measured, or could not be."""
+    """The row of one pass of one shape; None if there is none."""
     rows = record.get("floors", {}).get("rows", ())
     return next((row for row in rows if (row["shape"], row["pass"]) == (source, name)), None)
 
@@ -143,7 +149,7 @@ def _tree(record: Json) -> Claim:
 
 
 def _judge(record: Json) -> Iterator[Claim]:
-    """By the kernel that is taken where none is asked for, and by the others that were measured."""
+    """Judge passes, with the kernel chosen by default and with the others that were measured."""
     config, source = record["config"], sources(record)["target"]
     wanted, size = config["wanted"], JudgeSize(**config["judge_pass"])
     said = f"<= {wanted['judge_floors']} x floor or <= {wanted['judge_ms']:g} ms"
@@ -192,7 +198,7 @@ def _arm(run: Json, name: str) -> Json | None:
 
 
 def _speedups(record: Json) -> Iterator[Claim]:
-    """Over the target alone, those with a goal first."""
+    """Speed-ups over the target alone, those with a goal first."""
     run, wanted = _run(record), record["config"]["wanted"]
     costs = replay.paces(run)
     goals = {**wanted["speedups"], **dict.fromkeys(wanted["told"])}
@@ -217,8 +223,10 @@ def _speedups(record: Json) -> Iterator[Claim]:
 
 
 def against(run: Json, arm: str, than: str) -> dict[str, Any] | None:
-    """One arm of the replay against another, on the requests both answered; None where there are none. Of too few
-    for an interval, its ends are the least and the most that a request says."""
+    """The comparison of one arm of a run with another, on the requests that both answered; None if there are none.
+
+    If these are too few for an interval, its ends are the smallest and the largest ratio of a single request.
+    """
     first, second = _arm(run, than), _arm(run, arm)
     row = None if first is None or second is None else compare(first["requests"], second["requests"])
     if first is None or second is None or row is None or row["speedup"] is None:
@@ -232,7 +240,7 @@ def against(run: Json, arm: str, than: str) -> dict[str, Any] | None:
 
 
 def _added(record: Json) -> Iterator[Claim]:
-    """What a speculator of the draft model adds."""
+    """What a speculator for the draft model adds."""
     for pair in record["config"]["wanted"]["added"]:
         what, row = f"{pair['arm']} over {pair['than']}", against(_run(record), pair["arm"], pair["than"])
         if row is None:
@@ -247,7 +255,7 @@ def _added(record: Json) -> Iterator[Claim]:
 
 
 def _streamed(record: Json) -> Iterator[Claim]:
-    """No slower: the interval reaches 1. Faster: all of it is above."""
+    """Streamed arms against others. "No slower" holds if the interval reaches 1, "faster" if all of it is above 1."""
     for pair in record["config"]["wanted"]["streamed"]:
         row = against(_run(record), pair["arm"], pair["than"])
         wanted = "faster: > 1" if pair["faster"] else "no slower: >= 1 within the interval"
@@ -267,7 +275,7 @@ def _streamed(record: Json) -> Iterator[Claim]:
 
 
 def _hugging_face(record: Json) -> Claim:
-    """Milliseconds a token, prompts aside, and how many times those of the target on the static backend they are."""
+    """Milliseconds a token of Hugging Face's own loop, without prompts, and as a multiple of the baseline's."""
     config = record["config"]
     what = f"Hugging Face generate, eager, {config['hf']['max_new_tokens']} tokens"
     run = record.get("hf") or {"arms": []}
@@ -281,13 +289,13 @@ def _hugging_face(record: Json) -> Claim:
 
 
 def with_runs(record: Json, folder: Path) -> Json:
-    """The record with those of its runs that it does not hold yet, since it was ended in the middle of one."""
+    """The record, completed with runs that it lacks because it was interrupted in the middle of one."""
     paths = {name: folder / name / "record.json" for name in RUNS if name not in record}
     return record | {name: slim(read_record(path)) for name, path in paths.items() if path.exists()}
 
 
 def slim(run: Json) -> Json:
-    """A comparison's record without what it says again: prompts, texts, rounds, and the configuration of the arms."""
+    """A comparison's record without what would be stored twice: prompts, texts, rounds, and overrides of the arms."""
     arms = [arm | {"requests": [_slim_request(request) for request in arm["requests"]]} for arm in run["arms"]]
     return {key: value for key, value in run.items() if key not in ("provenance", "overrides")} | {"arms": arms}
 
@@ -318,7 +326,7 @@ def caption(record: Json) -> str:
 
 
 def parts(record: Json) -> list[Part]:
-    """(title, heads, cells, note) of every table there is something for, the claims first."""
+    """(title, heads, cells, note) of every table that has something to show, the claims first."""
     same = {key: record[key] for key in ("config", "provenance")}
     made: list[Part] = [(record["title"], HEADS, cells(record), caption(record))]
     for name in RUNS:
@@ -338,12 +346,12 @@ def parts(record: Json) -> list[Part]:
 
 
 def terminal(record: Json) -> Group:
-    """The claims last, where a terminal shows them."""
+    """All tables for the terminal, the claims last, where they stay on the screen."""
     return Group(*(table.printed(*part) for part in reversed(parts(record))))
 
 
 def markdown(record: Json) -> str:
-    """The same, the claims first, with the command that made it."""
+    """The same tables as Markdown, the claims first, with the command that made the record."""
     (_, heads, lines, note), *others = parts(record)
     said = [table.grid(heads, lines), note]
     for title, heads, lines, note in others:

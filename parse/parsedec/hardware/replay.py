@@ -1,11 +1,12 @@
-"""The table and plot of a replay: measured speed beside the analytic ceiling, from costs of the same run.
+"""The table and plot of a replay: measured speed beside an analytic ceiling, computed from costs of the same run.
 
-With t the seconds a token, N drafted tokens, R tokens the target wrote itself, and rho what EAGLE-3 gains alone:
+With t seconds a token, N drafted tokens, R tokens that the target wrote itself, and rho the gain of EAGLE-3 alone:
 
     ceiling of PARSE = T t_target / (N t_draft / rho_draft + judge + R t_target / rho)
 
-for T tokens of answers; prompts and all that stands between forwards are left out, so it cannot be reached. A rho is 1
-where that model decodes plainly. The ceiling of EAGLE-3 alone is tau: trees at the price of a token, and a free head.
+for T tokens of answers. It leaves out prompts and all work between forwards, so it cannot be reached. A rho is 1 if
+that model decodes plainly. The ceiling of EAGLE-3 alone is tau, as if a tree cost as much as a token and the head
+nothing.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ HEADS = ("arm", *SHOWN, "ms a token", "ceiling", "share of it")
 
 
 def paces(record: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds per token of the arms in which one model writes alone, prompts aside."""
+    """Seconds per token, without prompts, of the arms in which one model writes alone."""
     alone = ("target", "draft", "eagle3", "draft_eagle3")
     seconds = {arm["name"]: token_seconds(arm["summary"]) for arm in record["arms"] if arm["name"] in alone}
     return {name: each for name, each in seconds.items() if each is not None}
 
 
 def ceiling(arm: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
-    """The formula above; None for arms it says nothing about."""
+    """The ceiling of an arm, by the formula above; None for arms to which it does not apply."""
     summary, settings = arm["summary"], arm["description"].split()
     if not summary["draft_tokens"]:
         return summary["tau"] if INNER in settings else None
@@ -50,7 +51,7 @@ def ceiling(arm: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
 
 
 def rows(record: dict[str, Any]) -> list[list[str]]:
-    """Cells of the table, a list per arm."""
+    """The cells of the table, a row for each arm."""
     against = {row["arm"]: row for row in record.get("comparison", [])}
     render, costs, made = dict(table.COLUMNS), paces(record), []
     for arm in record["arms"]:
@@ -83,7 +84,7 @@ def caption(record: dict[str, Any]) -> str:
 
 
 def trace(record: Mapping[str, Any]) -> str:
-    """What was scripted, in words; arms may have a kept share of their own."""
+    """The scripted decisions, in words; arms may have kept shares of their own."""
     judge, tau = record["config"]["judge"], record["config"]["acceptance"]["tau"]
     settings = [setting for arm in record["arms"] for setting in arm["description"].split()]
     own = dict.fromkeys(setting.removeprefix(KEPT) for setting in settings if setting.startswith(KEPT))
@@ -95,7 +96,7 @@ def trace(record: Mapping[str, Any]) -> str:
 
 
 def is_replay(record: Mapping[str, Any]) -> bool:
-    """Whether a record's decisions were scripted, by what the table tells of them."""
+    """Whether a record's decisions were scripted: it then has all the settings that the table shows of them."""
     config = record["config"]
     return {"kept", "spread", "whole", "seed"} <= set(config.get("judge") or ()) and "tau" in (
         config.get("acceptance") or ()
@@ -107,12 +108,12 @@ def terminal(record: dict[str, Any]) -> Table:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The same with the command that made it, to be committed beside the record."""
+    """The same as Markdown, with the command that made it, to be committed beside the record."""
     return table.document(record, table.grid(HEADS, rows(record)), caption(record))
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Speed-ups in tokens per second over the baseline, and the ceilings."""
+    """Plot speed-ups over the baseline, in tokens per second, and the ceilings."""
     costs, arms = paces(record), {arm["name"]: arm for arm in record["arms"]}
     bars = [
         Bar(row["arm"], row["speedup"], row["speedup_low"], row["speedup_high"], ceiling(arms[row["arm"]], costs))

@@ -1,11 +1,12 @@
-"""What PARSE (arXiv 2605.04263) should bring where nothing can be measured: a cost model of passes, from assumptions.
+"""What PARSE (arXiv 2605.04263) should gain where nothing can be measured: a cost model of passes, from assumptions.
 
-A pass reads weights and computes rows, whichever takes longer, and waits for every layer's exchange between GPUs:
+A pass takes as long as reading weights or computing rows, whichever takes longer, plus each layer's exchange between
+GPUs:
 
     pass(rows) = max(weights read / bandwidth, 2 * active parameters * rows / matrix rate) + layers * exchange
 
-A mixture of experts reads more of itself the more rows there are: 1 - (1 - active/total)^rows of it. Caches and the
-attention over them are left out, which holds while contexts are short against the weights; so are queues: batch 1.
+A mixture of experts reads a share 1 - (1 - active/total)^rows of its weights. Caches and the attention over them are
+left out, as they are small beside the weights while contexts are short; so are queues: the batch is 1.
 
 Letters:  P prompt tokens, N draft tokens, K probes, S rows of a probe's suffix, L answer tokens.
 """
@@ -21,9 +22,10 @@ from parsedec.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpus:
-    """The GPUs a model is spread over, and what of their peak rates is reached.
+    """The GPUs that a model is spread over, and the shares of their peak rates that are reached.
 
-    exchange_us  of one layer between them (two all-reduces), and its kernel launches
+    exchange_us  microseconds for one layer's exchange between them (two all-reduces) and its kernel launches
+    Raises ConfigError for impossible values.
     """
 
     count: int
@@ -43,10 +45,11 @@ class Gpus:
 class Served:
     """A model on a server.
 
-    total_b, active_b  parameters in billions: all of them, and those one token uses
+    total_b, active_b  parameters in billions: all of them, and those that one token uses
     bytes_per_weight   1 in FP8, 2 in bfloat16
-    tokens_per_call    of its own speculation (EAGLE-3, n-gram); 1: none
-    call_rows          rows of a call that verifies it
+    tokens_per_call    tokens that a call yields with the model's own speculation (EAGLE-3, n-gram); 1: none
+    call_rows          rows of a call that verifies such guesses
+    Raises ConfigError for impossible values.
     """
 
     total_b: float
@@ -61,7 +64,7 @@ class Served:
             raise ConfigError(f"{self} is impossible; expected 0 < active_b <= total_b and at least a token a call.")
 
     def pass_s(self, rows: int, gpus: Gpus) -> float:
-        """Seconds of a pass over `rows` rows."""
+        """The seconds that a pass over `rows` rows takes."""
         read = (
             self.total_b * (1 - (1 - self.active_b / self.total_b) ** rows)
             if self.active_b < self.total_b
@@ -72,13 +75,13 @@ class Served:
         return max(memory, matrix) + self.layers * gpus.exchange_us * 1e-6
 
     def token_s(self, gpus: Gpus) -> float:
-        """Seconds of an answer token."""
+        """The seconds that a token of an answer takes."""
         return self.pass_s(self.call_rows if self.tokens_per_call > 1 else 1, gpus) / self.tokens_per_call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """P, L, K and S; a draft is as long as the answer, and `http_s` is what a call of a server takes by itself."""
+    """P, L, K and S, where a draft is as long as the answer; `http_s` is the overhead of a call to a server."""
 
     prompt: int
     answer: int
@@ -90,9 +93,9 @@ class Request:
 def expected(
     target: Served, draft: Served, target_gpus: Gpus, draft_gpus: Gpus, request: Request, kept: float
 ) -> dict[str, float]:
-    """Seconds of one request by phase, and how many times as fast as the target alone, with its own speculation.
+    """Seconds of one request by phase, and the speed-up over the target alone (with its own speculation).
 
-    kept  share of the draft that stands; the target writes the rest
+    kept  share of the draft that is kept; the target writes the rest
     """
     n = request.answer
     alone = target.pass_s(request.prompt, target_gpus) + n * target.token_s(target_gpus) + request.http_s
@@ -105,7 +108,7 @@ def expected(
 
 
 def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """The rows of `expected` as Markdown, each with the name of its setting."""
+    """Rows of `expected`, each with the name of its setting, as a Markdown table."""
     lines = [
         "| target decodes with | kept share | target alone, s | draft, s | judge, s | decode, s | speed-up |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -119,7 +122,10 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
 def tabulate(
     target: Served, draft: Served, gpus: tuple[Gpus, Gpus], request: Request, kept: Sequence[float]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Rows for plain decoding and for the speculation that `target` names; the draft model decodes as it says."""
+    """Rows of `table` for a target that decodes plainly, and for one with the speculation that `target` names.
+
+    The draft model decodes as `draft` says in either case.
+    """
     plain = Served(
         total_b=target.total_b, active_b=target.active_b, layers=target.layers,
         bytes_per_weight=target.bytes_per_weight, tokens_per_call=1.0, call_rows=1)  # fmt: skip

@@ -1,6 +1,6 @@
 """Models of real shapes with random weights, and prompts of random words, for measurements of speed alone.
 
-`replay:NAME` in a `source` names a shape. What such a model writes means nothing; what it takes to write it does.
+`replay:NAME` in a `source` names a shape. What such a model writes means nothing; how long it takes does.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TEMPLATE = (
 
 
 def shape(source: str) -> Mapping[str, Any]:
-    """The sizes of `replay:NAME`, as in a Qwen3 config.json."""
+    """The sizes of `replay:NAME`, as in a Qwen3 config.json. Raises ConfigError for an unknown name."""
     name = source.removeprefix(PREFIX)
     if not source.startswith(PREFIX) or name not in SHAPES:
         raise ConfigError(f"source='{source}' is no shape; expected {PREFIX}NAME with a NAME of {sorted(SHAPES)}.")
@@ -67,12 +67,13 @@ def random_model(
     compiled: bool = False,
     judge_kernel: str = "auto",
 ) -> LanguageModel:
-    """A Qwen3 model of a known shape with random weights, made where it will run. It never ends its answer.
+    """A Qwen3 model of a known shape with random weights, created on its device. It never ends its answer.
 
-    source   replay:NAME, one of SHAPES
+    source   replay:NAME, with a NAME of SHAPES
     dtype    float32 or bfloat16
     device   "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
-    The others are those of `parsedec.models.language_model.load`.
+    The other arguments are those of `parsedec.models.language_model.load`.
+    Raises ConfigError for an unknown shape or dtype.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype='{dtype}' of {source}; expected one of {sorted(DTYPES)}.")
@@ -85,7 +86,8 @@ def random_model(
         torch.manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     with torch.no_grad():
-        hf.get_output_embeddings().weight[SPECIAL.index(END)] = 0  # among thousands of logits none is the largest
+        # the end token's logit is then always 0, and among thousands of logits some other is larger
+        hf.get_output_embeddings().weight[SPECIAL.index(END)] = 0
     return LanguageModel.wrap(
         hf,
         word_tokenizer(sizes["vocab_size"]),
@@ -99,22 +101,23 @@ def random_model(
 
 @cache
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A vocabulary of `size` words, w0, w1, …, and what a chat needs; one word is one token."""
+    """A tokenizer of `size` tokens: those that a chat needs, and the words w0, w1, …"""
     words = [*SPECIAL, *(f"w{i}" for i in range(size - len(SPECIAL)))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unknown|>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # words with a space between them
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # puts a space between words
     core.add_special_tokens([word for word in SPECIAL if word.startswith("<|")])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=SPECIAL[0], eos_token=END, chat_template=TEMPLATE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPrompts:
-    """Prompts of random words. There is nothing to be right about: every answer scores as wrong.
+    """Prompts of random words. They have no right answer, so every answer is scored as wrong.
 
-    n      prompts
-    words  of each, one token a word; the chat template adds a few
-    seed   of the words
+    n      how many prompts
+    words  how many words each prompt has; a word is a token, and the chat template adds a few
+    seed   of the random words
+    Raises ConfigError for numbers out of range.
     """
 
     n: int = 8
