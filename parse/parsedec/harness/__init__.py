@@ -1,4 +1,5 @@
 """PARSE as a model of the Language Model Evaluation Harness (EleutherAI's lm_eval): `parsedec-eval`, and `ParsedecLM`.
 
-The harness finds no models in other packages by itself, so the command is the harness's own with ours registered.
+The harness does not look for models in other packages, so `parsedec-eval` is the harness's own command with our model
+registered.
 """

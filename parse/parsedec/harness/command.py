@@ -4,7 +4,7 @@ parsedec-eval --model_args target=HUB_ID,draft=HUB_ID,inner=draft_model --tasks 
 parsedec-eval --model_args config=FILE.yaml runtime.device=cpu --tasks gsm8k --limit 20 --output_path DIR
 
 `--model parsedec` is the default; every other option is the harness's, and `parsedec-eval run --help` lists them.
-With `--output_path` a record of our own (what was drafted, kept and judged, and how fast) is put beside its results.
+With `--output_path`, a record of our own (what was drafted, kept and judged, how fast) is written beside its results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHOOSES_A_MODEL = ("--model", "-M", "--config", "-C")
 
 
 def main() -> None:
-    """The console script: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """The console script. Exit codes: 0, 2 for errors that the user can correct, 130 after Ctrl-C."""
     sys.argv[1:] = with_model(sys.argv[1:])
     try:
         require_extra("lm_eval", "parsedec-eval")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def with_model(arguments: list[str]) -> list[str]:
-    """The harness's arguments, with our model where they run something and name none."""
+    """The harness's arguments, with our model added if they run something and name no model."""
     if not arguments or arguments[0] in ("-h", "--help", "ls", "validate"):
         return arguments
     command, rest = (["run"], arguments[1:]) if arguments[0] == "run" else (["run"], arguments)
@@ -64,7 +64,10 @@ def _run() -> None:
 
 
 def _with_record(model_args: Any, output: Path) -> dict[str, Any]:
-    """The model's arguments with a name for it, and a new file for its record in the folder of the results."""
+    """The model's arguments, with a name for it and a new file for its record in the folder of the results.
+
+    Raises ConfigError for arguments without keys.
+    """
     given = dict(model_args or {})
     if not all(isinstance(key, str) for key in given):
         raise ConfigError(f"--model_args {model_args!r} are not of the form key=value.")

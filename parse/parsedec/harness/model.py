@@ -43,11 +43,11 @@ Scored = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation)
 class ParsedecLM(TemplateLM):  # type: ignore[misc]
     """A model of the harness around an engine.
 
-    engine  what answers `generate_until`; its target alone gives likelihoods
-    config  the configuration the engine was built from, for the record; may be empty
-    limits  the most tokens of an answer where a task does not say, and stop strings beside the task's
+    engine  answers `generate_until`; likelihoods come from its target alone
+    config  the configuration that the engine was built from, for the record; may be empty
+    limits  the most tokens of an answer if a task does not say, and stop strings besides the task's
     seed    of sampled answers: request i of a call uses seed * 1000003 + i
-    record  file for what the engine did, in the form of a run's record.json; None: only the summary, in the results
+    record  file for what the engine did, in the format of a run's record.json; None: only a summary, in the results
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> ParsedecLM:
-        """From the harness's `--model_args`: see `parsedec.harness.settings`."""
+        """The model that the harness's `--model_args` describe: see `parsedec.harness.settings`."""
         cfg = composed(of_the_harness(additional_config) | arg_dict)
         apply_runtime(cfg)
         record = arg_dict.get("record")
@@ -101,7 +101,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before the first token of a text that has nothing before it."""
+        """The token before the first one of a text that has no context."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
@@ -110,7 +110,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         return self.model.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The Jinja text of the target's template, for the harness's results; a choice by name is not offered."""
+        """The Jinja text of the target's template, for the harness's results. ConfigError for a choice by name."""
         if isinstance(chat_template, str):
             raise ConfigError(
                 f"--apply_chat_template {chat_template}: templates are not chosen by name here; use the option alone, "
@@ -119,19 +119,19 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         return (self.model.chat_template or self.tokenizer.chat_template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt as the target's template renders it. The messages are remembered: the draft model may have a
-        template, and a vocabulary, of its own."""
+        """The prompt as the target's template renders it. The messages are remembered, since the draft model may have a
+        template and a vocabulary of its own."""
         text = prompt_text(self.model, chat_history, continued=not add_generation_prompt)
         messages = [dict(message) for message in chat_history]
         if add_generation_prompt:
             self._rendered[text] = NewTurn(messages)
-        else:  # a message of the assistant's is gone on with by both models; a user's only as the target's tokens
+        else:  # both models can continue a message of the assistant's; a user's is given as the target's tokens
             begun = messages[-1]["role"] == "assistant"
             self._rendered[text] = messages if begun else self.model.encode(text)
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Tokens of a text, with what the tokenizer puts before it; a text that begins with that gets it once."""
+        """The tokens of a text, with what the tokenizer puts before it, but only once if the text begins with it."""
         if add_special_tokens is None:
             return bare_ids(self.model, string)
         return self.model.encode(string, whole=add_special_tokens)
@@ -139,11 +139,11 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
     # --- generation ---
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, in the order of the requests. One that cannot be run (too long, say) is answered by "" with a
-        warning and counted in the record; if none can be run, the first one's error is raised."""
+        """Answers, in the order of the requests. A request that cannot be run (too long, say) gets the answer "" and a
+        warning, and counts as an error in the record; if none can be run, the first one's error is raised."""
         if self.model.has_template and any(request.args[0] not in self._rendered for request in requests):
             self._warn_once(
-                f"{self.model.name} has a chat template and is given bare text; --apply_chat_template gives it what it "
+                f"{self.model.name} has a chat template but is given bare text; --apply_chat_template gives it what it "
                 "was trained on."
             )
         rows, failures, saved = [], [], time.monotonic()
@@ -164,7 +164,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         return [_text(row) for row in rows]
 
     def _answer(self, request: Any, index: int) -> tuple[dict[str, Any], ParsedecError | None]:
-        """One request as a run's record has it, and the error that kept it from being answered."""
+        """One request in the form of a run's record, and the error that kept it from being answered, if any."""
         context, asked = request.args
         limits, sampling = _wanted(asked, self.limits)
         row = {"id": _identity(request), "prompt": context, "reference": "", "correct": None, "detail": ""}
@@ -185,9 +185,9 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
     # --- likelihoods ---
 
     def _loglikelihood_tokens(self, requests: Sequence[Scored], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of every continuation under the target, and whether it is what greedy decoding would write.
+        """The log-probability of every continuation under the target, and whether greedy decoding would write it.
 
-        Requests that follow each other with the same context share its forward, as the options of a question do.
+        Consecutive requests with the same context, such as the options of a question, share its forward.
         """
         answers, held = [], None
         with progress(len(requests)) as step:
@@ -219,14 +219,17 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _continued(self, cache: Any, after: Tensor, continuation: list[int]) -> Tensor:
-        """Logits [T, V] before each of the continuation's tokens; `after` [1, V] are those behind the context."""
+        """The logits [T, V] that predict the continuation's tokens; `after` [1, V] are those after the context."""
         if len(continuation) == 1:
             return after
         logits, _ = self.model.forward([continuation[:-1]], kv.snapshot(cache), keep=len(continuation) - 1)
         return torch.cat([after, logits[0]])
 
     def _fitting(self, context: list[int], continuation: list[int]) -> list[int]:
-        """As much of the end of the context as leaves room for the continuation, as the harness's own models do."""
+        """The context, cut at its start to leave room for the continuation, as the harness's own models do it.
+
+        Raises PromptError for a continuation that is empty or longer than the model's context.
+        """
         room = self.model.context_limit - len(continuation) + 1
         if room < 1 or not continuation:
             raise PromptError(
@@ -240,7 +243,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
     # --- what is left behind ---
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness puts into its results: the summary of what the engine did."""
+        """What goes into the harness's results: a summary of what the engine did, and the path of the record."""
         return {
             "parsedec": summarise(self.requests),
             "parsedec_record": None if self.record is None else str(self.record),
@@ -260,7 +263,7 @@ class ParsedecLM(TemplateLM):  # type: ignore[misc]
 
 
 def _wanted(asked: Mapping[str, Any], ours: Limits) -> tuple[Limits, Sampling]:
-    """What a task asks for: when an answer ends, and how its tokens are chosen."""
+    """What a task asks for: when an answer ends, and how its tokens are chosen. ConfigError for anything else."""
     wanted = dict(normalize_gen_kwargs(dict(asked), ours.max_new_tokens))
     if wanted.get("num_beams", 1) == 1:
         wanted.pop("num_beams", None)
@@ -281,7 +284,7 @@ def _wanted(asked: Mapping[str, Any], ours: Limits) -> tuple[Limits, Sampling]:
 
 
 def _scored(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """(log-probability, whether greedy) of T tokens from the logits [T, V] before each of them."""
+    """(log-probability, whether greedy) of T tokens from the logits [T, V] that predict them."""
     wanted = torch.tensor(continuation, device=logits.device)  # [T]
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, wanted[:, None]).sum()
@@ -289,7 +292,7 @@ def _scored(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 
 def _identity(request: Any) -> str:
-    """Unique in a record: a task may ask for several answers to a document."""
+    """An id that is unique in a record, since a task may ask for several answers to a document."""
     return f"{request.task_name}/{request.doc_id}" + (f"/{request.idx}" if request.idx else "")
 
 

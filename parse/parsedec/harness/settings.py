@@ -1,6 +1,6 @@
-"""From the harness's `--model_args` to an engine: they are the overrides of `experiments/run.py`, with three more keys.
+"""From the harness's `--model_args` to a configuration: they are overrides as for `experiments/run.py`, and three keys:
 
-config   a YAML file of such overrides, `inner: draft_model` and `inner.length: 4` or nested; what is given beside wins
+config   a YAML file of such overrides, as `inner: draft_model` and `inner.length: 4`, or nested; other arguments win
 record   file for what the engine did, request by request
 model    what the harness calls the model in its results
 """
@@ -32,7 +32,7 @@ OWN_KEYS = ("config", "record", "model")
 def composed(arguments: Mapping[str, Any]) -> DictConfig:
     """The configuration that model arguments stand for.
 
-    Raises what Hydra does for a name that does not exist, ConfigError for a setting that the harness decides.
+    Raises Hydra's errors for a name that does not exist, and ConfigError for a setting that the harness decides.
     """
     conf = conf_folder()
     listed: dict[str, Any] = {}
@@ -48,7 +48,7 @@ def composed(arguments: Mapping[str, Any]) -> DictConfig:
 
 
 def of_the_harness(additional: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the harness's own options say about the model: `--device` is used, batches are not."""
+    """Overrides from the harness's own options: `--device` is used, batch sizes are not."""
     given = additional or {}
     if str(given.get("batch_size") or 1) != "1":
         log.warning("batch_size=%s is not used: requests run one at a time", given["batch_size"])
@@ -59,7 +59,7 @@ def of_the_harness(additional: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_used(cfg: DictConfig) -> None:
-    """A setting that is taken and not used would be believed to be in the results."""
+    """Raise ConfigError for settings that are not used here: people would believe the results to depend on them."""
     if (sampling := build_sampling(cfg)) != Sampling():
         raise ConfigError(
             f"the model arguments ask for {sampling}, but here the task says how tokens are chosen; expected none of "
@@ -98,7 +98,7 @@ def _flat(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _written(value: object) -> str:
-    """A value in Hydra's notation. A plain word or a place stays as it is: it may name a group's member."""
+    """A value in Hydra's notation. A plain word or a path stays unquoted, since it may name a member of a group."""
     if value is None:
         return "null"
     if isinstance(value, bool):
