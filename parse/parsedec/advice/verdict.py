@@ -134,12 +134,11 @@ def conclude(
     accuracy: Mapping[str, Any] | None = None,
     settings: int = 1,
 ) -> Verdict:
-    """The advice.
+    """The advice, from the best arm of PARSE and the best inner level alone.
 
-    parse, alone  the best arm of PARSE, and the best inner level alone
-    separates     `separations` of the best arm's segmenter
-    accuracy      `job.accuracy_change` of the best arm in the rehearsal, if it was scored
-    settings      how many pairs of segmenter and thresholds it was chosen among
+    separates  `separations` of the best arm's segmenter
+    accuracy   `job.accuracy_change` of the best arm in the rehearsal, if it was scored
+    settings   how many pairs of segmenter and thresholds it was chosen among
     """
     segmenter = parse.arm.segmenter
     assert segmenter is not None
