@@ -151,7 +151,7 @@ def advice_pictures(record: Json, prefix: str) -> list[Figure]:
             name=f"{prefix}-expected",
             title="How many times faster than the large model alone",
             guide="Further right is faster, and the bar is the range that chance in the choice of questions leaves; "
-            "what was measured belongs to other questions than what was expected from.",
+            "measured and expected values are for different questions.",
             heads=("arm", "n", "speedup", "low", "high"),
             rows=rows,
             draw=lambda axes, drawn: dots(axes, drawn, 2, 3, 4, "times faster, in seconds for the same questions"),
@@ -170,7 +170,7 @@ def load_pictures(found: Json, prefix: str) -> list[Figure]:
         Figure(
             name=f"{prefix}-waits",
             title="How long clients waited",
-            guide="The mark is what half of the clients waited at most, the bar ends at what 95 in 100 did.",
+            guide="Half of the clients waited no longer than the mark, 95 in 100 no longer than the end of the bar.",
             heads=("until", "n", "p50_s", "p95_s"),
             rows=rows,
             draw=lambda axes, drawn: dots(axes, drawn, 2, 2, 3, "seconds"),

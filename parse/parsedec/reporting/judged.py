@@ -168,7 +168,7 @@ def mistakes(found: Json, prefix: str) -> Figure:
     return Figure(
         name=f"{prefix}-mistakes",
         title="The judge's mistakes by place",
-        guide="Passing what is wrong costs right answers, refusing what is right costs time; bars are what so few "
+        guide="Passing what is wrong costs right answers, refusing what is right costs time; the bars show what so few "
         "examples leave open.",
         heads=("mistake", "segment", "count", "n", "share", "share_low", "share_high"),
         rows=rows,

@@ -22,9 +22,9 @@ GLOSSARY = {
     "target": ("Target, draft model", "The large model whose answers are wanted, and the small fast one that writes a "
                "first version of them."),
     "judge": ("Judge, score", "The large model reading a draft and saying how likely everything up to a point is "
-              "right: a number between 0 and 1. Nothing is written anew for that, so it costs little."),
+              "right: a number between 0 and 1. Nothing new is written for that, so it costs little."),
     "kept": ("Kept", "Text of the small model that the large one let stand. The answer is what was kept and what the "
-             "large model wrote behind it."),
+             "large model wrote after it."),
     "threshold": ("Threshold", "The score from which a piece of the draft is kept."),
     "arm": ("Arm", "One way of answering the same questions: the large model alone, the small one alone, PARSE, …"),
     "baseline": ("Baseline", "The arm that the others are measured against, as a rule the large model alone."),

@@ -223,7 +223,7 @@ def _judges(source: Source) -> Section:
 def _probes(source: Source) -> Section:
     record = source.record
     unseen, origin = record["data"]["calibration"], f"Tier: {table.tier(record)}. {table.origin(record)}"
-    note = f"n = {unseen['prefixes']} prefixes, {unseen['wrong_prefixes']} of them wrong, which chose these; "
+    note = f"n = {unseen['prefixes']} prefixes, {unseen['wrong_prefixes']} of them wrong, on which these were chosen; "
     note += f"elsewhere: each half of their problems, with what the other half chose. {origin}"
     used = TextTable(title="What is used", heads=judged.PROBE_HEADS, cells=judged.probe_rows(record), note=note)
     return Section(anchor=source.anchor, kind="Probes", title=record["title"], tables=[used],
@@ -367,8 +367,8 @@ def _sweep(group: Sequence[Source], number: int) -> Section:
         anchor=anchor,
         kind="Sweep",
         title=f"{len(group)} runs side by side: {group[0].record['title']}",
-        said=["Each run was a process of its own, so differences of speed hold what else the machine did at the time; "
-              "compare.py takes turns and pairs them."],
+        said=["Each run was a process of its own, so differences in speed include what else the machine was doing; "
+              "compare.py lets the arms take turns, and pairs them."],
         tables=[arms_table(merged), *([] if told else [differ])],
         figures=speed.pictures(points, None, anchor),
         words=frozenset({"target", "kept", "judge", "tok/s", "interval", "n"}),
