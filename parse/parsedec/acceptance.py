@@ -1,22 +1,22 @@
-"""Acceptance rules: which guesses of a tree stand, and the target's own token after them.
+"""Acceptance rules: which guesses of a tree to accept, and the target's own token after them.
 
-Greedy, for every rule: a node stands if the target's argmax at its parent is its token. Sampled:
+In greedy decoding every rule accepts a node if its token is the target's argmax at its parent. In sampled decoding:
 
     Siblings   Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1, extended to several siblings by SpecInfer
                (arXiv 2305.09781), Algorithm 2. From the root down; lossless.
     Traversal  Weng et al. 2025 (arXiv 2505.12398). Whole paths are accepted, from the leaves up; on a chain it is block
                verification (Sun et al. 2024, arXiv 2403.10444). Lossless, and accepts more than Siblings.
-    Typical    Cai et al. 2024 (Medusa, arXiv 2401.10774): what is likely enough stands. Not lossless.
-    Nucleus    Medusa's other rule: what a sample of the target agrees with stands. Not lossless.
+    Typical    Cai et al. 2024 (Medusa, arXiv 2401.10774): accepts what is likely enough. Not lossless.
+    Nucleus    Medusa's other rule: accepts what a sample from the target agrees with. Not lossless.
 
     p  target's next-token distribution at a node        q  distribution a node was drawn from (`Tree.logq`)
-    a guess without q was certain: q is a point mass at its token
+    a guess without q is a certain one: q is a point mass at its token
 
-What makes a tree valid for the lossless rules: siblings stand in the order they were drawn, and every node was drawn
-from its row of `logq` given all that was drawn before it. So siblings may be drawn independently or without replacement
-(each row is then what the earlier siblings left over), guesses may be certain (chosen in any way: the target's choice
-comes later), and a tree may stop or grow by what was drawn so far. Not valid: dropping or reordering nodes after they
-were drawn. No rule can see that in a finished tree; it is the speculator's duty.
+The lossless rules need valid trees: siblings come in the order they were drawn, and every node was drawn from its row
+of `logq`, given all that was drawn before it. So siblings may be drawn independently or without replacement (each row
+is then what the earlier siblings left over), guesses may be certain (chosen in any way, since the target chooses
+later), and a tree may stop or grow depending on what was drawn so far. What is not valid is to drop or reorder nodes
+after they were drawn. No rule can detect that in a finished tree, so speculators have to take care of it.
 
 Shapes in this file:  N nodes, V vocabulary, M inner nodes (those with children).
 """
@@ -39,23 +39,24 @@ Accepted = tuple[list[int], int]  # node indices from the root on, and the token
 
 
 class Acceptance(Protocol):
-    """Decides on a verified tree. Rules hold settings only; all randomness comes from the sampler."""
+    """Decides what to accept of a verified tree. Rules hold settings only; all randomness comes from the sampler."""
 
     lossless: ClassVar[bool]
     """Whether sampled output keeps the target's distribution (greedy output is the target's under every rule)."""
 
     def accept(self, tree: Tree, logits: Tensor, sampler: Sampler) -> Accepted:
-        """The accepted path and the next token after it. logits [N, V], one row a node.
+        """The accepted path, and the next token after it. logits [N, V], one row per node.
 
-        A tree of the root alone asks for the next token where nothing was guessed.
+        A tree of only the root asks for the next token where nothing was guessed.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Siblings:
-    """From the root down, siblings in order, each against what its refused predecessors left of p.
+    """Tries siblings in order, from the root down, each against what its refused predecessors left of p.
 
-    Accept x with min(1, p(x) / q(x)); refused: p <- norm(max(p - q, 0)), and the next sibling is tried.
+    Accepts x with probability min(1, p(x) / q(x)). If x is refused, p <- norm(max(p - q, 0)), and the next sibling is
+    tried.
     """
 
     lossless: ClassVar[bool] = True
@@ -77,15 +78,15 @@ class Siblings:
 
 @dataclass(frozen=True, kw_only=True)
 class Traversal:
-    """Paths as a whole, from the leaves up: a refused leaf leaves its weight to its ancestors and later siblings.
+    """Tries whole paths, from the leaves up: a refused leaf leaves its weight to its ancestors and later siblings.
 
-    Every node carries a, the chance that the path to it stands, given what was refused so far: 1 at the root,
-    a(x) = min(1, a(parent) p(x) / q(x)) below. The first leaf in depth-first order stands with its a. If it does not,
-    it is deleted, and its parent goes on with what is left of the target's mass a p at it:
+    Every node has a, the probability that the path to it is accepted, given what was refused so far: 1 at the root,
+    a(x) = min(1, a(parent) p(x) / q(x)) below. The first leaf in depth-first order is accepted with probability a.
+    If it is refused, it is deleted, and its parent continues with what is left of the target's mass a p there:
 
         left = max(a p - q, 0);     p <- left / sum(left);     a <- sum(left) / (sum(left) + 1 - a)
 
-    A parent without children left is a leaf in its turn; the root always stands.
+    A parent with no children left becomes a leaf itself; the root is always accepted.
     """
 
     lossless: ClassVar[bool] = True
@@ -93,7 +94,7 @@ class Traversal:
     def accept(self, tree: Tree, logits: Tensor, sampler: Sampler) -> Accepted:
         if sampler.greedy:
             return accept_greedy(tree, logits)
-        waiting = [nodes[::-1] for nodes in tree.children()]  # the next child to visit is at the end
+        waiting = [nodes[::-1] for nodes in tree.children()]  # the next child to visit comes last
         path = [_OnPath(0, 1.0)]
         while True:
             last = path[-1]
@@ -111,7 +112,7 @@ class Traversal:
 
 @dataclass(slots=True)
 class _OnPath:
-    """A node of the path Traversal is looking at: its chance to stand and what is left of p, None while untouched."""
+    """A node on Traversal's current path: its probability a, and what is left of p (None while all of it is)."""
 
     node: int
     chance: float
@@ -119,18 +120,18 @@ class _OnPath:
 
     def distribution(self, logits: Tensor, sampler: Sampler) -> Tensor:
         if self.p is None:
-            self.p = sampler.log_distribution(logits[self.node]).exp()  # [V]; leaves mostly never need theirs
+            self.p = sampler.log_distribution(logits[self.node]).exp()  # [V]; most leaves never need theirs
         return self.p
 
 
 @dataclass(frozen=True, kw_only=True)
 class Typical:
-    """Medusa's typical acceptance: x stands where p(x) > min(epsilon, delta exp(-entropy of p)). No randomness.
+    """Medusa's typical acceptance: accepts x if p(x) > min(epsilon, delta exp(-entropy of p)). No randomness.
 
-    The deepest such path wins, among equally deep ones the likeliest; the token after it is the target's argmax. Output
-    is therefore no sample of the target: at any temperature it stays near the greedy one.
+    The deepest such path wins; among equally deep ones, the likeliest. The token after it is the target's argmax. So
+    the output is not a sample from the target: at any temperature it stays close to the greedy output.
 
-    epsilon  a guess this likely always stands
+    epsilon  guesses more likely than this are always accepted
     delta    scales the threshold where the target is undecided; null: sqrt(epsilon), as in the paper
     """
 
@@ -163,7 +164,7 @@ class Typical:
         return tree.path_to(best), int(logits[best].argmax())
 
     def _judge(self, tree: Tree, logp: Tensor, inner: Sequence[int]) -> tuple[list[float], list[bool]]:
-        """Of every guess its log p, and whether it is likely enough. logp [M, V], a row for every node in `inner`."""
+        """For every guess, its log p and whether it is likely enough. logp [M, V], one row per node in `inner`."""
         p = logp.exp()
         entropy = -(p * (p + 1e-5).log()).sum(-1)  # [M]
         delta = self.epsilon**0.5 if self.delta is None else self.delta
@@ -177,11 +178,11 @@ class Typical:
 
 @dataclass(frozen=True, kw_only=True)
 class Nucleus:
-    """Medusa's nucleus rule: along every path to a leaf, a guess stands if a token drawn from p there is the same.
+    """Medusa's nucleus rule: on every path to a leaf, accepts a guess if a token drawn from p there is the same.
 
-    The deepest path wins (of equal ones the one whose leaf comes last), and the token after it is drawn anew. The
-    draws follow the request's own sampling settings; Medusa uses top_p=0.8. A guess gets several chances - one per
-    leaf below it, and the new draw - so guessed tokens come out too often: not lossless.
+    The deepest path wins (among equally deep ones, the one whose leaf comes last), and the token after it is drawn
+    afresh. Draws follow the request's own sampling settings; Medusa uses top_p=0.8. A guess gets several chances - one
+    per leaf below it, and the fresh draw - so guessed tokens come out too often: not lossless.
     """
 
     lossless: ClassVar[bool] = False
@@ -216,12 +217,12 @@ def accept_greedy(tree: Tree, logits: Tensor) -> Accepted:
 
 
 def accept_probability(p: Tensor, q: Tensor | None, token: int) -> float:
-    """Chance that a guess of `token` stands: min(1, p/q), or p where the guess was certain."""
+    """Probability of accepting a guess of `token`: min(1, p/q), or p if the guess was certain."""
     return _path_chance(1.0, p, q, token)
 
 
 def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
-    """What is left of p after a refused guess, normalised, [V]."""
+    """What is left of p [V] after a refused guess, normalised."""
     return _left_over(1.0, p, q, token)[1]
 
 
@@ -232,12 +233,12 @@ def leaves_of(tree: Tree) -> list[int]:
 
 
 def _q(tree: Tree, node: int, p: Tensor) -> Tensor | None:
-    """The distribution a node was drawn from [V], where p is; None for a certain guess."""
+    """The distribution a node was drawn from [V], on the device of p; None for a certain guess."""
     return None if tree.logq is None else tree.logq[node].to(p.device).exp()
 
 
 def _first_of_drawn(p: Tensor, nodes: Sequence[int], tree: Tree, sampler: Sampler) -> tuple[int | None, Tensor]:
-    """The first of drawn siblings that stands, and what they leave of p [V]."""
+    """The first drawn sibling that is accepted (None: none is), and what those before it leave of p [V]."""
     for node in nodes:
         q = _q(tree, node, p)
         if sampler.uniform() < accept_probability(p, q, tree.tokens[node]):
@@ -249,7 +250,7 @@ def _first_of_drawn(p: Tensor, nodes: Sequence[int], tree: Tree, sampler: Sample
 def _first_of_certain(
     p: Tensor, nodes: Sequence[int], tokens: Sequence[int], sampler: Sampler
 ) -> tuple[int | None, Tensor]:
-    """As `_first_of_drawn` for certain guesses. One read of p for all siblings: on a GPU each would wait for it."""
+    """As `_first_of_drawn`, for certain guesses. Reads p once for all siblings, since each read waits for a GPU."""
     if not nodes:
         return None, p
     guessed = [tokens[node] for node in nodes]
@@ -267,7 +268,7 @@ def _first_of_certain(
 
 
 def _path_chance(a: float, p: Tensor, q: Tensor | None, token: int) -> float:
-    """min(1, a p / q): the chance of a path whose last guess is `token`, a being that of the path before it."""
+    """min(1, a p / q): the probability of a path that ends in `token`, given that of the path before it, a."""
     if q is None:
         return min(1.0, a * float(p[token]))
     wanted, drawn = a * float(p[token]), float(q[token])
@@ -275,7 +276,7 @@ def _path_chance(a: float, p: Tensor, q: Tensor | None, token: int) -> float:
 
 
 def _left_over(a: float, p: Tensor, q: Tensor | None, token: int) -> tuple[float, Tensor]:
-    """What a node's chance a and distribution p [V] become once a child is refused."""
+    """What a node's probability a and distribution p [V] become once a child is refused."""
     if q is None:
         left = p * a
         left[token] = 0

@@ -11,7 +11,7 @@ from parsedec.types import Author, Limits, Span, StopReason
 
 
 class Answer:
-    """Tokens of one answer, counted from ids: the token that ends it is part of it, nothing after is."""
+    """The tokens of one answer. The token that ends it belongs to it; nothing after that does."""
 
     def __init__(self, model: LanguageModel, limits: Limits) -> None:
         self.model = model
@@ -19,19 +19,19 @@ class Answer:
         self.tokens: list[int] = []
         self.stop: StopReason | None = None
         self._authors: list[Author] = []
-        self._rounds: list[int] = []  # token positions at which a round began
-        self._stream, self._text = TextStream(model), ""  # followed only where there are stop strings
+        self._rounds: list[int] = []  # token positions at which rounds began
+        self._stream, self._text = TextStream(model), ""  # kept up to date only if there are stop strings
 
     @property
     def remaining(self) -> int:
         return self.limits.max_new_tokens - len(self.tokens)
 
     def begin_round(self) -> None:
-        """Spans do not cross rounds, so that a reader can tell where each one began."""
+        """Mark the beginning of a round. Spans do not cross rounds, so that a reader can tell where each one began."""
         self._rounds.append(len(self.tokens))
 
     def extend(self, tokens: Sequence[int], author: Author) -> list[int]:
-        """Append tokens up to the first that ends the answer; returns those that were appended."""
+        """Append tokens up to and including the first that ends the answer; returns those appended."""
         taken: list[int] = []
         end_ids, strings = self.model.end_ids, self.limits.stop
         for token in tokens:
@@ -49,7 +49,7 @@ class Answer:
         return taken
 
     def cut(self, length: int) -> None:
-        """Take back the tokens behind the first `length`, and the stop they may have brought."""
+        """Take back all but the first `length` tokens, and the stop that the others may have caused."""
         del self.tokens[length:], self._authors[length:]
         self.stop = None
         self._stream, self._text = TextStream(self.model), ""
@@ -65,13 +65,13 @@ class Answer:
         return text
 
     def spans(self) -> tuple[Span, ...]:
-        """Runs of tokens by one author within one round, with their text; together they spell `text`."""
+        """Runs of tokens by one author within one round, with their text. Joined, the texts are `text`."""
         if not self.tokens:
             return ()
         text, count = self.text, len(self.tokens)
         changes = (i for i in range(1, count) if self._authors[i] is not self._authors[i - 1] or i in self._rounds)
         starts = [0, *changes]
-        # where tokens end is found by decoding each of them: not for an answer of one piece
+        # finding where tokens end means decoding each of them, which an answer in one piece does not need
         ends = token_ends(self.model, self.tokens)[1] if len(starts) > 1 else []
         spans = []
         for start, stop in pairwise([*starts, count]):
@@ -80,7 +80,7 @@ class Answer:
         return tuple(spans)
 
     def _reads_stop_string(self, token: int) -> bool:
-        """Whether the text holds a stop string once `token` is read."""
+        """Append `token` to the text; returns whether it now contains a stop string."""
         if not self.limits.stop:
             return False
         known = len(self._text)

@@ -1,4 +1,4 @@
-"""Boundary rules: from the scores of the prefixes to what of the draft stands."""
+"""Boundary rules: how much of a draft to keep, given the scores of its prefixes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_THRESHOLD = 0.9
 
 
 class Thresholds(Protocol):
-    """Thresholds that were calibrated for the scores of one judge on one target, e.g. a judge card."""
+    """Thresholds calibrated for the scores of one judge on one target, e.g. a judge card."""
 
     @property
     def threshold(self) -> float: ...
@@ -27,10 +27,10 @@ class Thresholds(Protocol):
 class BoundaryRule(ABC):
     """Base of all rules.
 
-    threshold       least score with which a prefix passes
-    full_threshold  least score with which the complete draft is the answer (the holistic check)
+    threshold       lowest score at which a prefix passes
+    full_threshold  lowest score at which the complete draft is the answer (the holistic check)
 
-    None: what the judge's card says, e.g. the target's if the judge asks as that does; else 0.9.
+    None: the value on the judge's card, e.g. the target's if the judge asks the question it was made for; else 0.9.
     """
 
     threshold: float | None = None
@@ -47,7 +47,7 @@ class BoundaryRule(ABC):
             )
 
     def bind(self, card: Thresholds | None) -> Self:
-        """A copy with the thresholds of the judge's card where none were set."""
+        """A copy that uses the judge card's thresholds where none were set."""
         return replace(
             self,
             threshold=_first(self.threshold, card.threshold if card else None),
@@ -65,7 +65,7 @@ class BoundaryRule(ABC):
 
     @abstractmethod
     def keep(self, scores: Sequence[float]) -> int:
-        """How many leading segments of a refused draft stand."""
+        """How many leading segments to keep of a draft that is not the answer as a whole."""
 
 
 class FirstFailure(BoundaryRule):
@@ -76,7 +76,7 @@ class FirstFailure(BoundaryRule):
 
 
 class LongestValid(BoundaryRule):
-    """Keep the longest prefix that passes, whatever earlier ones say; a late false pass costs accuracy."""
+    """Keep the longest prefix that passes, even if earlier ones fail; a false pass late in a draft costs accuracy."""
 
     def keep(self, scores: Sequence[float]) -> int:
         return max((k + 1 for k, score in enumerate(scores) if score >= self.floor), default=0)
@@ -84,7 +84,7 @@ class LongestValid(BoundaryRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothed(BoundaryRule):
-    """First failure of the running mean of log-odds over the last `window` prefixes: one odd score does not decide."""
+    """First failure of the mean log-odds of the last `window` prefixes, so that no single odd score decides."""
 
     window: int = 3
 
@@ -97,13 +97,13 @@ class Smoothed(BoundaryRule):
         floor = log_odds(self.floor)
         for k in range(len(odds)):
             recent = odds[max(0, k + 1 - self.window) : k + 1]
-            if not sum(recent) / len(recent) >= floor - 1e-9:  # a mean of equal numbers may round below them
+            if not sum(recent) / len(recent) >= floor - 1e-9:  # the mean of equal numbers may round to less
                 return k
         return len(odds)
 
 
 def _first(*values: float | None) -> float:
-    """The first value that was set."""
+    """The first value that is set, or else the default threshold."""
     return next((value for value in values if value is not None), DEFAULT_THRESHOLD)
 
 

@@ -1,4 +1,4 @@
-"""The outer draft model at work: it writes whole answers, and follows the answer as the target leaves it."""
+"""The outer draft model at work: it writes whole drafts, and reads the answer as the target leaves it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ NOTHING = Draft((), "", (), ended=False)
 
 
 class Drafter:
-    """One request in the draft model. Its own decoding may be sped up by an inner speculator as well.
+    """One request in the draft model, whose own decoding may use an inner speculator as well.
 
-    Pairs with different tokenizers meet in text: the draft's text is encoded for the target, the answer's for the
-    draft model.
+    Models with different tokenizers exchange text: the draft is encoded for the target, the answer for the draft model.
 
-    Every draft is sampled from a generator of its own, seeded by the request's when the draft begins. So the rest of
-    the request does not depend on how far a draft had come when it was stopped.
+    Every draft is sampled from a generator of its own, which the request's seeds when the draft begins. So the rest of
+    the request does not depend on how far a draft had got when it was stopped.
     """
 
     def __init__(
@@ -41,15 +40,14 @@ class Drafter:
         acceptance: Acceptance | None = None,
         logprobs: bool = False,
     ) -> None:
-        """`logprobs`: its drafts hold the log-probabilities of their tokens; for models of one vocabulary, not on a
-        server."""
+        """`logprobs`: whether drafts hold their tokens' log-probabilities; needs a shared vocabulary, and no server."""
         self.model = model
         self.target = target
         self.prompt = list(prompt)
         self.stop = stop
         self.same_vocabulary = target.same_vocabulary(model)
-        # in one vocabulary both models' end tokens end a draft, but only the target's own close its answer; a padded
-        # id that the target has no row for ends it, too
+        # with a shared vocabulary, either model's end tokens end a draft, but only the target's complete it; a padded
+        # id that the target has no row for ends the draft, too
         padded = range(target.vocab_size, model.vocab_size)
         ends = (*model.end_ids, *target.end_ids, *padded) if self.same_vocabulary else model.end_ids
         self.writer = model.ending_with(tuple(dict.fromkeys(ends)))
@@ -59,7 +57,7 @@ class Drafter:
         self.logprobs = logprobs and not isinstance(model, RemoteModel)
 
     def write(self, answer: Answer, limit: int) -> Draft:
-        """Go on from `answer` until the end token, a stop string or `limit` tokens; the draft in target tokens."""
+        """Continue `answer` up to an end token, a stop string or `limit` tokens; returns the draft in target tokens."""
         if not self._follow(answer):
             return NOTHING
         writing = Writing(self, answer, limit)
@@ -69,17 +67,17 @@ class Drafter:
         return replace(Draft.of(self.target, tokens, ended), logprobs=writing.logprobs(len(tokens)))
 
     def begin(self, answer: Answer, limit: int) -> Writing | None:
-        """As `write`, but to be taken a step at a time; None where nothing can be drafted."""
+        """As `write`, but one step at a time; None if nothing can be drafted."""
         return Writing(self, answer, limit) if self._follow(answer) else None
 
     def reseed(self) -> None:
-        """A draft begins."""
+        """Seed the generator of the draft that begins."""
         self.sampler.start_from(self._requests)
 
     def _follow(self, answer: Answer) -> bool:
-        """Bring the draft model to the answer as it stands: keep the tokens it shares, read the others.
+        """Bring the draft model up to date with the answer: keep the tokens in common, and read the others.
 
-        False if prompt and answer fill its context, which may be shorter than the target's: it then drafts no more.
+        Returns False if prompt and answer fill its context, which may be shorter than the target's: no more is drafted.
         """
         tokens = answer.tokens if self.same_vocabulary else self.model.encode(answer.text, plain=True)
         wanted = [*self.prompt, *tokens]
@@ -98,17 +96,17 @@ class Drafter:
 
 
 class Writing:
-    """A draft being written. What is not wanted any more is simply not asked for.
+    """A draft being written. To stop it, simply call `step` no more.
 
-    `step` reads and writes the draft model alone, never the target.
+    `step` touches only the draft model, never the target.
     """
 
     def __init__(self, drafter: Drafter, answer: Answer, limit: int) -> None:
         session = drafter.decoder.session
         self._drafter = drafter
         self._limit = limit
-        self._before = session.tokens[len(drafter.prompt) :]  # the answer so far in the draft model's tokens
-        self._after = list(answer.tokens)  # and in the target's, as it was when the draft began
+        self._before = session.tokens[len(drafter.prompt) :]  # the answer at the draft's beginning, in its own tokens
+        self._after = list(answer.tokens)  # the same in the target's tokens
         drafter.reseed()
         drafter.decoder.logprobs = [] if drafter.logprobs else None
         self._own = Answer(drafter.writer, Limits(max_new_tokens=limit, stop=drafter.stop))
@@ -116,7 +114,7 @@ class Writing:
         self._growing = GrowingDraft(drafter.target)
 
     def step(self) -> bool:
-        """Write on; whether there is more to write. A step is a token, or what a speculator got right and one more."""
+        """Write one token, or a speculator's right guesses and one more; returns whether there is more to write."""
         wanted.check()
         next(self._steps, None)
         return self._own.stop is None
@@ -127,7 +125,7 @@ class Writing:
         return len(self._own.tokens)
 
     def tokens(self) -> tuple[list[int], bool]:
-        """The draft so far in target tokens without its end token, and whether the draft model has closed it."""
+        """The draft so far in target tokens, without its end token, and whether the draft is complete."""
         drafter, ended = self._drafter, self._own.stop is StopReason.END_TOKEN
         tokens = self._own.tokens[:-1] if ended else self._own.tokens
         if drafter.same_vocabulary:
@@ -137,15 +135,15 @@ class Writing:
         return tokens[: self._limit], ended and len(tokens) <= self._limit
 
     def logprobs(self, n: int) -> tuple[float, ...] | None:
-        """The draft model's log-probabilities of the first n tokens, if they are recorded."""
+        """The draft model's log-probabilities of the first n tokens; None if they are not recorded."""
         known = self._drafter.decoder.logprobs
         return None if known is None else tuple(known[:n])
 
     def draft(self, *, final: bool = False) -> Draft:
         """The draft so far.
 
-        final   no more will be asked for. Otherwise text from another vocabulary is without its last tokens: what the
-                draft model writes next may still make other tokens of them.
+        final   whether the draft is finished. If not, a draft from another vocabulary leaves out its last tokens: what
+                the draft model writes next may still change how they are encoded.
         """
         tokens, ended = self.tokens()
         if not final and not self._drafter.same_vocabulary:

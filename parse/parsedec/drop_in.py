@@ -3,11 +3,11 @@
     parse = hf_generate(draft=load("zoo:draft"), tokenizer=tokenizer)
     ids = model.generate(**inputs, custom_generate=parse, max_new_tokens=200, streamer=TextStreamer(tokenizer))
 
-`generate` prepares prompt, generation config, logits processors and stopping criteria as ever and then calls what
-`custom_generate` holds. That is an engine here, so what is returned has the shape `generate` gives it. (The peer
+`generate` prepares prompt, generation config, logits processors and stopping criteria as usual, and then calls its
+`custom_generate`, which is an engine here and returns what `generate` returns, in the same shape. (The peer
 `outer=hf_generate` is the other way round: Hugging Face's decoding inside our engine.)
 
-What the engine cannot do as asked is refused by name; nothing that changes the text is ignored.
+An option that the engine cannot honour is refused by name; none that changes the text is ignored.
 Shapes: P prompt tokens, padding included; A tokens of the answer.
 """
 
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 MODES = ("greedy_search", "sample")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which Sampler applies them
 RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# arguments `generate` hands on that say nothing about the text, or that are checked by themselves
+# arguments passed on by `generate` that do not affect the text, or that are checked separately
 HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
@@ -72,19 +72,20 @@ def hf_generate(
     generator: torch.Generator | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> DropIn:
-    """What `model.generate(…, custom_generate=…)` takes; made once, used for many requests of one model.
+    """A callable for `model.generate(…, custom_generate=…)`; make it once, and use it for many requests of one model.
 
-    draft      the draft model: loaded, as a transformers model with the target's tokenizer, or what `load` takes
+    draft      the draft model: a loaded one, a transformers model that shares the target's tokenizer, or what `load`
+               takes
     inner, draft_inner, acceptance, outer, judge   as in `Parse`
-    target     the model `generate` is called on, wrapped, where it needs settings (template, judge card, backend)
+    target     the model `generate` is called on, wrapped; for settings of its own (template, judge card, backend)
     tokenizer  of the model `generate` is called on; None: loaded from where the model came from
-    stop       stop strings. (generate's own stop_strings cannot be used: transformers loses the tokenizer on the way
-               to a callable. `stopping_criteria` are honoured.)
-    generator  of sampled decoding, on the CPU; None: torch's global one, as in `generate`
-    on_result  told each finished answer's `Result`; not where a stopping criterion of the caller cut it short
+    stop       stop strings. (generate's own stop_strings cannot be used: transformers does not pass the tokenizer on to
+               a callable. `stopping_criteria` are honoured.)
+    generator  for sampled decoding, on the CPU; None: torch's global one, as in `generate`
+    on_result  called with each finished answer's `Result`, except if the caller's stopping criteria cut it short
 
-    One request at a time: batch 1, greedy or sampled with temperature, top_k and top_p, and no more tokens
-    than the model has positions. The generation config decides the rest: end tokens, limits, what is returned.
+    Takes one request at a time: batch 1, greedy or sampled with temperature, top_k and top_p, and no more tokens than
+    the model has positions. The generation config decides the rest: end tokens, limits, what is returned.
     """
     if target is not None and tokenizer is not None:
         raise ConfigError("both target and tokenizer are given; the wrapped target has its tokenizer. Leave it out.")
@@ -105,7 +106,7 @@ def hf_generate(
 
 @dataclass(kw_only=True, eq=False)
 class DropIn:
-    """A `custom_generate`: the settings of `hf_generate`, and the engine of the latest model it was called for."""
+    """The callable that `hf_generate` makes: its settings, and the engine for the latest model it was called on."""
 
     draft: LanguageModel | PreTrainedModel | None
     inner: InnerSpeculator | None
@@ -130,9 +131,9 @@ class DropIn:
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Answer the request that `generate` prepared: ids [1, P + A], or its output object if that was asked for.
+        """Answer the request that `generate` prepared; returns ids [1, P + A], or its output object if asked for.
 
-        Raises IncompatibleStack or ConfigError for what is not supported, PromptError for a prompt that cannot be run.
+        Raises IncompatibleStack or ConfigError for unsupported options, PromptError for a prompt that cannot be run.
         """
         asked = _arguments_of_generate(model)
         streamer = streamer if streamer is not None else asked.get("streamer")
@@ -149,7 +150,7 @@ class DropIn:
             _send(written, criteria, streamer)
         finally:
             if streamer is not None:
-                streamer.end()  # whatever happens: a reader in another thread would wait for it for ever
+                streamer.end()  # whatever happens, or a reader in another thread would wait forever
         sequence = criteria.ids.to(input_ids.device)  # [1, P + A]
         return GenerateDecoderOnlyOutput(sequences=sequence) if generation_config.return_dict_in_generate else sequence
 
@@ -161,7 +162,7 @@ class DropIn:
         config: GenerationConfig,
         given: int,
     ) -> Iterator[list[int]]:
-        """The answer's tokens, piece by piece; what is wrong is raised at once."""
+        """The answer's tokens, piece by piece; errors in the request are raised at once."""
         sampling = _sampling(processors, bool(config.do_sample))
         pieces = self._engine(model, _end_ids(config)).stream(
             prompt,
@@ -180,7 +181,7 @@ class DropIn:
                 self.on_result(piece.result)
 
     def _engine(self, model: PreTrainedModel, end_ids: tuple[int, ...]) -> Parse:
-        """The engine for `model` that ends answers with `end_ids`; the latest is kept, with what its gate has seen."""
+        """The engine for `model` and these end tokens; the latest one is kept, with its gate's history."""
         if self._built is None or self._built[0] is not model or self._built[1] != end_ids:
             engine = Parse(
                 self._wrapped(model).ending_with(end_ids),
@@ -222,14 +223,14 @@ class DropIn:
 
 
 class _Criteria:
-    """The caller's stopping criteria, asked after every token as `generate` asks them."""
+    """The caller's stopping criteria, evaluated after every token as `generate` does."""
 
     def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor) -> None:
         self.criteria = criteria
         self.ids = prompt  # [1, P + tokens so far]
 
     def take(self, piece: Sequence[int]) -> tuple[list[int], bool]:
-        """(the tokens up to the first that ends the answer, whether one does)."""
+        """(the tokens up to and including the first that ends the answer, whether one does)."""
         for i, token in enumerate(piece):
             self.ids = torch.cat([self.ids, torch.tensor([[token]])], dim=1)
             if len(self.criteria) and bool(self.criteria(self.ids, None).all()):
@@ -238,7 +239,7 @@ class _Criteria:
 
 
 def _callers(criteria: StoppingCriteriaList, config: GenerationConfig) -> StoppingCriteriaList:
-    """The criteria without those that say what the engine was told anyway: the longest answer and its end tokens."""
+    """The criteria without those that the engine knows of already: the token limit and the end tokens."""
 
     def known(criterion: object) -> bool:
         if isinstance(criterion, MaxLengthCriteria):
@@ -249,7 +250,7 @@ def _callers(criteria: StoppingCriteriaList, config: GenerationConfig) -> Stoppi
 
 
 def _send(pieces: Iterator[list[int]], criteria: _Criteria, streamer: BaseStreamer | None) -> None:
-    """Each piece goes to the streamer as soon as it is sure to stand; `generate` sent the prompt."""
+    """Send each piece to the streamer as soon as it is final; `generate` has already sent the prompt."""
     for piece in pieces:
         taken, ended = criteria.take(piece)
         if streamer is not None:
@@ -259,10 +260,10 @@ def _send(pieces: Iterator[list[int]], criteria: _Criteria, streamer: BaseStream
 
 
 def _arguments_of_generate(model: PreTrainedModel) -> Mapping[str, Any]:
-    """The streamer and the assistant that `generate` was called with.
+    """The streamer and the assistant model that `generate` was called with.
 
-    transformers (up to 5.23 at least) hands neither to a callable: it passes on only what `_sample` has no name for.
-    They are read where they are, in the nearest call of the model's `generate` that led here.
+    transformers (up to 5.23 at least) passes neither to a callable, only the arguments that `_sample` does not name.
+    So both are read from the stack frame of the nearest call of the model's `generate`.
     """
     caller: FrameType | None = sys._getframe(2)
     while caller is not None:
@@ -270,9 +271,9 @@ def _arguments_of_generate(model: PreTrainedModel) -> Mapping[str, Any]:
             return {name: caller.f_locals.get(name) for name in ("streamer", "assistant_model")}
         caller = caller.f_back
     log.warning(
-        "hf_generate(…) was not called from the `generate` of its model in this thread, so a streamer or an "
-        "assistant_model that was given there is not known here: the streamer gets nothing. Give `generate` the object "
-        "itself as custom_generate, or call it with streamer=…"
+        "hf_generate(…) was not called from the `generate` of its model in this thread, so it cannot see a streamer or "
+        "an assistant_model given there: the streamer gets nothing. Give `generate` the object itself as "
+        "custom_generate, or call it with streamer=…"
     )
     return {}
 
@@ -280,10 +281,10 @@ def _arguments_of_generate(model: PreTrainedModel) -> Mapping[str, Any]:
 def _check_request(
     model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise for what the engine would do in another way than asked, naming it."""
+    """Raise for any option that the engine would not follow, naming it."""
     if model.config.is_encoder_decoder or input_ids.shape[1] == 0:
         raise IncompatibleStack(
-            f"{model.config.name_or_path or type(model).__name__} is not asked to go on from input_ids; expected a "
+            f"{model.config.name_or_path or type(model).__name__} is not asked to continue input_ids; expected a "
             "decoder-only model and a prompt of at least one token, not inputs_embeds."
         )
     for name, value, wanted in (
@@ -295,20 +296,20 @@ def _check_request(
     ):
         if value not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise IncompatibleStack(
-                f"{name} is {value!r}; custom_generate=hf_generate(…) expects {wanted!r}. Call generate once a prompt "
-                "with greedy or sampled decoding, or leave custom_generate out."
+                f"{name} is {value!r}; custom_generate=hf_generate(…) expects {wanted!r}. Call generate once per "
+                "prompt, with greedy or sampled decoding, or leave custom_generate out."
             )
     recorded = [name for name in RECORDED if getattr(config, name)]
     if config.return_dict_in_generate and recorded:
         raise IncompatibleStack(
-            f"{', '.join(recorded)} cannot be given: kept drafts have no step of their own. Only the sequences can be "
-            "returned; hf_generate(on_result=…) tells what was drafted, judged and kept."
+            f"{', '.join(recorded)} cannot be returned: tokens of a kept draft have no decoding step of their own. "
+            "Only the sequences can; hf_generate(on_result=…) reports what was drafted, judged and kept."
         )
     given = {name for name, value in model_kwargs.items() if value is not None}
     if strange := sorted(given - HANDLED):
         raise IncompatibleStack(
-            f"the arguments {strange} would go to the model's forward, and the engine has its own. Expected input_ids "
-            "and attention_mask; leave them out, or leave custom_generate out."
+            f"the arguments {strange} are for the model's forward, which the engine calls in its own way. Expected "
+            "only input_ids and attention_mask; leave the others out, or leave custom_generate out."
         )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (getattr(cache, "_is_user_defined", False) or int(cache.get_seq_length())):
@@ -323,15 +324,15 @@ def _prompt(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[int]:
     seen = torch.ones_like(input_ids[0]) if mask is None else mask[0].to(input_ids.device)
     start = int((seen == 0).sum())
     if not bool(seen[start:].all()) or start == len(seen):
-        raise PromptError("attention_mask hides tokens inside or behind the prompt; only padding on the left can be.")
+        raise PromptError("attention_mask hides tokens inside or after the prompt; expected only padding on the left.")
     plainly = torch.arange(len(seen) - start, device=input_ids.device)
     if positions is not None and not torch.equal(positions[0, start:].to(input_ids.device), plainly):
-        raise PromptError("position_ids do not count up from 0; the engine counts positions by itself. Leave them out.")
+        raise PromptError("position_ids do not count up from 0; the engine counts positions itself. Leave them out.")
     return [int(i) for i in input_ids[0, start:]]
 
 
 def _sampling(processors: LogitsProcessorList, sampled: bool) -> Sampling:
-    """What the logits processors do, which are all that `generate` made of its config and was given besides."""
+    """The sampling settings that the logits processors stand for: those from the config, and the caller's own."""
     found = [p for p in processors if not isinstance(p, LogitNormalization)]
     kinds = [WARPERS.index(type(p)) if type(p) in WARPERS else -1 for p in found]
     if strange := [type(p).__name__ for p, kind in zip(found, kinds, strict=True) if kind < 0]:
@@ -355,16 +356,16 @@ def _sampling(processors: LogitsProcessorList, sampled: bool) -> Sampling:
 
 
 def _end_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """The ids that end an answer; none if `generate` was told of none."""
+    """The ids that end an answer; empty if `generate` has none."""
     ends = config.eos_token_id
     return () if ends is None else tuple(int(i) for i in (ends if isinstance(ends, (list, tuple)) else [ends]))
 
 
 def _check_vocabulary(engine: Parse) -> None:
-    """`generate` gives token ids, which a draft model of another vocabulary cannot read."""
+    """Raise IncompatibleStack for a draft model that cannot read the token ids `generate` gives."""
     draft, target = engine.draft, engine.target
     if draft is not None and engine.outer.needs_draft and not target.same_vocabulary(draft):
         raise IncompatibleStack(
-            f"{draft.name} has another vocabulary than {target.name}, and generate gives the prompt as token ids of "
-            "the target. Choose a draft model of the same vocabulary, or give text to Parse(…).generate."
+            f"{draft.name} has a different vocabulary from {target.name}, and generate gives the prompt as token ids "
+            "of the target. Choose a draft model with the same vocabulary, or give text to Parse(…).generate."
         )

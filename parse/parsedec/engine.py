@@ -1,4 +1,4 @@
-"""`Parse`: a target, optionally a draft model, and the two levels between them - the Python API."""
+"""The Python API: `Parse`, which combines a target, optionally a draft model, and the two levels of decoding."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ class Parse:
         engine = Parse(load("zoo:target"), load("zoo:draft"), inner=DraftModel(length=4))
         print(engine.generate("Tom has 3 apples. …").text)
 
-    target       the model whose quality is kept
-    draft        the model that writes drafts; without one there is only the inner level
+    target       the model whose quality is to be kept
+    draft        the model that writes drafts; None: only the inner level runs
     inner        speculator for the target's decoding (None: plain)
     draft_inner  speculator for the draft model's decoding (None: plain)
-    acceptance   which guesses of the inner speculators stand, for both models (None: Siblings, lossless)
+    acceptance   rule that accepts the inner speculators' guesses, for both models (None: Siblings, lossless)
     outer        the outer level; None: PrefixVerification with `judge`, or TargetOnly without a draft model
     judge        shorthand for outer=PrefixVerification(judge=…)
 
-    What is known not to work together is refused here, before a request. What shows only in one is an error then:
-    sampling settings a part of the stack does not take, a prompt one of the models cannot read, a server's refusals.
+    Combinations known not to work are refused here, before any request. Errors that only a request can show are raised
+    by it: sampling settings that a part of the stack does not take, prompts that a model cannot read, a server's
+    refusals.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Parse:
             raise ConfigError("both outer and judge are given; put the judge into the outer level: outer=…(judge=…).")
         if draft is None and (draft_inner is not None or (judge is not None and outer is None)):
             given = "draft_inner" if draft_inner is not None else "judge"
-            raise IncompatibleStack(f"{given} is given, and no draft model that it could be for; set draft.")
+            raise IncompatibleStack(f"{given} is given, but no draft model for it to work with; set draft.")
         chosen = outer or (TargetOnly() if draft is None else PrefixVerification(judge=judge or LabelJudge()))
         check_draft(chosen, target, draft)
         for model in (target, draft) if chosen.needs_draft and draft is not None else (target,):
@@ -113,17 +114,17 @@ class Parse:
     ) -> Result:
         """Answer one request.
 
-        prompt      a user message, a list of {"role", "content"} messages, or target token ids used as they are: a
-                    list, a tensor, or what the tokenizer returns. A last message of the assistant's is gone on with,
-                    and the result has what follows it; `parsedec.NewTurn(messages)` opens a turn behind it,
-                    and `parsedec.BareText(text)` is gone on with as it is, in no chat template
-        seed        of sampled decoding: the text is the one that run.py writes with it for the first problem of a task
-        generator   in place of a seed a source of randomness, on the CPU; greedy decoding needs neither
+        prompt      a user message, a list of {"role", "content"} messages, or target token ids to use as they are: a
+                    list, a tensor, or what the tokenizer returns. If the last message is the assistant's, it is
+                    continued, and the result holds only what follows it; `parsedec.NewTurn(messages)` opens a new turn
+                    after it instead. `parsedec.BareText(text)` is continued as it is, without a chat template
+        seed        for sampled decoding; run.py writes the same text with this seed for the first problem of a task
+        generator   a source of randomness on the CPU, in place of a seed; greedy decoding needs neither
 
-        Raises PromptError for a prompt that cannot be run, and LogitsError where the target's logits behind the prompt
-        are not numbers, or those a token is to be drawn from; the engine stays usable. Greedy tokens behind the first
-        are not looked at, since each look would have the host wait: a model that overflows later in an answer writes
-        nonsense. Nor is what a server or outer=hf_generate computes.
+        Raises PromptError for a prompt that cannot be run, and LogitsError if the target's logits after the prompt, or
+        those that a token is drawn from, are not numbers; the engine stays usable. Greedy tokens after the first are
+        not checked, since each check would make the host wait: a model that overflows later in an answer writes
+        nonsense. Nor are logits on a server or in outer=hf_generate.
         """
         result = None
         limits, source = Limits(max_new_tokens=max_new_tokens, stop=stop), chosen_generator(seed, generator)
@@ -143,12 +144,12 @@ class Parse:
         generator: torch.Generator | None = None,
         top: int | None = None,
     ) -> Iterator[Delta]:
-        """As `generate`, piece by piece: every piece is sure to stand. The last one carries the result.
+        """As `generate`, but yields the answer piece by piece. Every piece is final; the last one carries the result.
 
-        top  the pieces have `shown`: the target's log-probability of each token, and of the `top` most probable ones
+        top  if set, pieces have `shown`: the target's log-probability of each token and of the `top` most probable ones
 
-        What is wrong with the request is raised here; the work begins with the first piece that is asked for. Raises
-        IncompatibleStack where log-probabilities are asked for and not defined (`no_logprobs`).
+        Errors in the request are raised here; the work begins when the first piece is asked for. Raises
+        IncompatibleStack if log-probabilities are asked for but not defined (`no_logprobs`).
         """
         if top is not None:
             require_number("top", top, whole=True, low=0)
@@ -161,10 +162,10 @@ class Parse:
 
     @property
     def no_logprobs(self) -> str | None:
-        """Why the tokens of an answer have no log-probabilities; None where they have.
+        """Why the tokens of an answer have no log-probabilities; None if they have.
 
-        A draft's tokens were judged as text and kept as they were: the target chose none of them. What it thinks of
-        them is another question than what it would have written, and takes rows that a judge pass may not have.
+        A draft's tokens are judged as text and kept as they are: the target chose none of them. How likely it finds
+        them is another question than what it would have written, and needs rows that a judge pass may not have.
         """
         if not isinstance(self.outer, TargetOnly):
             return "an answer has two authors, and the parts the draft model wrote were never sampled from the target"
@@ -181,7 +182,7 @@ class Parse:
         spelt: bool,
         top: int | None = None,
     ) -> Iterator[Delta]:
-        """`spelt`: each piece has its text; decoding it takes longer than all else the engine does in a step."""
+        """`spelt`: whether pieces have text; decoding it takes longer than all else the engine does in a step."""
         sampler = Sampler(sampling or Sampling(), generator)
         ids = self.target_ids(prompt)
         if self.target.shared:
@@ -200,17 +201,17 @@ class Parse:
         seed: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> BatchResult:
-        """Answer many requests, `size` at a time: their passes of the models are made together (`batch`).
+        """Answer many requests, `size` at a time: their forward passes are shared (`batch`).
 
         prompts     each as in `generate`
-        seed        for sampled decoding; each request draws by itself, as the problems of a task do in run.py
-        generators  in place of a seed, one a request
+        seed        for sampled decoding; each request draws independently, as the problems of a task do in run.py
+        generators  one per request, in place of a seed
 
-        Every request gets the answer it would get by itself, rounding aside; a gate that learns from earlier requests
-        may have seen others. What is wrong with one request is its answer, and costs the others nothing; what is wrong
-        with all of them is raised: a setting, or a defect of which each of them fails. Other threads of ours wait for
-        their turn at a model; what runs its Hugging Face module by itself, such as `model.generate`, must not do so
-        meanwhile.
+        Every request gets the answer it would get alone, apart from rounding, and from a gate that learns from earlier
+        requests, which may have seen others. An error of one request is returned as its answer and leaves the others
+        alone; an error of all of them is raised: a wrong setting, or a defect that fails each of them. Other threads of
+        this library wait for their turn at a model. Code that runs its Hugging Face module directly, such as
+        `model.generate`, must not do so meanwhile.
         """
         start = time.perf_counter()
         options: dict[str, Any] = dict(size=size, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
@@ -229,8 +230,8 @@ class Parse:
         seed: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Iterator[tuple[int, Result | ParsedecError]]:
-        """As `generate_batch`, but (place, answer) of every request as soon as it is finished (one that failed by
-        a defect is held back until another has not)."""
+        """As `generate_batch`, but yields (index, answer) of every request as soon as it is finished. A request that
+        failed through a defect is held back until another one has succeeded."""
         limits = Limits(max_new_tokens=max_new_tokens, stop=stop)
         own = sampling or Sampling()
         batch = Batch(prompts=prompts, size=size, limits=limits, sampling=own, seed=seed, generators=generators)
@@ -270,7 +271,7 @@ class Parse:
             answer.stop = StopReason.SERVER_LOST if lost else StopReason.SERVER_REFUSED
             failed.partial = self._result(ids, work)
             raise
-        finally:  # what there is of an answer that its reader leaves was worth drafts as well
+        finally:  # an answer that its reader leaves early counts as far as it got
             self.history.add_answer(len(answer.tokens))
         yield Delta(text=text.rest(answer.text), tokens=(), author=author, result=self._result(ids, work))
 
@@ -301,7 +302,7 @@ class Parse:
         )
 
     def open_drafter(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Drafter | None:
-        """The draft model on one request; None where the outer level uses none. `ids`: the prompt in target tokens."""
+        """A drafter for one request; None if the outer level uses none. `ids`: the prompt in target tokens."""
         own = self._draft_ids(prompt, ids)
         if own is None or self.draft is None or self.draft_inner is None:
             return None
@@ -309,13 +310,13 @@ class Parse:
         return Drafter(self.draft, self.target, self.draft_inner, sampler, own, limits.stop, self.acceptance, recorded)
 
     def read(self, prompt: Prompt) -> ReadPrompt:
-        """The prompt in both models' tokens, to be given in its place. Long ones take seconds; this may be done in
-        another thread than the answers. Raises as `generate` does."""
+        """The prompt in both models' tokens, which may be given in its place. Long prompts take seconds to encode, so
+        this may run in another thread than the answers. Raises as `generate` does."""
         ids = self.target_ids(prompt)
         return ReadPrompt(ids, self._draft_ids(prompt, ids))
 
     def _draft_ids(self, prompt: Prompt, ids: list[int]) -> list[int] | None:
-        """The prompt in the draft model's tokens; None where the outer level uses none. `ids`: in the target's."""
+        """The prompt in the draft model's tokens; None if the outer level uses none. `ids`: it in the target's."""
         if not self.outer.needs_draft or self.draft is None:
             return None
         if isinstance(prompt, ReadPrompt):
@@ -329,14 +330,14 @@ class Parse:
                 )
             return ids
         if shared and not self.draft.has_template:
-            return ids  # a base model as draft: it can read the target's own prompt
+            return ids  # the draft is a base model, which can read the target's own prompt
         return read_prompt(self.draft, prompt)
 
     def write_draft(self, prompt: Prompt, ids: list[int], sampler: Sampler, limits: Limits) -> Draft:
-        """The first draft of a request, as the outer level asks for it; nothing is judged. `ids` as in `open_drafter`.
+        """The first draft of a request as the outer level asks for it, not judged. `ids` as in `open_drafter`.
 
-        Raises IncompatibleStack for an outer level whose drafts are not judged whole, and PromptError where the prompt
-        leaves no room for a draft.
+        Raises IncompatibleStack for an outer level that drafts no whole answers, and PromptError if the prompt leaves
+        no room for a draft.
         """
         drafter = self.open_drafter(prompt, ids, sampler, limits)
         if drafter is None or not isinstance(self.outer, DraftVerification):
@@ -353,7 +354,7 @@ class Parse:
         return drafter.write(Answer(self.target, limits), limit)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
-        """The prompt in the target's tokens, as a request reads it. Raises PromptError where it cannot be run."""
+        """The prompt in the target's tokens, as a request reads it. Raises PromptError if it cannot be run."""
         if isinstance(prompt, ReadPrompt):
             return prompt.target
         ids = token_ids(prompt) or read_prompt(self.target, prompt)

@@ -1,7 +1,7 @@
-"""Whether drafting is worth it, decided before every round, from what earlier rounds cost and brought.
+"""Whether to draft, decided before every round from what earlier rounds cost and gained.
 
-Costs are in *target tokens*: the time a round's drafting and judging took, divided by the time the target needs to
-decode a token. A draft of cost c of which k tokens are kept has a balance of c - k.
+Costs are in *target tokens*: the time of a round's drafting and judging, divided by the time the target needs to decode
+a token. A draft that costs c and of which k tokens are kept has a net cost of c - k.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class DraftRecord:
 
 
 class GateHistory:
-    """What an engine has seen so far, over all its requests, in whatever threads they run; the last few thousand events
-    are enough."""
+    """What an engine has seen so far in all its requests, the last few thousand events of it; safe to use from several
+    threads."""
 
     def __init__(self) -> None:
         self._events: deque[DraftRecord | int] = deque(maxlen=4096)
-        self.decoded_tokens = 0  # by calls of the target, which took `decode_s`
+        self.decoded_tokens = 0  # by the target, in `decode_s` seconds
         self.decode_s = 0.0
         self._changing = Lock()
 
     @property
     def events(self) -> list[DraftRecord | int]:
-        """Finished drafts, and the tokens of finished answers, in order, as they are now."""
+        """A copy of the events in order: finished drafts, and the token counts of finished answers."""
         with self._changing:
             return list(self._events)
 
@@ -58,13 +58,13 @@ class GateHistory:
 
     @property
     def token_s(self) -> float | None:
-        """Seconds the target needs for a token, or None before it has decoded any."""
+        """Seconds the target needs for a token; None before it has decoded any."""
         with self._changing:
             return self.decode_s / self.decoded_tokens if self.decoded_tokens else None
 
 
 class Gate(Protocol):
-    """Decides before every round whether the draft model writes."""
+    """Decides before every round whether the draft model is to write."""
 
     def allows(self, history: GateHistory) -> bool: ...
 
@@ -79,7 +79,7 @@ class Always:
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """The target writes alone: the inner level by itself, through the outer loop."""
+    """Never draft: the target writes alone, through the outer loop."""
 
     def allows(self, history: GateHistory) -> bool:
         return False
@@ -89,17 +89,17 @@ class Never:
 class Adaptive:
     """Draft while what is kept pays for the drafting, and never risk more than `bound` of the work.
 
-    bound           largest share of the target's own work that refused drafts may waste. From any request on, if every
-                    draft is refused, drafting takes at most `bound` times the target's time for the answers since,
-                    plus `reserve` tokens' worth of time (or one draft's, if that is more), plus one draft
-    reserve         most tokens of earlier gain and unused bound that may be risked
-    window          drafts whose mean is the expected cost of the next
-    cost_per_token  cost of a drafted token, judging included, in target tokens; None: measured, in which case
-                    decisions, and with them answers, can depend on the machine's timing
+    bound           largest share of the target's own work that refused drafts may waste. If every draft from some
+                    request on is refused, drafting takes at most `bound` times the target's time for the answers since,
+                    plus the time of `reserve` tokens (or of one draft, if that is more), plus one draft
+    reserve         most tokens that may be risked from earlier gains and unused bound
+    window          number of latest drafts whose mean cost is expected of the next
+    cost_per_token  cost of a drafted token in target tokens, judging included; None: measured, so that decisions, and
+                    with them answers, can depend on the machine's timing
 
-    An account is kept in target tokens: a draft is charged its cost and credited its kept tokens, every answer credits
-    `bound` times its length, and the credit never exceeds the reserve. A draft is made if the account covers its
-    expected cost. So the running kept share decides: above break-even the account stays full.
+    The gate keeps an account in target tokens: a draft costs its cost and earns its kept tokens, every answer earns
+    `bound` times its length, and the account never holds more than the reserve. A draft is made if the account covers
+    its expected cost. So the share of kept tokens decides: above break-even, the account stays full.
     """
 
     bound: float = 0.05
@@ -125,7 +125,7 @@ class Adaptive:
         return self.account(history, max(self.reserve, cost)) >= cost
 
     def account(self, history: GateHistory, most: float) -> float:
-        """Target tokens' worth of time that may be risked now; never more than `most`."""
+        """Time that may be risked now, in target tokens; never more than `most`."""
         credit = 0.0
         for event in history.events:
             if isinstance(event, DraftRecord):

@@ -1,6 +1,6 @@
-"""The inner level: a model decodes token by token, its guesses made by a swappable speculator.
+"""The inner level: a model decodes token by token, helped by the guesses of a swappable speculator.
 
-One loop serves the target and the draft model, `inner=none` included: the baseline runs through the same code.
+The same loop serves the target and the draft model, with inner=none as well: the baseline runs through the same code.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from parsedec.types import Author, Needs, Outcome, Seen, Shown, StopReason, Tree
 class InnerSpeculator(Protocol):
     """Guesses tokens for one model. It never decides: acceptance belongs to the engine.
 
-    A request lives as  s = start(tokens, seen);  repeat { tree = propose(s, budget);  s = commit(s, outcome) }.
-    The object holds weights and settings only. Whatever changes during a request lives in the state, so one
-    speculator serves many requests, and an outer loop can keep an old state and come back to it. (The states are
-    `Any` here: each speculator has its own.)
+    A request runs as  s = start(tokens, seen, sampler);  repeat { tree = propose(s, budget);  s = commit(s, outcome) }.
+    The object holds weights and settings only. Whatever changes during a request is in the state, so one speculator
+    serves many requests, and an outer loop can keep an old state and return to it. (States are `Any` here: each
+    speculator has its own kind.)
     """
 
     lossless: ClassVar[bool]
@@ -38,35 +38,35 @@ class InnerSpeculator(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What the target must hand over, e.g. hidden layers."""
+        """What the target must provide, e.g. hidden states of some layers."""
 
     def bind(self, target: LanguageModel, draft: LanguageModel | None) -> Self:
         """A copy that serves `target`; raises IncompatibleStack if it cannot. `draft` is the stack's draft model."""
 
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> Any:
-        """State for T + 1 committed tokens, the last one being the root; `seen` holds T rows of taps."""
+        """The state for T + 1 committed tokens, the last of which is the root; `seen` holds T rows of taps."""
 
     def propose(self, state: Any, budget: int) -> Tree:
-        """A tree at most `budget` levels deep below the root; leaves the state as it was. What is deeper is cut off:
-        no more tokens are wanted."""
+        """A tree at most `budget` levels deep below the root; must not change the state. Deeper levels are cut off,
+        since no more tokens are wanted."""
 
     def commit(self, state: Any, outcome: Outcome) -> Any:
-        """The state after more tokens were committed, by whomever; commit(commit(s, a), b) == commit(s, a + b)."""
+        """The state after more committed tokens, whoever wrote them; commit(commit(s, a), b) == commit(s, a + b)."""
 
     def rewind(self, state: Any, length: int) -> Any:
-        """The state of the first `length` committed tokens, the last of them being the root."""
+        """The state for the first `length` committed tokens, the last of which is the root."""
 
 
 @runtime_checkable
 class NotesRefused(Protocol):
-    """A speculator that also learns which text an outer level refused. It may resemble what the target writes instead.
+    """A speculator that is also told which text an outer level refused, since the target may write something similar.
 
-    An addition to `InnerSpeculator`, for those that can use it.
+    Optional, in addition to `InnerSpeculator`.
     """
 
     def note_refused(self, state: Any, at: int, tokens: Sequence[int]) -> Any:
-        """The state after `tokens`, drafted to follow the first `at` committed tokens, were refused. They stay noted
-        when the state is rewound."""
+        """The state after `tokens`, drafted to follow the first `at` committed tokens, were refused. Rewinding the
+        state must not forget them."""
 
 
 class NoSpeculation:
@@ -92,7 +92,7 @@ class NoSpeculation:
 
 
 class Decoder:
-    """A session with its speculator: the two are kept in step here, whatever an outer loop does between."""
+    """A session and its speculator, kept in step whatever an outer loop does in between."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class Decoder:
         *,
         session: Session | None = None,
     ) -> None:
-        """`layers`: hidden states that others than the speculator read of this session. `session`: one to work in,
-        in place of a new one that holds these states."""
+        """`layers`: hidden states that the session records for other readers than the speculator. `session`: one to use
+        in place of a new one; it has to record all of these states."""
         own = inner.needs.hidden_layers
         shown = own + tuple(layer for layer in layers if layer not in own)
         self._own_layers = len(own)
@@ -114,17 +114,17 @@ class Decoder:
         self.inner = inner
         self.sampler = sampler
         self.tally = tally
-        self.notes: set[str] = set()  # what a reader of the trace should know
+        self.notes: set[str] = set()  # for readers of the trace
         self.acceptance: Acceptance = acceptance or Siblings()
-        self.logprobs: list[float] | None = None  # of the tokens written, if somebody has set it to a list
-        self.top: int | None = None  # how many of the most probable tokens `shown` has; None: nobody asks for it
+        self.logprobs: list[float] | None = None  # of the tokens written; recorded if a caller has set it to a list
+        self.top: int | None = None  # how many of the most probable tokens to record in `shown`; None: record nothing
         self.shown: list[Shown] = []
-        # each token is read by itself, and is what the sampler chooses
+        # whether every token is read on its own, and is the one the sampler chooses
         self._plain = isinstance(inner, NoSpeculation) and (self.acceptance.lossless or sampler.greedy)
-        self._whole = True  # whether all is wanted that `write` can write
+        self._whole = True  # whether the caller wants all that `write` can write
         self._state: Any = None
-        self._told = 0  # committed tokens the speculator's state knows of
-        self._refused: list[tuple[int, Sequence[int]]] = []  # not told of yet: after how many tokens, which ones
+        self._told = 0  # committed tokens that the speculator's state knows of
+        self._refused: list[tuple[int, Sequence[int]]] = []  # still to be told: (tokens before them, refused tokens)
 
     @inference
     def step(self, budget: int) -> list[int]:
@@ -138,11 +138,11 @@ class Decoder:
             self.session.keep([0])
             self.tally.count_tree(0, 0)
             logits = rows.select(0, 0)
-        # else, after a prefill or a boundary, the token is there without another pass
+        # else, after a prefill or a boundary, the next token is known without another pass
         return [self._next(logits, budget)]
 
     def _accept(self, tree: Tree, logits: Tensor) -> list[int]:
-        """Commit what stands of a tree that was read, and the token after it.  logits  [N, V]"""
+        """Commit the accepted path of a tree that was read, and the token after it; returns both. logits [N, V]."""
         path, bonus = self._accepted(tree, logits)
         tokens = [*(tree.tokens[node] for node in path[1:]), bonus]
         self._record(logits, tokens, path)
@@ -152,7 +152,7 @@ class Decoder:
         return tokens
 
     def _next(self, logits: Tensor, budget: int) -> int:
-        """Commit the token after the last one, whose logits these are [V]."""
+        """Choose the next token from its logits [V], commit and return it."""
         session = self.session
         if self._reads_on and budget > 1 and session.prefetches:
             token = checked_token(session.prefetch(self.sampler.chosen(logits)), len(logits))
@@ -163,9 +163,9 @@ class Decoder:
         return token
 
     def write(self, answer: Answer, author: Author, *, whole: bool = True) -> Iterator[list[int]]:
-        """Decode until the answer stops; yields the tokens of each step that became part of it.
+        """Decode until the answer stops; yields, step by step, the tokens that became part of it.
 
-        whole   that is what the caller wants, and not to stop after a segment: then the next token is sure to be read
+        whole   whether the caller wants the answer to its end, not just a segment: every token is then sure to be read
         """
         self._whole = whole
         while answer.stop is None:
@@ -176,7 +176,7 @@ class Decoder:
 
     @property
     def _reads_on(self) -> bool:
-        """Whether the next token will be read by itself, and nothing else is asked of the device before."""
+        """Whether the next token will be read on its own, with nothing else asked of the device before that."""
         return self._plain and self._whole and self.logprobs is None and self.top is None
 
     def rewind(self, length: int) -> None:
@@ -192,7 +192,7 @@ class Decoder:
             self._refused.append((self.session.length, tokens))
 
     def _record(self, logits: Tensor, tokens: Sequence[int], rows: Sequence[int] = (0,)) -> None:
-        """Note the log-probability of tokens[i] under logits[rows[i]], if somebody asks for them."""
+        """Record the log-probability of tokens[i] under logits[rows[i]], if asked for."""
         if self.logprobs is not None:
             self.logprobs += token_logprobs(logits[list(rows)], tokens).tolist()
         if self.top is not None:
@@ -203,7 +203,7 @@ class Decoder:
             self.shown += [Shown(*entry) for entry in zip(tokens, own, tops, strict=True)]
 
     def _seen(self, start: int) -> Seen:
-        """What the speculator asked to see of the rows from `start` on: its layers are the session's first."""
+        """Hidden states of the rows from `start` on in the speculator's layers, which are the session's first."""
         own = self._own_layers
         if own == len(self.session.taps):
             return self.session.seen(start)
@@ -211,7 +211,7 @@ class Decoder:
         return Seen(None if taps is None else taps[:, :own].contiguous())
 
     def _propose(self, budget: int) -> Tree:
-        """A proposal for the tokens as they stand, after telling the speculator what is new."""
+        """Tell the speculator what is new, and return its proposal for the committed tokens."""
         tokens = self.session.tokens
         self.session.read_ahead()  # the speculator is owed the taps of all tokens but the root
         if self._state is None:
@@ -227,7 +227,7 @@ class Decoder:
         return self._checked(self.inner.propose(self._state, max(0, budget)), max(0, budget))
 
     def _checked(self, tree: Tree, budget: int) -> Tree:
-        """A proposal, cut off where it is deeper than `budget`; ValueError for what cannot be verified."""
+        """The proposal, cut off below `budget` levels; raises ValueError for one that cannot be verified."""
         name, model, root = type(self.inner).__name__, self.session.model, self.session.tokens[-1]
         if not isinstance(tree, Tree):
             raise ValueError(
@@ -251,7 +251,7 @@ class Decoder:
         return tree if tree.depth <= budget else tree.first_levels(budget)
 
     def _accepted(self, tree: Tree, logits: Tensor) -> tuple[list[int], int]:
-        """What the rule accepts of a tree and the token after it; ValueError for what is no path of the tree."""
+        """The path the rule accepts, and the token after it; raises ValueError for what is no path of the tree."""
         name, accepted = type(self.acceptance).__name__, self.acceptance.accept(tree, logits, self.sampler)
         try:
             path, bonus = [int(node) for node in accepted[0]], int(accepted[1])

@@ -1,4 +1,4 @@
-"""Where judge passes run while a draft is written (`streamed`): when the draft model stops, or beside it."""
+"""Where judge passes run while a draft is written (`streamed`): while the draft model pauses, or beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parsedec.static.graphs import own_stream
 
 
 class Lane(Protocol):
-    """Where judge passes run beside the draft model. Passes run one at a time, in the order they were handed in."""
+    """Runs judge passes while a draft is written: one at a time, in the order they were submitted."""
 
     def submit(self, judge_pass: Callable[[], None]) -> None: ...
 
@@ -24,25 +24,25 @@ class Lane(Protocol):
         """Whether the draft model has to wait for the judge now."""
 
     def wait(self) -> None:
-        """Until all passes are done; raises what one of them raised."""
+        """Wait until all passes are done; raises what one of them raised."""
 
     def drafting(self) -> AbstractContextManager[None]:
-        """What the draft model works in."""
+        """The context in which the draft model has to run."""
 
     @property
     def in_turn(self) -> bool:
-        """Whether the draft model stops while a pass runs."""
+        """Whether the draft model pauses while a pass runs."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """No pass runs any more afterwards."""
+        """Drop the passes that have not begun; none runs after this returns."""
 
 
 class InTurn:
-    """The draft model stops while the judge works: what a CPU does best."""
+    """The draft model pauses while the judge works, which suits a CPU best."""
 
     in_turn = True
 
@@ -74,10 +74,10 @@ class InTurn:
 class Beside:
     """The judge works in a thread of its own, and on CUDA the draft model on a stream of its own.
 
-    It is the draft model that moves to another stream: its session is made there and never leaves it. The target's
-    cache was begun on the caller's stream, and memory that one stream has freed while another still reads it is handed
-    out again by the allocator. The two streams wait for each other at the beginning and at the end alone: in between
-    the caller's holds the passes.
+    The draft model is the one that moves to another stream, because its session is made there and never leaves it. The
+    target's cache was begun on the caller's stream, and the allocator reuses memory that one stream has freed, even if
+    another still reads it. The streams wait for each other only at the beginning and at the end; in between, the passes
+    run on the caller's.
     """
 
     in_turn = False
@@ -90,7 +90,7 @@ class Beside:
         self._passes: list[Future[None]] = []
 
     def submit(self, judge_pass: Callable[[], None]) -> None:
-        # the pass ends with the answer it is for (`wanted`)
+        # in the caller's context, so that a pass stops once its answer is no longer wanted (`wanted`)
         self._passes.append(self._pool.submit(copy_context().run, self._run, judge_pass))
 
     def waits(self) -> bool:
@@ -122,5 +122,5 @@ class Beside:
 
 @cache
 def _draft_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all requests: what a draft model's session frees is then only ever handed out to draft models."""
+    """One stream for all requests, so that memory freed by a draft model's session is only reused by draft models."""
     return own_stream(device)

@@ -1,4 +1,4 @@
-"""Loop policies: after the boundary, does the target finish, or does it hand back to the draft model?"""
+"""Loop policies: after the boundary, does the target finish the answer, or hand back to the draft model?"""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class Loop(Protocol):
 
     @property
     def rounds(self) -> int:
-        """Drafts at most, 1 or more."""
+        """The most drafts a request may have, at least 1."""
 
 
 @dataclass(frozen=True)
 class Once:
-    """One round, as in the paper: the target writes all that follows the kept prefix."""
+    """One round, as in the paper: the target writes everything after the kept prefix."""
 
     rounds: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """Up to `rounds` drafts: the target writes one segment, then the draft model goes on from there.
+    """Up to `rounds` drafts: the target writes one segment, as defined by the segmenter, and the draft model continues.
 
-    What a segment is, the segmenter says. After the last round the target finishes alone.
+    After the last draft, the target finishes the answer alone.
     """
 
     rounds: int = 4

@@ -1,7 +1,7 @@
-"""Attention masks and position ids of the two passes that are not plainly causal: trees and judge passes.
+"""Attention masks and position ids of the two passes that are not simply causal: tree passes and judge passes.
 
 Every builder returns True where a row may attend. `for_model` turns that into the form the model accepts:
-an additive float mask (a boolean one is silently *added* by eager attention), with the sliding window cut in by
+an additive float mask (eager attention would silently *add* a boolean one), with sliding windows applied by
 position distance, and one mask per layer kind where the model mixes kinds.
 
 Shapes in this file:  C cached columns before the pass, N draft rows, K probes, S rows a probe, R = rows of the pass.
@@ -33,7 +33,7 @@ def probe_mask(context: int, draft: int, cuts: Sequence[int], suffix: int, first
         probe1     x x    x x x    . .      x .
                    x x    x x x    . .      x x
 
-    Returns [N + K*S, C + N + K*S] bool; without the `first` rows of the draft, if they were read before.
+    Returns [N + K*S, C + N + K*S] bool, without the `first` rows of the draft, if they were read before.
     """
     probes = len(cuts)
     causal = torch.arange(draft) <= torch.arange(first, draft)[:, None]  # [N - first, N]
@@ -67,7 +67,7 @@ def tree_mask(context: int, parents: Sequence[int]) -> Tensor:
     """
     n, root = len(parents), bytearray(context + 1).replace(b"\0", b"\1") + bytes(len(parents) - 1)
     rows = [root]
-    for node in range(1, n):  # in bytes: a tensor operation a node would cost more than the draft
+    for node in range(1, n):  # in bytes: one tensor operation per node would cost more than the draft
         row = rows[parents[node]].copy()
         row[context + node] = 1
         rows.append(row)
@@ -86,8 +86,8 @@ def for_model(
     """The mask as `attention_mask` of a Hugging Face causal LM.
 
     allowed     [R, C + R] bool
-    rows_at     [R] position ids of the rows; columns_at [C + R] position ids of the columns. A sliding window is a
-                distance between *positions*: a probe sits right behind its cut, wherever its row is in the pass.
+    rows_at     [R] position ids of the rows; columns_at [C + R] position ids of the columns. A sliding window limits
+                the distance between *positions*: a probe comes right after its cut, wherever its row is in the pass.
     windows     layer kind -> window in tokens, None for full attention; one entry per kind the model has
 
     Returns [1, 1, R, C + R] additive in `dtype`, or one such mask per layer kind where there are several.
@@ -105,7 +105,7 @@ def for_model(
 
 @cache
 def _added(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What is added to a score that counts, and to one that does not: [] each."""
-    with torch.inference_mode(False):  # made once, and for training passes, too
+    """What is added to the scores of visible and of hidden columns, [] each."""
+    with torch.inference_mode(False):  # made only once, so it has to serve training passes as well
         zero = torch.zeros((), dtype=dtype, device=device)
         return zero, torch.full_like(zero, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""The outer level: draft, judge, keep, continue (PARSE, arXiv 2605.04263; one round is drawn in the README).
+"""The outer level: draft, judge, keep, continue (PARSE, arXiv 2605.04263; the README shows one round).
 
 prompt -> Drafter -> draft d[0:N] -> cuts c_1 < ... < c_K = N -> judge: ONE target pass -> scores s_1 .. s_K
              ^                                                                                  |
@@ -40,7 +40,7 @@ SLOTS: dict[str, tuple[type, str]] = {
 
 
 def require_parts(outer: object) -> None:
-    """Raise ConfigError for what does not belong in the slot of an outer level that it stands in."""
+    """Raise ConfigError if a part of an outer level does not fit its slot."""
     for name, (kind, example) in SLOTS.items():
         if hasattr(outer, name):
             require_part(name, getattr(outer, name), kind, example)
@@ -48,8 +48,8 @@ def require_parts(outer: object) -> None:
 
 @dataclass(slots=True)
 class Work:
-    """A request being answered: what an outer level works with. The prompt is in the target's session, read if the
-    outer level asks for that."""
+    """A request being answered, as an outer level sees it. The target's session holds the prompt: read if the outer
+    level sets `prefill`, pending otherwise."""
 
     prompt_tokens: int
     target: Decoder
@@ -58,25 +58,25 @@ class Work:
     meter: Meter
     history: GateHistory
     rounds: list[Round] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)  # what a reader of the trace should know
+    notes: set[str] = field(default_factory=set)  # for readers of the trace
 
     def note_no_room(self, judge: Judge) -> None:
-        """No draft can be judged any more, which is not for want of a good one."""
+        """Note that the context has no room left for a draft and its judge."""
         model, rows = self.target.session.model, judge.suffix_rows
-        if rows:  # without a question it is the answer that fills the context, as its stop reason says
+        if rows:  # without a question the answer itself fills the context, as its stop reason says
             self.notes.add(
                 f"nothing was drafted where prompt, answer and the judge's question of {rows} tokens fill the context "
                 f"of {model.name}, {model.context_limit} tokens"
             )
 
     def target_writes(self, until: Segmenter | None = None) -> Iterator[Written]:
-        """The target decodes to the end of the answer, or until it has completed a segment.
+        """Let the target decode to the end of the answer, or until it has completed a segment of `until`.
 
-        An inner speculator may commit tokens beyond the segment in one step. They are taken back: which speculator
-        serves the target must not change what is written.
+        Tokens that an inner speculator commits beyond the segment are taken back, so that the choice of speculator
+        does not change what is written.
         """
         before, start = self.meter.seconds("decode"), len(self.answer.tokens)
-        free = self.target.session.next_logits is not None  # the first token then costs no call
+        free = self.target.session.next_logits is not None  # if so, the first token costs no call
         segment = None if until is None else FirstSegment(until, self.answer.model)
         writing = self.target.write(self.answer, Author.TARGET, whole=until is None)
         try:
@@ -90,32 +90,32 @@ class Work:
                 yield Author.TARGET, tokens[:taken]
                 if complete:
                     break
-        finally:  # also of a stream that its reader leaves: a gate that measures waits for a first figure
+        finally:  # also when the reader leaves the stream early: a measuring gate needs a first figure
             decoded = len(self.answer.tokens) - start - free
             self.history.add_decoding(max(0, decoded), self.meter.seconds("decode") - before)
 
 
 class Outer(Protocol):
-    """Answers a request; yields what was written as soon as it is sure to stand."""
+    """Answers a request, yielding text as soon as it is final."""
 
     prefill: ClassVar[bool]
-    """Whether the prompt is to be read before `run`; otherwise it is pending in the target's session."""
+    """Whether the engine reads the prompt before `run`; if not, it is pending in the target's session."""
 
     @property
     def needs_draft(self) -> bool:
-        """Whether it works with the stack's draft model."""
+        """Whether it uses the stack's draft model."""
 
     def bind(self, target: LanguageModel) -> Self:
-        """A copy for `target`; whatever does not fit is found here."""
+        """A copy for `target`; raises if the two do not fit."""
 
     def run(self, work: Work) -> Iterator[Written]: ...
 
 
 @runtime_checkable
 class AsksJudge(Protocol):
-    """An outer level with a judge: the engine's sessions then hold what that judge reads.
+    """An outer level with a judge, so that the engine's sessions record what that judge reads.
 
-    An addition to `Outer`, for those that have one.
+    Optional, in addition to `Outer`.
     """
 
     @property
@@ -124,13 +124,13 @@ class AsksJudge(Protocol):
 
 @runtime_checkable
 class ChecksStack(Protocol):
-    """An outer level that does not work with everything a stack may hold beside the target.
+    """An outer level that does not work with every draft model or inner speculator.
 
-    An addition to `Outer`, for those that do more than decode with the stack's own parts.
+    Optional, in addition to `Outer`, for those that do more than decode with the stack's own parts.
     """
 
     def check_stack(self, target: LanguageModel, draft: LanguageModel | None, inner: InnerSpeculator) -> None:
-        """Raise IncompatibleStack for what cannot work, or would be ignored."""
+        """Raise IncompatibleStack for a part that cannot work or would be ignored."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ class TargetOnly:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftVerification(ABC):
-    """Base of the outer levels in which the draft model writes, the target judges prefixes and the longest valid stays.
+    """Base of the outer levels where the draft model writes, the target judges prefixes, and the longest valid is kept.
 
-    max_draft_tokens  longest draft; None: as long as the answer may be
+    max_draft_tokens  most tokens a draft may have; None: as many as the answer may have
     """
 
     prefill: ClassVar[bool] = True
@@ -167,7 +167,7 @@ class DraftVerification(ABC):
     gate: Gate = field(default_factory=Always)
     loop: Loop = field(default_factory=Once)
     max_draft_tokens: int | None = None
-    end_token: int = -1  # closes an answer that is a whole draft; filled in by bind
+    end_token: int = -1  # ends an answer that is a complete draft; set by `bind`
 
     def __post_init__(self) -> None:
         require_parts(self)
@@ -202,26 +202,26 @@ class DraftVerification(ABC):
 
     @abstractmethod
     def _draft_and_judge(self, work: Work, limit: int) -> Generator[Written, None, Round]:
-        """One draft; yields its kept part and returns the round, what the target writes behind it left out."""
+        """Write and judge one draft; yields the part kept, and returns the round without the target's own tokens."""
 
     def draft_limit(self, remaining: int, room: int) -> int:
-        """Most tokens a draft may have; below 1 where there can be none.
+        """The most tokens a draft may have; below 1 if there is no room for one.
 
-        remaining  tokens the answer may still have
-        room       those the target's context still takes: the draft, and a probe behind it
+        remaining  tokens left in the answer's limit
+        room       tokens left in the target's context, which has to hold the draft and a probe behind it
         """
         room -= self.judge.suffix_rows
         return min(remaining, room, self.max_draft_tokens or room)
 
     def _decide(self, scores: Sequence[float | None], draft: Draft) -> tuple[int, bool]:
-        """(leading segments that stand, whether the draft is the answer)."""
+        """(leading segments to keep, whether the draft is the answer)."""
         asked = [score for score in scores if score is not None]
         if self.boundary.whole(asked[-1]):
             return len(scores), draft.ended
         return self.boundary.keep(asked), False
 
     def _count_draft(self, work: Work, drafted: int, done: Round) -> None:
-        """A draft of `drafted` tokens, its end token included, is done with."""
+        """Count a finished draft of `drafted` tokens, its end token included."""
         work.target.tally.draft_tokens += drafted
         work.target.tally.kept_draft_tokens += done.kept_tokens
         work.history.add_draft(done.draft_s + done.judge_s, drafted, done.kept_tokens)
@@ -240,8 +240,12 @@ class DraftVerification(ABC):
         kept: int,
         whole: bool,
     ) -> Round:
-        """The round of a judged draft of which `kept` tokens stand, or that is the answer. `passes` read the same rows
-        or more."""
+        """The round of a judged draft.
+
+        kept    tokens of the draft that stay
+        whole   whether the draft is the answer
+        passes  the judge passes made
+        """
         starts = [0, *cuts[:-1]]
         logprobs = passes[-1].draft_logprobs
         return Round(
@@ -257,23 +261,23 @@ class DraftVerification(ABC):
             judge_path=passes[0].path,
             judge_passes=len(passes),
             judge_rows=sum(p.rows for p in passes),
-            mean_draft_logprob=sum(logprobs) / len(logprobs) if logprobs else None,  # a server does not tell
+            mean_draft_logprob=sum(logprobs) / len(logprobs) if logprobs else None,  # a server returns none
         )
 
 
 def spent(meter: Meter) -> tuple[float, float]:
-    """Seconds of drafting and judging until now."""
+    """Seconds spent on drafting and on judging so far."""
     return meter.seconds("draft"), meter.seconds("judge")
 
 
 def timed(done: Round, meter: Meter, before: tuple[float, float]) -> Round:
-    """The round with the seconds since `before` was `spent`."""
+    """The round with the seconds spent since `before`, an earlier result of `spent`."""
     draft_s, judge_s = (now - then for now, then in zip(spent(meter), before, strict=True))
     return replace(done, draft_s=draft_s, judge_s=judge_s)
 
 
 def drafter_of(work: Work) -> Drafter:
-    """The request's drafter; an outer level that drafts was built without one if there is none."""
+    """The request's drafter; raises IncompatibleStack if the stack has no draft model."""
     if work.drafter is None:
         raise IncompatibleStack("this outer level needs a draft model; set draft, or use outer=none.")
     return work.drafter
@@ -283,8 +287,8 @@ def drafter_of(work: Work) -> Drafter:
 class PrefixVerification(DraftVerification):
     """outer=parse: the target judges all prefixes of a whole draft and keeps the longest valid one.
 
-    passes  "fused": the complete draft and its prefixes in one pass; "two_pass": the complete draft first, the
-            prefixes only if it fails
+    passes  "fused": judge the complete draft and its prefixes in one pass; "two_pass": judge the complete draft first,
+            and the prefixes only if it fails
     """
 
     passes: str = "fused"
@@ -316,7 +320,7 @@ class PrefixVerification(DraftVerification):
         return done
 
     def _judge(self, work: Work, draft: Draft, cuts: list[int]) -> tuple[list[float | None], list[Scores]]:
-        """A score per cut (None where two_pass did not need to ask), and the passes made."""
+        """One score per cut (None where two_pass had no need to ask), and the passes made."""
         session = work.target.session
         first = judged(self.judge, session, draft, cuts, cuts if self.passes == "fused" else cuts[-1:])
         passes = [first]

@@ -1,4 +1,4 @@
-"""Logits to a distribution, and a distribution to a token. Randomness is an argument: a `torch.Generator`.
+"""From logits to a distribution, and from that to a token. Randomness is an argument: a `torch.Generator`.
 
 Filters follow Hugging Face's order: temperature, top-k, top-p.   Shapes: N rows, V vocabulary.
 """
@@ -14,7 +14,7 @@ from parsedec.errors import ConfigError, LogitsError, require_kind, require_numb
 from parsedec.types import Sampling
 
 OVERFLOW = "They overflow in the model's dtype, or its weights are damaged. Load it with dtype=bfloat16 or float32."
-SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more than a run has requests
+SEED_STRIDE = 1_000_003  # between the generators of neighbouring seeds: more than the requests of a run
 
 
 def request_generator(seed: int, index: int) -> torch.Generator:
@@ -23,8 +23,8 @@ def request_generator(seed: int, index: int) -> torch.Generator:
 
 
 def chosen_generator(seed: int | None, generator: torch.Generator | None, index: int = 0) -> torch.Generator | None:
-    """What a request draws from: what `request_generator` makes of a seed, or the generator it is given. Raises
-    ConfigError for both."""
+    """The generator a request draws from: that of its seed (`request_generator`), or the one given; None without
+    either. Raises ConfigError if both are given."""
     if seed is None:
         return generator
     if generator is not None:
@@ -34,27 +34,27 @@ def chosen_generator(seed: int | None, generator: torch.Generator | None, index:
 
 
 def checked_token(token: int, vocabulary: int) -> int:
-    """The token, if it is one: what is drawn from logits that are no numbers is not. Raises LogitsError."""
+    """The token, if it is one; raises LogitsError for what is drawn from logits that are not numbers."""
     if token >= vocabulary:
         raise LogitsError(f"a token was to be drawn from logits that are not numbers. {OVERFLOW}")
     return token
 
 
 def check_numbers(logits: Tensor, model: str) -> None:
-    """Raise LogitsError where logits [V] have no best token that is a number. The host waits for the answer."""
-    if logits.numel() and not math.isfinite(best := float(logits.max())):  # nan, if any of them is
+    """Raise LogitsError if the largest of the logits [V] is not a finite number. The host waits for the device."""
+    if logits.numel() and not math.isfinite(best := float(logits.max())):  # nan if any logit is nan
         raise LogitsError(f"the logits of {model} behind the prompt are not numbers: the largest is {best}. {OVERFLOW}")
 
 
 def token_at(probabilities: Tensor, share: float) -> Tensor:
-    """The first token [] up to which there is more than `share`, 0 to below 1, of the mass of probabilities [V]; V if
-    they are not numbers. In double precision: many tokens of a large vocabulary have less than 2^-24."""
+    """The first token [] at which the cumulative mass of probabilities [V] exceeds `share`, in [0, 1), of the total; V
+    if they are not numbers. In double precision, since many tokens of a large vocabulary have less than 2^-24."""
     mass = probabilities.cumsum(-1, dtype=torch.float64)
     return (~(mass > share * mass[-1])).sum()
 
 
 class Sampler:
-    """Sampling settings with the generator they draw from; one per request and model."""
+    """Sampling settings and the generator to draw from; one per request and model."""
 
     def __init__(self, settings: Sampling, generator: torch.Generator | None = None) -> None:
         require_kind("sampling", settings, Sampling, "Sampling(temperature=…)")
@@ -72,12 +72,12 @@ class Sampler:
         return self.settings.greedy
 
     def apart(self) -> Sampler:
-        """The same settings with a generator of its own, which `start_from` has yet to seed."""
+        """The same settings with a generator of its own, still to be seeded by `start_from`."""
         own = None if self.generator is None else torch.Generator(self.generator.device)
         return Sampler(self.settings, own)
 
     def start_from(self, other: Sampler) -> None:
-        """Seed the own generator with one draw of another's: how much is drawn from it afterwards, nobody else sees."""
+        """Seed its generator with one draw from another's, which is unaffected by how much is drawn here afterwards."""
         if self.generator is not None and other.generator is not None:
             device = other.generator.device
             self.generator.manual_seed(int(torch.randint(1 << 62, (), generator=other.generator, device=device)))
@@ -91,9 +91,9 @@ class Sampler:
         if self.settings.top_p < 1:
             order = logits.sort(dim=-1, descending=True)
             mass = order.values.softmax(-1)
-            # a token goes once those before it hold top_p already
+            # a token is dropped if those before it already hold top_p
             late = mass.cumsum(-1) - mass >= self.settings.top_p
-            late[..., 0] = False  # the first stays, even where top_p is 0 in float32
+            late[..., 0] = False  # the first stays, even if top_p is 0 in float32
             logits = logits.masked_fill(torch.zeros_like(late).scatter(-1, order.indices, late), -torch.inf)
         return logits.log_softmax(-1)
 
@@ -104,22 +104,22 @@ class Sampler:
         return self.draw(self.log_distribution(logits).exp())
 
     def chosen(self, logits: Tensor) -> Tensor:
-        """The same token, still on the device of the logits: a whole number [], V if they are not numbers."""
+        """As `pick`, but the token stays on the device of the logits: an integer [], V if they are not numbers."""
         return logits.argmax() if self.greedy else self._drawn(self.log_distribution(logits).exp())
 
     def draw(self, probabilities: Tensor) -> int:
-        """A token from a distribution [V]."""
+        """A token drawn from a distribution [V]; raises LogitsError if its values are not numbers."""
         return checked_token(int(self._drawn(probabilities)), len(probabilities))
 
     def _drawn(self, probabilities: Tensor) -> Tensor:
-        """A token [] from a distribution [V], on its device, V if that is no numbers; all draws of tokens are made
-        here. Where the generator is there, too, it draws as `generate` of Hugging Face does; elsewhere it draws one
-        number, and nothing of the size of a vocabulary changes devices."""
+        """A token [] drawn from a distribution [V], on its device; V if its values are not numbers. All tokens are
+        drawn here: with a generator on that device, as Hugging Face's `generate` draws; with one elsewhere, from a
+        single random number, so that nothing of the size of a vocabulary changes devices."""
         assert self.generator is not None
         if self._is_beside(probabilities):
             try:
                 return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(0)
-            except RuntimeError:  # on a GPU this cannot be caught: with a generator there it ends the process
+            except RuntimeError:  # on a GPU there is nothing to catch: values that are not numbers end the process
                 if bool(probabilities.isfinite().all()):
                     raise
                 return torch.tensor(len(probabilities))

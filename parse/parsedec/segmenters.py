@@ -1,10 +1,9 @@
-"""Where a draft may be cut. A segmenter proposes ends of segments; the rules below make them usable cuts.
+"""Where a draft may be cut. A segmenter proposes ends of segments; the rules below turn them into usable cuts.
 
-`min_tokens` and `max_tokens` bound a segment's length, `max_cuts` the number of probes: where there are more ends,
-they are thinned evenly, since where the first error falls is not known. The last cut is always the whole draft. Where
-the three cannot all hold, `max_cuts` wins over `max_tokens`, and `max_tokens` over `min_tokens`. No other cut stands
-inside a character whose bytes are several tokens: it moves behind it, since text is what models of two vocabularies
-hand each other.
+`min_tokens` and `max_tokens` bound a segment's length, `max_cuts` the number of probes: surplus cuts are thinned
+evenly, since the first error may be anywhere. The last cut is always the end of the draft. Where the three bounds
+conflict, `max_cuts` wins over `max_tokens`, and `max_tokens` over `min_tokens`. Any other cut inside a character that
+spans several tokens moves behind the character, since models with different vocabularies exchange text.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from parsedec.text.spelling import Draft, GrowingDraft
 
 @dataclass(frozen=True, kw_only=True)
 class Segmenter(ABC):
-    """Base of all segmenters; one of one's own is a class derived from it with an `ends`."""
+    """Base of all segmenters; to write your own, derive a class and define `ends`."""
 
     min_tokens: int = 1
     max_tokens: int | None = None
@@ -41,37 +40,37 @@ class Segmenter(ABC):
 
     @abstractmethod
     def ends(self, draft: Draft) -> Iterable[int]:
-        """Ascending token positions at which a segment is complete; the end of the draft may be left out."""
+        """Ascending token positions at which segments end; the end of the draft may be left out."""
 
     def cuts(self, draft: Draft, *, thinned: bool = True) -> list[int]:
-        """Strictly ascending positions in 1..N, the last one N; empty for an empty draft. Not thinned: `max_cuts` is
-        left aside."""
+        """Strictly ascending positions in 1..N, the last one N; none for an empty draft. If not `thinned`, `max_cuts`
+        is ignored."""
         total = len(draft.tokens)
         cuts = [*self._behind_characters(self._ends(draft), draft), total] if total else []
         if thinned and len(cuts) > self.max_cuts:
-            # the j-th of max_cuts sits at the j-th part of the list, rounded up, so the last is the whole draft
+            # cut j of max_cuts sits at the fraction (j + 1) / max_cuts of the list, rounded up: the last stays last
             cuts = [cuts[-(-len(cuts) * (j + 1) // self.max_cuts) - 1] for j in range(self.max_cuts)]
         return cuts
 
     def sure_cuts(self, draft: Draft) -> list[int]:
-        """Those cuts of a draft still being written that it will have however it goes on; its end is never one of them.
+        """The cuts that a draft still being written will have however it goes on; its present end is never one.
 
-        An end of a segment is sure once `min_tokens` stand behind it, and so are the cuts that split a segment with a
-        sure end. They are not thinned: how many will come is not known.
+        A segment's end is sure once `min_tokens` tokens follow it, and so are the cuts that split such a segment. They
+        are not thinned, since it is not known how many will come.
         """
         return self._behind_characters(self._ends(draft)[:-1], draft)
 
     def first_end(self, draft: Draft) -> int | None:
-        """Position at which the first segment of a text still being written is complete, or None."""
+        """Position at which the first segment of a text still being written ends, or None."""
         return self._first(self.ends(draft), draft)
 
     def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
-        """Those of `ends` that were not there before the last token, and maybe some that were; None: only all of them
-        can be found. `word`: the offset at which the last word began then."""
+        """The `ends` that the last token has added, and possibly older ones; None if a search from the beginning is
+        needed. `word`: offset of the last word before that token."""
         return None
 
     def first_new_end(self, growing: GrowingDraft, word: int) -> int | None:
-        """`first_end` of a text in which there was none before its last token; arguments as in `new_ends`."""
+        """`first_end` of a text that had none before its last token; arguments as in `new_ends`."""
         ends = self.new_ends(growing, word) if type(self).first_end is Segmenter.first_end else None
         return self.first_end(growing.draft()) if ends is None else self._first(ends, growing)
 
@@ -85,7 +84,7 @@ class Segmenter(ABC):
         return end
 
     def _ends(self, draft: Draft) -> list[int]:
-        """Ends of segments of at least `min_tokens`, the last one that of the draft."""
+        """Ends of segments of at least `min_tokens`; the last one is the end of the draft."""
         total, ends = len(draft.tokens), [0]
         if not total:
             return []
@@ -95,7 +94,7 @@ class Segmenter(ABC):
         return [*ends[1:], total]
 
     def _behind_characters(self, ends: list[int], draft: Draft) -> list[int]:
-        """The cuts that segments with these ends bring, before the draft's own end; none inside a character."""
+        """The cuts for segments with these ends, moved behind characters; the draft's own end is left out."""
         moved: dict[int, None] = {}
         for cut in self._split_long(ends):
             while cut in draft.inside:
@@ -105,7 +104,7 @@ class Segmenter(ABC):
         return list(moved)
 
     def _split_long(self, ends: list[int]) -> list[int]:
-        """These ends, and those of the parts of segments longer than `max_tokens`."""
+        """These ends, and those of the parts into which segments longer than `max_tokens` are split."""
         if self.max_tokens is None:
             return ends
         split: list[int] = []
@@ -137,7 +136,7 @@ class EveryTokens(Segmenter):
 
 @dataclass(frozen=True, kw_only=True)
 class PatternSegmenter(Segmenter):
-    """Segments end where `pattern` matches: group 1, or the start of the match, is the end of the segment's text."""
+    """Segments end where `pattern` matches: at the end of group 1, or without groups at the start of the match."""
 
     pattern: str
 
@@ -146,7 +145,7 @@ class PatternSegmenter(Segmenter):
         try:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
-            raise ConfigError(f"segmenter.pattern={self.pattern!r} is no regular expression: {error}.") from error
+            raise ConfigError(f"segmenter.pattern={self.pattern!r} is not a regular expression: {error}.") from error
 
     def ends(self, draft: Draft) -> Iterable[int]:
         return self._matches(draft, 0)
@@ -156,21 +155,21 @@ class PatternSegmenter(Segmenter):
         return self._matches(growing, word) if known else None
 
     def _matches(self, draft: Draft | GrowingDraft, start: int) -> Iterator[int]:
-        for match in re.compile(self.pattern).finditer(draft.text, start):  # it looks behind `start` all the same
+        for match in re.compile(self.pattern).finditer(draft.text, start):  # lookbehinds still see text before `start`
             offset = match.end(1) if match.re.groups else match.start()
             if self._counts(draft.text, match) and draft.text[:offset].strip():
                 yield draft.position(offset)
 
     def _counts(self, text: str, match: re.Match[str]) -> bool:
-        """Whether a match in `text` ends a segment; what a pattern cannot say, since it looks back a fixed length."""
+        """Whether a match in `text` ends a segment; for checks that a fixed-length lookbehind cannot make."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lines(PatternSegmenter):
-    """A segment is a line; the cut stands before the line break, so the judged text does not end in one."""
+    """A segment is a line. The cut comes before the line break, so the judged text does not end in one."""
 
-    pattern: str = r"(?<=\S)[^\S\n]*\n"  # all of a line break: "\r\n" as well
+    pattern: str = r"(?<=\S)[^\S\n]*\n"  # matches "\r\n" as well
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,15 +181,15 @@ class Paragraphs(PatternSegmenter):
 
 @dataclass(frozen=True, kw_only=True)
 class Sentences(PatternSegmenter):
-    """A segment is a sentence: up to . ! ? and what closes with it (quotes, brackets, emphasis), or to a line's end.
+    """A segment is a sentence: up to . ! ? and any closing quotes, brackets or emphasis, or up to the end of a line.
 
-    A full stop behind a single letter, between digits or behind the number of a list's item ends nothing ("e. g.",
-    "3.5", "1. Add"); ideographic stops count, with the closing quotes or brackets and further stops behind them.
+    A full stop after a single letter, between digits or after a list number ends nothing ("e. g.", "3.5", "1. Add").
+    Ideographic stops count, together with the closing quotes, brackets and further stops after them.
     """
 
     pattern: str = (
         r"(?:(?:(?<!\b[^\W\d_])\.|[!?])[\"'”’»)\]*_]*(?=\s)"
-        # a closing quote still to come would move the end, so what stands behind has to be known
+        # a closing quote that is still to come would move the end, so the next character has to be known
         r"|[。！？]+[」』”’）】》]*(?=[^。！？」』”’）】》])"
         r"|(?<=\S)(?=[^\S\n]*\n))()"
     )
@@ -202,25 +201,25 @@ class Sentences(PatternSegmenter):
 
 @dataclass(frozen=True, kw_only=True)
 class CodeStatements(Segmenter):
-    """A segment is a statement of source code: a line end outside brackets, strings and continuations."""
+    """A segment is a statement of source code: up to a line end outside brackets, strings and continuations."""
 
     def ends(self, draft: Draft) -> Iterable[int]:
         for offset in statement_ends(draft.text):
             yield draft.position(offset)
 
     def new_ends(self, growing: GrowingDraft, word: int) -> Iterable[int] | None:
-        """Without a line end there is none; with one the statement is read from its beginning."""
+        """None of them without a new line end; with one, the text has to be read from the beginning."""
         return None if "\n" in growing.text[word:] or type(self).ends is not CodeStatements.ends else ()
 
 
-# Patterns a match of which begins, if more text may complete it, in the last word or behind it
+# Patterns whose matches, where more text may complete them, begin in the last word or after it
 BY_WORDS = {Lines.pattern, Paragraphs.pattern, Sentences.pattern}
 
 
 class FirstSegment:
-    """The first segment of a text that grows: `push` says of every token whether it completes it, as `first_end` would.
+    """The first segment of a growing text: `push` returns, token by token, whether it is complete (`first_end`).
 
-    The segmenters of this file are asked about the last word and what is new alone: texts without an end may be long.
+    The segmenters of this file look only at the last word and what is new, since a text without an end may be long.
     """
 
     def __init__(self, segmenter: Segmenter, model: LanguageModel) -> None:
@@ -230,7 +229,7 @@ class FirstSegment:
         self._word = 0  # the offset at which the last word begins
 
     def push(self, token: int) -> bool:
-        """Read one more token, unless the segment is complete; returns whether it is."""
+        """Read one more token, unless the segment is already complete; returns whether it is complete now."""
         if not self.complete:
             self.growing.add(token)
             self.complete = self._segmenter.first_new_end(self.growing, self._word) is not None
@@ -243,8 +242,8 @@ class FirstSegment:
 def statement_ends(text: str) -> list[int]:
     """Offsets of line ends at which a statement is complete: brackets closed, no open string, no continuation.
 
-    Comments, blank lines and code fences are no statements; lines that open a block, and decorators, belong to what
-    follows them. Written for Python, and close enough for languages with the same brackets and quotes.
+    Comments, blank lines and code fences are not statements. Lines that open a block, and decorators, belong to what
+    follows them. Written for Python, but close enough for other languages with the same brackets and quotes.
     """
     ends: list[int] = []
     depth, quote = 0, ""

@@ -1,4 +1,4 @@
-"""What a stack may be composed of: checked, and bound to its models, before a request."""
+"""Checks the parts of a stack and binds them to its models, before any request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS: dict[str, tuple[type, str]] = {
 
 
 def check_models(target: object, draft: object) -> None:
-    """Raise ConfigError for what is no loaded model."""
+    """Raise ConfigError for anything that is not a loaded model."""
     for name, model in (("target", target), ("draft", draft)):
         if not isinstance(model, LanguageModel) and (model is not None or name == "target"):
             raise ConfigError(
@@ -32,17 +32,17 @@ def check_models(target: object, draft: object) -> None:
 
 
 def check_parts(**parts: object) -> None:
-    """Raise ConfigError for what does not belong in the slot it was given for."""
+    """Raise ConfigError if a part does not fit the slot it was given for."""
     for name, part in parts.items():
         if part is not None:
             require_part(name, part, *PARTS[name])
 
 
 def check_draft(outer: Outer, target: LanguageModel, draft: LanguageModel | None) -> None:
-    """Raise IncompatibleStack or ChatTemplateError for an outer level that cannot draft with this pair."""
+    """Raise IncompatibleStack or ChatTemplateError if the outer level cannot draft with this pair of models."""
     if outer.needs_draft and draft is None:
         raise IncompatibleStack(
-            f"{type(outer).__name__} needs a draft model and none is given; set draft, or use outer=none."
+            f"{type(outer).__name__} needs a draft model, but none is given; set draft, or use outer=none."
         )
     if outer.needs_draft and draft is not None and not draft.has_template and not target.same_vocabulary(draft):
         raise ChatTemplateError(
@@ -53,7 +53,7 @@ def check_draft(outer: Outer, target: LanguageModel, draft: LanguageModel | None
 
 
 def bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageModel | None) -> InnerSpeculator:
-    """A speculator for `model`; raises IncompatibleStack where that has not the layers it reads."""
+    """The speculator bound to `model`; raises IncompatibleStack if the model lacks layers that it reads."""
     bound = inner.bind(model, draft)
     require_part(f"{type(inner).__name__}.bind(…)", bound, InnerSpeculator, "a copy of it for the target")
     beyond = [layer for layer in bound.needs.hidden_layers if not 0 <= layer <= model.num_layers]
@@ -66,7 +66,7 @@ def bind_inner(inner: InnerSpeculator, model: LanguageModel, draft: LanguageMode
 
 
 def judge_needs(outer: Outer, target: LanguageModel, draft: LanguageModel | None) -> JudgeNeeds:
-    """What the judge of a bound outer level reads, if there is one and this pair can give it."""
+    """What the judge of a bound outer level reads, if any; raises IncompatibleStack if this pair cannot provide it."""
     needs = outer.judge.needs if isinstance(outer, AsksJudge) else JudgeNeeds()
     check_judge(needs, target, draft)
     if needs.draft_logprobs and draft is not None and not target.same_vocabulary(draft):

@@ -1,19 +1,19 @@
-"""outer=parse_streamed: the judge reads along, so that drafting stops soon after the first prefix that fails.
+"""outer=parse_streamed: judges a draft while it is written, so that drafting stops soon after a prefix has failed.
 
-PARSE (arXiv 2605.04263) judges a draft when it is complete. Here every `chunk` finished segments are read and judged
-while the draft model writes on, as PEARL (arXiv 2408.11850) lets the target verify while its drafter drafts. Text whose
+PARSE (arXiv 2605.04263) judges a draft once it is complete. Here the target reads and judges every `chunk` finished
+segments while the draft model writes on, as PEARL (arXiv 2408.11850) verifies while the drafter drafts. Text whose
 prefixes have passed is handed out at once.
 
 draft model   segment 1 | segment 2 | segment 3 | segment 4 |  stopped
 target                    judges 1    judges 2    judges 3: fails -> keeps 1 and 2, goes on from there
 
-What is decided does not depend on when: a pass judges the next `chunk` cuts, however many more are known by then, and
-reads each row of the draft once. The pass that judges the complete draft decides exactly as the fused pass of
-outer=parse does. So both keep the same text under the same rule, unless outer=parse keeps a complete draft one of whose
-prefixes had failed: a draft that failed in an earlier pass than its last is never completed here. And `max_cuts` bounds
-the probes of a pass, not of a draft: cuts are not thinned, since how many will come is not known while they are judged.
+Decisions do not depend on timing: a pass judges the next `chunk` cuts, however many more are known by then, and reads
+each row of the draft once. The pass that judges the complete draft decides exactly as the fused pass of outer=parse.
+So both keep the same text under the same rule, with one exception: outer=parse may keep a complete draft although one
+of its prefixes failed, whereas here a draft that fails in any pass but its last is never completed. Also, `max_cuts`
+bounds the probes of a pass, not of a draft: cuts are judged before their number is known, so they are not thinned.
 
-Sampled text does not depend on when either: every draft has a generator of its own (`Drafter`).
+Nor does sampled text depend on timing: every draft has a generator of its own (`Drafter`).
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from parsedec.sessions.session import Session
 from parsedec.text.spelling import Draft
 from parsedec.types import Author, Round
 
-FINAL = (FirstFailure, Smoothed)  # rules that a later score cannot make change what they said of earlier ones
+FINAL = (FirstFailure, Smoothed)  # rules whose decision about a prefix no later score can change
 ONE_MODEL = "judged in turn: target and draft model share one module, which two threads must not run at once"
 RECODED = "a draft was ended early: its text behind the judged part changed how that part is encoded for the target"
 
-FEW_SEGMENTS = 2  # what chunk=auto judges at a time where passes cost what their rows cost, or nobody waits for them
-# Rows from which about the time of a pass on a GPU goes with its rows. With fewer it is that of reading the target's
-# weights: in bfloat16 they are as many as the device makes floating-point operations while it reads a byte, by data
-# sheets 150 on an A100, 205 on an H200, 280 on a B200, 295 on an H100.
+FEW_SEGMENTS = 2  # per pass of chunk=auto, where the time of a pass grows with its rows or nothing waits for it
+# About the number of rows from which the time of a pass on a GPU grows with its rows. With fewer, reading the target's
+# weights takes longest. In bfloat16 the number is that of floating-point operations per byte read: by data sheets 150
+# on an A100, 205 on an H200, 280 on a B200, 295 on an H100.
 ENOUGH_ROWS = 256
 
 
 @dataclass(slots=True)
 class Judging:
-    """The passes over one draft as it grows, and what they have decided.
+    """The judge passes over one draft as it grows, and what they have decided.
 
-    `ready` and `rest` are called where the draft is written and make passes; each pass is a function to be called once,
-    in the order they were made. A pass writes `scores`, `passes`, `failed` and `complete`, and nothing else does.
+    `ready` and `rest` make passes, in the thread that writes the draft. Each pass is a function to be called once, in
+    the order they were made. Only passes write `scores`, `passes`, `failed` and `complete`.
 
-    chunk, rows  segments and rows of which a pass has at least so many, the last one aside; `max_cuts` bounds it
+    chunk, rows  least segments and least rows of a pass, except of the last one; `max_cuts` has precedence
     """
 
     judge: Judge
@@ -64,23 +64,23 @@ class Judging:
     cuts: list[int] = field(default_factory=list)  # of all passes made so far
     scores: list[float] = field(default_factory=list)
     passes: list[Scores] = field(default_factory=list)
-    failed: bool = False  # in a pass before the last: nothing behind that prefix can stand
-    complete: bool = False  # the complete draft was judged
+    failed: bool = False  # in a pass before the last: nothing behind the failed prefix can be kept
+    complete: bool = False  # whether the complete draft was judged
     _look_at: int = 0
 
     def looks(self, written: int) -> bool:
-        """Whether to look for cuts at this length: that reads the whole text, so not at every token of a long one."""
+        """Whether to look for cuts at this length: not at every token, since each look reads the whole text."""
         if written < self._look_at:
             return False
         self._look_at = written + max(1, written // 64)
         return True
 
     def continues(self, draft: Draft) -> bool:
-        """Whether `draft` begins with the tokens that the passes were made of."""
+        """Whether `draft` begins with the tokens that the passes made so far read."""
         return draft.tokens[: len(self.asked.tokens)] == self.asked.tokens
 
     def ready(self, draft: Draft) -> list[Callable[[], None]]:
-        """Full passes over a draft still being written."""
+        """The new full passes over a draft that is still being written."""
         new = self.segmenter.sure_cuts(draft)[len(self.cuts) :]
         passes = []
         while full := self._full(new):
@@ -89,7 +89,7 @@ class Judging:
         return passes
 
     def rest(self, draft: Draft) -> list[Callable[[], None]]:
-        """Passes for what is left of a finished draft, the one that decides about the whole of it among them."""
+        """The passes over what is left of a finished draft; the last one judges the complete draft."""
         cuts = self.segmenter.cuts(draft, thinned=False)
         new = [cut for cut in cuts if cut > len(self.asked.tokens)]
         passes = []
@@ -101,12 +101,12 @@ class Judging:
 
     @property
     def stands(self) -> int:
-        """Draft tokens that are sure to stand."""
-        segments = self.boundary.keep(list(self.scores))  # a copy: a pass may be adding to it
+        """Number of draft tokens that are certain to be kept."""
+        segments = self.boundary.keep(list(self.scores))  # copied, since a pass may be adding scores
         return self.cuts[segments - 1] if segments else 0
 
     def _full(self, cuts: Sequence[int]) -> int | None:
-        """How many of the next cuts make a full pass; None if all of them do not."""
+        """How many of the next cuts make a full pass; None if there are too few."""
         for count, cut in enumerate(cuts, start=1):
             rows = cut - len(self.asked.tokens) + count * self.judge.suffix_rows
             if count == self.segmenter.max_cuts or (count >= self.chunk and rows >= self.rows):
@@ -134,10 +134,10 @@ class StreamedVerification(DraftVerification):
     """outer=parse_streamed: finished segments are judged while the draft model writes on.
 
     chunk    segments per judge pass: fewer find an error sooner, more let the target read its weights less often.
-             "auto": two, and on a GPU that also drafts as many as give the pass 256 rows: it takes no less with fewer
-    overlap  "auto": drafting and judging at the same time unless the target is on the CPU; "always", "never"
+             "auto": two, but on a GPU that also drafts, enough for 256 rows, since smaller passes take as long
+    overlap  whether to draft and judge at the same time: "always", "never", or "auto": unless the target is on the CPU
 
-    The boundary rule has to be one whose decision about a prefix no later score changes: first_failure or smoothed.
+    Needs a boundary rule whose decision about a prefix no later score changes: first_failure or smoothed.
     """
 
     chunk: int | str = "auto"
@@ -161,9 +161,9 @@ class StreamedVerification(DraftVerification):
         drafter, lane = drafter_of(work), self._lane(work)
         judging = Judging(self.judge, self.segmenter, self.boundary, *self._least(work, lane), work.target.session)
         before = spent(work.meter)
-        # a boundary between phases would wait for the passes that are to run beside the draft model
+        # settling the clock between phases would wait for passes that should run beside the draft model
         span = partial(work.meter.span, settled=lane.in_turn)
-        handed = 0  # tokens of the draft that are in the answer
+        handed = 0  # draft tokens already in the answer
         with lane:
             with span("draft"), lane.drafting():
                 writing = drafter.begin(work.answer, limit)
@@ -187,7 +187,7 @@ class StreamedVerification(DraftVerification):
         return (yield from self._conclude(work, writing, judging, handed, before))
 
     def _write_on(self, writing: Writing, judging: Judging, lane: Lane) -> bool:
-        """Let the draft model write until text may have been decided about; whether it has more to write."""
+        """Let the draft model write until there may be a new decision; returns whether it has more to write."""
         known = len(judging.scores)
         while writing.step():
             if judging.failed or lane.waits() or len(judging.scores) > known:
@@ -203,7 +203,7 @@ class StreamedVerification(DraftVerification):
         return False
 
     def _judge_rest(self, work: Work, writing: Writing, judging: Judging, lane: Lane) -> None:
-        """The draft is finished. If no prefix of it has failed, judge what is left of it."""
+        """Judge what is left of a finished draft, unless a prefix of it has failed."""
         draft = writing.draft(final=True)
         if not judging.continues(draft):
             work.notes.add(RECODED)
@@ -220,7 +220,7 @@ class StreamedVerification(DraftVerification):
         handed: int,
         before: tuple[float, float],
     ) -> Generator[Written, None, Round]:
-        """Settle the session on what stands, hand out the rest of it and return what the round was."""
+        """Keep what passed in the target's session, yield what is not handed out yet, and return the round."""
         draft = writing.draft(final=True) if writing else judging.asked
         if not judging.continues(draft):
             draft = judging.asked
@@ -232,7 +232,7 @@ class StreamedVerification(DraftVerification):
             with work.meter.span("judge"):
                 work.target.session.keep_draft(cut)
             read = judging.cuts[len(scores) - 1]
-            # where guesses decide which draws are made, no guess may come from text that only this timing has
+            # when sampling, guesses decide which draws are made, so no guess may come from text that depends on timing
             work.target.note_refused(draft.tokens[cut : None if work.target.sampler.greedy else read])
             rest = [*draft.tokens[handed:cut], *([self.end_token] if whole else [])]
             taken = work.answer.extend(rest, Author.DRAFT)
@@ -249,7 +249,7 @@ class StreamedVerification(DraftVerification):
         return done
 
     def _least(self, work: Work, lane: Lane) -> tuple[int, int]:
-        """Segments and rows of a full pass."""
+        """The least segments and rows of a full pass."""
         if isinstance(self.chunk, int):
             return self.chunk, 0
         target, draft = work.target.session.model.device, drafter_of(work).model.device
@@ -258,7 +258,7 @@ class StreamedVerification(DraftVerification):
 
     def _lane(self, work: Work) -> Lane:
         target, draft = work.target.session.model, drafter_of(work).model
-        if target.shared:  # what a rank decides must not hang on its clock
+        if target.shared:  # all ranks must decide alike, whatever their clocks
             return InTurn()
         if self.overlap == "never" or (self.overlap == "auto" and target.device.type == "cpu"):
             return InTurn()

@@ -261,7 +261,7 @@ def test_a_batch_is_refused():
 
 def test_models_that_do_not_fit_are_refused(zoo):
     model = tiny.model("llama")
-    with pytest.raises(IncompatibleStack, match="another vocabulary"):
+    with pytest.raises(IncompatibleStack, match="different vocabulary"):
         dropped_in(model, draft=zoo[1], outer=PrefixVerification(judge=LabelJudge(labels=("Correct", "Incorrect"))))
     with pytest.raises(ConfigError, match=r"target\.hf\.generate"):
         model.hf.generate(PROMPT, custom_generate=hf_generate(target=zoo[0]))

@@ -98,7 +98,7 @@ def test_parts_of_an_outer_level_are_looked_at_too(wrong, said):
 @pytest.mark.parametrize("given", ["judge", "draft_inner"])
 def test_what_only_a_draft_model_could_need_is_not_ignored(given, tiny_target):
     part = LabelJudge() if given == "judge" else NoSpeculation()
-    with pytest.raises(IncompatibleStack, match=f"{given} is given, and no draft model"):
+    with pytest.raises(IncompatibleStack, match=f"{given} is given, but no draft model"):
         Parse(tiny_target, **{given: part})
 
 
@@ -318,7 +318,7 @@ def test_numbers(value, settings, said):
     [
         (lambda: Lines(min_tokens="3"), r"segmenter\.min_tokens='3'; expected a whole number, at least 1"),
         (lambda: EveryTokens(delta=2.5), r"segmenter\.delta=2\.5; expected a whole number"),
-        (lambda: Lines(pattern="("), r"segmenter\.pattern='\(' is no regular expression"),
+        (lambda: Lines(pattern="("), r"segmenter\.pattern='\(' is not a regular expression"),
         (lambda: Smoothed(window=2.5), r"boundary\.window=2\.5; expected a whole number, at least 1"),
         (lambda: Adaptive(bound=math.nan), r"gate\.bound=nan; expected a number, at least 0"),
         (lambda: Adaptive(bound=0), r"gate\.bound=0; expected more than 0"),

@@ -85,7 +85,7 @@ class SameNumber:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ConfigError(f"equivalence.pattern={self.pattern!r} is no regular expression: {error}.") from error
+            raise ConfigError(f"equivalence.pattern={self.pattern!r} is not a regular expression: {error}.") from error
 
     def bind(self, target: LanguageModel) -> SameNumber:
         return self
