@@ -129,7 +129,7 @@ def test_a_judge_that_reads_text_needs_no_logits_of_a_server(serve, pair):
 
     target, draft = pair
     remote, server = serve(target)
-    with pytest.raises(IncompatibleStack, match=r"Reads may look at all logits, and tiny at .* property `wanted`"):
+    with pytest.raises(IncompatibleStack, match=r"Reads may read any logits, but tiny at .* property `wanted`"):
         Parse(remote, draft, judge=Reads())
     before = len(server.seen)
     outer = PrefixVerification(judge=ReadsText(), segmenter=GRID)

@@ -1,14 +1,14 @@
-"""Judges: how likely is a draft free of errors up to each of its cuts? One seam, several sources of the answer.
+"""Judges: how likely is a draft free of errors up to each of its cuts? One interface, several sources of the answer.
 
-    LabelJudge        the target says Correct or Incorrect behind every prefix (PARSE, arXiv 2605.04263)
+    LabelJudge        the target says Correct or Incorrect after every prefix (PARSE, arXiv 2605.04263)
     DigitJudge        the target gives every prefix a digit from 0 to 9 (SpecReason, arXiv 2504.07891)
-    LogprobJudge      how likely the target finds the draft's own tokens; costs no row
-    ConfidenceJudge   how likely the draft model found them; unsure segments are asked of another judge (ConfSpec)
-    ProbeJudge        a trained linear probe on a hidden state of the target, behind a question or at the cut itself
-    CombinedJudge     logistic regression over several of them, off the same pass
-    PassJudge         base of these but the last, and of one's own: a `read` of the pass, or of the prefixes' texts
+    LogprobJudge      how likely the target finds the draft's own tokens; costs no rows
+    ConfidenceJudge   how likely the draft model found them; another judge decides on unsure segments (ConfSpec)
+    ProbeJudge        a trained linear probe on a hidden state of the target, after a question or at the cut itself
+    CombinedJudge     logistic regression over several of them, read off the same pass
+    PassJudge         base of all but CombinedJudge, and of your own: `read` scores the pass, or the prefixes' texts
 
-To score by hand:  bound = judge.bind(target);  session = judging_session(target, bound);  session.feed(prompt);
+To use one directly:  bound = judge.bind(target);  session = judging_session(target, bound);  session.feed(prompt);
 bound.score(session, draft, cuts, probes).
 """
 

@@ -2,8 +2,8 @@
 
     s = sigmoid(b + sum over j of  w_j * log(s_j / (1 - s_j)))
 
-Judges that ask the same question, or none, are read off one pass; each further question adds its probes' rows, for
-which the draft is not read again.
+Judges that ask the same question, or none, share one pass. Each further question adds the rows of its probes; the
+draft is not read again for them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from parsedec.sessions.session import Session
 from parsedec.text.spelling import Draft
 
 BIAS = "bias"
-EPS = 1e-6  # scores are kept this far from 0 and 1, where their log-odds end
+EPS = 1e-6  # scores are kept this far from 0 and 1, where log-odds are infinite
 
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedJudge:
     """Several judges as one.
 
-    judges   name -> judge, each one whose score can be read off a pass: all, but a confidence judge that asks
-    weights  name -> weight, and "bias"; or a folder, hub id or `zoo:NAME` of experiments/train_probe.py
+    judges   name -> judge. Each must be read off a single pass, which rules out a confidence judge that asks another
+    weights  name -> weight, and "bias"; or a folder, hub id or `zoo:NAME` written by experiments/train_probe.py
     """
 
     judges: Mapping[str, PassJudge]
     weights: Mapping[str, float] | str
-    mixture: Mixture | None = field(default=None)  # filled in by bind
+    mixture: Mixture | None = field(default=None)  # set by `bind`
 
     def __post_init__(self) -> None:
         if not self.judges:
@@ -60,8 +60,8 @@ class CombinedJudge:
             )
         if isinstance(target, RemoteModel) and target.can.labels is Labels.TOP:
             raise IncompatibleStack(
-                f"judge=combined weighs scores, and where a label is missing those of {target.name} are only bounds: "
-                f"it shows the {target.can.top} most probable tokens. Use judge=label, or engine=local."
+                f"judge=combined needs exact scores, but where a label is missing those of {target.name} are only "
+                f"bounds: it shows the {target.can.top} most probable tokens. Use judge=label, or engine=local."
             )
         bound = {name: judge.bind(target) for name, judge in self.judges.items()}
         combined = replace(self, judges=bound, mixture=mixture)
@@ -81,7 +81,7 @@ class CombinedJudge:
 
     @property
     def card(self) -> Mixture | None:
-        """Weights out of a file come with the thresholds that were found for them."""
+        """The thresholds found for these weights, if the weights come from a file."""
         return self.mixture if isinstance(self.weights, str) else None
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
@@ -95,7 +95,7 @@ class CombinedJudge:
     def odds(
         self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]
     ) -> tuple[dict[str, Tensor], list[Reading]]:
-        """Log-odds of the bound judges' scores by name [K], and the passes they were read off."""
+        """Log-odds [K] of the bound judges' scores, by name, and the passes they were read off."""
         found: dict[str, Tensor] = {}
         readings: list[Reading] = []
         for suffix, names in self._passes().items():
@@ -105,7 +105,7 @@ class CombinedJudge:
         return found, readings
 
     def _wanted(self, names: Sequence[str]) -> tuple[int, ...] | None:
-        """Ids whose logits some of these judges look at; None: they may look at all."""
+        """Ids whose logits at least one of these judges reads; None: any may be read."""
         ids: list[int] = []
         for name in names:
             wanted = self.judges[name].wanted
@@ -115,7 +115,7 @@ class CombinedJudge:
         return tuple(dict.fromkeys(ids))
 
     def _passes(self) -> dict[tuple[int, ...], list[str]]:
-        """Suffix -> the judges that read that pass. Those without one join the first that there is."""
+        """Suffix -> names of the judges that read its pass. Judges without a suffix join the first pass."""
         free = [name for name, judge in self.judges.items() if not judge.suffix]
         passes: dict[tuple[int, ...], list[str]] = {}
         for name, judge in self.judges.items():

@@ -1,8 +1,8 @@
 """The confidence judge: the draft model's own probabilities decide where they are high (ConfSpec, arXiv 2602.18447).
 
-A segment whose tokens the draft model found likely enough passes without a question; the others are asked of another
-judge, so that probes are only spent on them. The target reads the draft in any case: it goes on from there.
-ConfSpec lets the draft model judge its own step in words; here its confidence is read off what it did anyway.
+A segment whose tokens the draft model found likely enough passes without a question. Another judge is asked about the
+others, so that only they cost probes. The target reads the draft in any case, to continue from it. ConfSpec has the
+draft model judge its own step in words; here its confidence is taken from the probabilities of what it wrote.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from parsedec.types import JudgePath
 class ConfidenceJudge(PassJudge):
     """The draft model's probability of its own tokens, segment by segment.
 
-    statistic  of a segment's tokens. "min": the least likely one's; "mean": their geometric mean
-    sure       least confidence with which a segment passes unasked
-    judge      whom unsure segments are asked of; None: nobody
+    statistic  how to combine a segment's tokens. "min": the probability of the least likely one; "mean": their
+               geometric mean
+    sure       lowest confidence at which a segment passes without a question
+    judge      the judge to ask about unsure segments; None: ask none
 
-    With `judge`, an unsure prefix has that judge's score, and a sure segment changes nothing: its prefix has the score
-    of the one before, the first one 1. So the thresholds are those of `judge`. The first probe of a pass is left out
-    only if the whole draft up to it is sure: outer=parse_streamed, which makes several passes, asks more often.
-    Without `judge`, a prefix has the confidence of its least sure segment.
+    With `judge`, a prefix that ends in an unsure segment gets that judge's score. A sure segment changes nothing: its
+    prefix gets the score of the one before, or 1 if it is the first. So the thresholds are those of `judge`. The first
+    probe of a pass is left out only if the whole draft up to it is sure: outer=parse_streamed, which makes several
+    passes, asks more often. Without `judge`, a prefix gets the confidence of its least sure segment.
     """
 
     statistic: str = "min"
@@ -58,7 +59,7 @@ class ConfidenceJudge(PassJudge):
 
     @property
     def wanted(self) -> tuple[int, ...]:
-        return ()  # by itself it asks the target nothing
+        return ()  # on its own it reads no logits of the target
 
     @property
     def suffix_rows(self) -> int:
@@ -95,7 +96,7 @@ class ConfidenceJudge(PassJudge):
         if draft.logprobs is None:
             raise JudgeError(
                 "judge=confidence needs the draft model's log-probabilities, and this draft has none; expected "
-                "Draft.logprobs, one a token. The engine records them for drafts in the target's vocabulary."
+                "Draft.logprobs, one per token. The engine records them for drafts in the target's vocabulary."
             )
         values = stretches(torch.tensor(draft.logprobs), [0, *cuts[:-1]], cuts, self.statistic)
         return dict(zip(cuts, values.tolist(), strict=True))

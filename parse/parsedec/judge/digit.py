@@ -1,7 +1,7 @@
 """The digit judge: the target gives every prefix a mark from 0 to 9 (SpecReason, arXiv 2504.07891).
 
-SpecReason asks for one step after the other, in a short pass each; here all prefixes of a draft are marked in one
-packed pass, as the label judge's are. The mark is read at the probe's last row, off the ten digits alone:
+SpecReason asks about one step after another, in a short pass each; here all prefixes of a draft are marked in one
+packed pass, as by the label judge. The mark is read at the probe's last row, from the ten digits alone:
 
     s = sum over d of  d * p(d) / 9,      p a distribution over the digits 0 .. 9
 """
@@ -30,8 +30,8 @@ DIGITS = tuple("0123456789")
 class DigitJudge(PassJudge):
     """The target marks every prefix with a digit.
 
-    question  the user turn of the suffix; None: a plain English one
-    opening   text behind the assistant opening that leads up to the digit, e.g. "Score: "
+    question  the user turn of the suffix; None: a default in English
+    opening   start of the assistant's turn that leads up to the digit, e.g. "Score: "
     mark      "expected": the mean digit under the target's probabilities; "likeliest": the most probable one
     path      as for the label judge
     """
@@ -40,7 +40,7 @@ class DigitJudge(PassJudge):
     opening: str = ""
     mark: str = "expected"
     path: str = "auto"
-    digit_ids: tuple[int, ...] = ()  # filled in by bind
+    digit_ids: tuple[int, ...] = ()  # set by `bind`
 
     def __post_init__(self) -> None:
         check_path(self.path)

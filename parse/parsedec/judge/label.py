@@ -1,10 +1,10 @@
 """The packed label judge of PARSE (arXiv 2605.04263): one masked target pass scores every prefix of a draft.
 
-After each cut stands the verification suffix (the target's own chat turns with a question); the score of a prefix is
+Each cut is followed by the verification suffix (a question in the target's own chat turns); the score of a prefix is
 
     s = p(Correct) / (p(Correct) + p(Incorrect))      at the probe's last row.
 
-Where a mask cannot work the same probes run as a batch of forked caches, with the same scores.
+Where a mask cannot work, the same probes run as a batch of forked caches, with the same scores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LABELS = ("Correct", "Incorrect")
 
 
 def how_to_ask(target: LanguageModel) -> tuple[str, tuple[str, str]]:
-    """The question and the labels a target is judged with where nobody says otherwise: its card's, else English."""
+    """The default question and labels for a target: those of its judge card, else English ones."""
     card = target.judge_card
     return (card.question, card.labels) if card else (QUESTION, LABELS)
 
@@ -38,15 +38,15 @@ class LabelJudge(PassJudge):
     """The target says Correct or Incorrect after every prefix.
 
     question  the user turn of the suffix; None: the one the target's checkpoint was trained with (its judge card),
-              else a plain English one
-    labels    (right, wrong); told apart by their first tokens. None: the judge card's, else Correct and Incorrect
-    path      "auto": packed where a mask works on the target and passes a self-test, else forked
+              else a default in English
+    labels    (right, wrong), which must differ in their first tokens. None: the judge card's, else Correct, Incorrect
+    path      "packed", "forked", or "auto": packed where a mask works on the target and passes a self-test, else forked
     """
 
     question: str | None = None
     labels: Sequence[str] | None = None
     path: str = "auto"
-    label_ids: tuple[int, int] | None = None  # filled in by bind
+    label_ids: tuple[int, int] | None = None  # set by `bind`
 
     def __post_init__(self) -> None:
         check_path(self.path)

@@ -1,7 +1,7 @@
-"""The log-probability judge: how likely the target finds the tokens of the draft. It comes with reading the draft.
+"""The log-probability judge: how likely the target finds the tokens of the draft, which it learns by reading them.
 
-The pass is a plain prefill: no question, no mask, no row but the draft's own. That a token is unlikely need not mean
-that it is wrong - the target may only have worded it otherwise - which is what the paper's label judge is for.
+The pass is a plain prefill: no question, no mask, and no rows but the draft's own. But an unlikely token need not be
+wrong - the target may just have worded it differently - which is why the paper has a label judge.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ STATISTICS = ("mean", "min")
 class LogprobJudge(PassJudge):
     """The target's probability of the draft's tokens, as one number per prefix.
 
-    over       "prefix": of all tokens up to the cut; "segment": of those since the cut before
-    statistic  "min": of the least likely token; "mean": their geometric mean
+    over       "prefix": all tokens up to the cut; "segment": those since the previous cut
+    statistic  "min": the probability of the least likely token; "mean": their geometric mean
     """
 
     over: str = "prefix"
@@ -55,7 +55,7 @@ def check_statistic(statistic: str) -> None:
 
 
 def stretches(logprobs: Tensor, starts: Sequence[int], stops: Sequence[int], statistic: str) -> Tensor:
-    """Probability [K] of the tokens starts[k]:stops[k], of log-probabilities [N]: the least, or the geometric mean."""
+    """Probabilities [K] of the tokens starts[k]:stops[k], from log-probabilities [N]: their least or geometric mean."""
     parts = [logprobs[start:stop] for start, stop in zip(starts, stops, strict=True)]
     values = [part.min() if statistic == "min" else part.mean() for part in parts]
     return torch.stack(values).exp().clamp(max=1.0) if values else logprobs[:0]

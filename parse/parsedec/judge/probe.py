@@ -3,8 +3,8 @@
 A relative of Judge Decoding (arXiv 2501.19309), whose head accepts tokens, and SemanticSpec (arXiv 2602.03708), which
 probes for meanings. Here it scores whole prefixes, from one of two places:
 
-    suffix   the last row of a verification suffix, as the label judge's verdict
-    cut      the last token of the prefix itself: the pass is then a plain prefill, without mask or further rows
+    suffix   the last row of a verification suffix, as for the label judge
+    cut      the last token of the prefix itself: the pass is then a plain prefill, with no mask and no further rows
 
     s = sigmoid(w . h + b)      h the hidden state [H] of one layer
 
@@ -38,7 +38,7 @@ POSITIONS = ("suffix", "cut")
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A judge that was fitted, and the thresholds found for its scores."""
+    """A fitted judge: base of those below, with the thresholds found for its scores."""
 
     threshold: float
     full_threshold: float
@@ -52,8 +52,8 @@ class Fit:
 class LinearProbes(Fit):
     """The probes of one position.
 
-    layer  the one to use, whose scores the thresholds are for
-    bias   by layer; kept here, since the weights are stored in bfloat16
+    layer  the layer to use, which the thresholds are for
+    bias   by layer; here rather than with the weights, which are stored in bfloat16
     """
 
     layer: int
@@ -70,15 +70,15 @@ class Mixture(Fit):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeCard:
-    """What config.json of a folder of probes says.
+    """The contents of config.json in a folder of probes.
 
     target                   name of the model they were trained on
     hidden_size, num_layers  of that model
     question                 the user turn of the suffix; for probes at position suffix
     probes                   by position
     combined                 weights for judge=combined, if they were fitted
-    problems                 digests of the prompts of all problems that anything here was fitted or chosen on; None in
-                             a card of an earlier version
+    problems                 digests of the prompts of all problems that anything here was fitted or chosen on; None on
+                             cards of earlier versions
     """
 
     target: str
@@ -91,7 +91,7 @@ class ProbeCard:
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> ProbeCard:
-        """Of parsed JSON; ValueError, TypeError or KeyError if it is something else."""
+        """The card in parsed JSON; raises ValueError, TypeError or KeyError if it holds none."""
         probes = {position: LinearProbes(**fit) for position, fit in data["probes"].items()}
         combined = data.get("combined")
         return cls(
@@ -106,7 +106,7 @@ class ProbeCard:
 
 
 def read_card(source: str | Path) -> tuple[ProbeCard, Path]:
-    """The card of a folder, hub id or `zoo:NAME`, and where its weights are."""
+    """The card of a folder, hub id or `zoo:NAME`, and the path of its weights."""
     card, weights = (find_file(source, name) for name in (CARD, WEIGHTS))
     if card is None or weights is None:
         missing = CARD if card is None else WEIGHTS
@@ -118,13 +118,13 @@ def read_card(source: str | Path) -> tuple[ProbeCard, Path]:
         return ProbeCard.of(json.loads(card.read_text())), weights
     except (ValueError, TypeError, KeyError) as error:
         raise IncompatibleStack(
-            f"{card} is no card of trained probes: {type(error).__name__}: {error}. Write it anew with "
+            f"{card} is not a card of trained probes: {type(error).__name__}: {error}. Write it again with "
             "experiments/train_probe.py."
         ) from error
 
 
 def weights_of(judge: object) -> set[str]:
-    """Folders of trained weights that a judge which is not bound yet, or a judge within it, will read."""
+    """Folders of trained weights that an unbound judge, or any judge within it, will read."""
     found: set[str] = set()
     for name in (one.name for one in fields(judge)) if is_dataclass(judge) else ():
         value = getattr(judge, name)
@@ -139,17 +139,17 @@ def weights_of(judge: object) -> set[str]:
 class ProbeJudge(PassJudge):
     """A trained linear probe.
 
-    weights   folder, hub id or `zoo:NAME` of experiments/train_probe.py
-    position  "suffix": behind a question, as the label judge; "cut": at the cut's own row, which costs nothing
-    layer     which layer's probe; None: the one the card names
-    path      position=suffix: as for the label judge
+    weights   folder, hub id or `zoo:NAME` written by experiments/train_probe.py
+    position  "suffix": after a question, as for the label judge; "cut": at the cut's own row, which costs nothing
+    layer     layer whose probe to use; None: the one the card names
+    path      for position=suffix: as for the label judge
     """
 
     weights: str
     position: str = "suffix"
     layer: int | None = None
     path: str = "auto"
-    # Filled in by bind:
+    # Set by `bind`:
     weight: Tensor | None = field(default=None, compare=False)  # [H] float32
     bias: float = 0.0
 
@@ -169,8 +169,8 @@ class ProbeJudge(PassJudge):
             )
         if self.position not in card.probes:
             raise IncompatibleStack(
-                f"'{self.weights}' holds probes for judge.position={' and '.join(card.probes)} alone, and position is "
-                f"{self.position}. Set that, or train others: train_probe.py 'positions=[{self.position}]'."
+                f"'{self.weights}' holds probes only for judge.position={' and '.join(card.probes)}, but position is "
+                f"{self.position}. Change it, or train more: train_probe.py 'positions=[{self.position}]'."
             )
         fit, tensors = card.probes[self.position], read_tensors(file, f"{self.position}.")
         layer = fit.layer if self.layer is None else self.layer

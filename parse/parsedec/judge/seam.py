@@ -1,4 +1,4 @@
-"""The seam between an outer level and a judge, and the base of the judges that read one pass of the target.
+"""The interface between an outer level and a judge, and the base of the judges that read one pass of the target.
 
 Shapes in this file:  N draft tokens, K probes, V vocabulary, L taps, H hidden.
 """
@@ -30,34 +30,34 @@ from parsedec.types import JudgePath
 
 log = logging.getLogger(__name__)
 SCORE = "a number from 0, surely wrong, to 1, surely right"
-ROUNDING = 1e-4  # a score may be so far outside [0, 1], and is then counted as 0 or 1
+ROUNDING = 1e-4  # scores outside [0, 1] by no more than this count as 0 or 1
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of the probed cuts, in order, and what came out of the same pass.
+    """Scores of the probed cuts, in order, and what else the same pass gave.
 
     values          one score in [0, 1] per probe
-    draft_logprobs  the target's log-probability of every draft token, nats
+    draft_logprobs  the target's log-probability of every draft token, in nats
     """
 
     values: tuple[float, ...]
     draft_logprobs: tuple[float, ...]
     rows: int
     path: JudgePath
-    note: str | None = None  # e.g. why the packed path was not taken
+    note: str | None = None  # e.g. why the path is not the packed one
 
 
 def judged(judge: Judge, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
-    """The judge's scores, of which there is one a probe: an outer level could not tell which of them are missing.
+    """The judge's scores, checked to be one per probe: an outer level could not tell which ones are missing.
 
-    Raises JudgeError for anything else that a judge may return.
+    Raises JudgeError if the judge returns anything else.
     """
     scores, name = judge.score(session, draft, cuts, probes), type(judge).__name__
     if not isinstance(scores, Scores):
         raise JudgeError(
             f"{name}.score gave {shown(scores)}; expected parsedec.judge.Scores(values=…, draft_logprobs=…, rows=…, "
-            "path=…). A judge derived from PassJudge makes them itself, of what its `read` returns."
+            "path=…). A judge derived from PassJudge makes them from what its `read` returns."
         )
     if len(scores.values) != len(probes):
         raise JudgeError(
@@ -76,25 +76,26 @@ def _is_score(value: object) -> bool:
 class JudgeNeeds:
     """What a judge reads besides logits.
 
-    hidden_layers   of the target, indices as in `output_hidden_states`; its session is opened with them
+    hidden_layers   layers of the target, indexed as in `output_hidden_states`, which its session has to record
     draft_logprobs  the draft model's log-probabilities of its own tokens, `Draft.logprobs`
     """
 
     hidden_layers: tuple[int, ...] = ()
     draft_logprobs: bool = False
 
-    def __post_init__(self) -> None:  # a list is as good
+    def __post_init__(self) -> None:  # accept a list as well
         object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
 
 
 class Judge(Protocol):
-    """How likely is the answer up to each cut free of errors? The draft is left staged in `session`."""
+    """Scores how likely the answer is free of errors up to each cut."""
 
     def bind(self, target: LanguageModel) -> Self:
-        """A copy for `target`; whatever is wrong with the pair is found here."""
+        """A copy for `target`; raises if the two do not fit."""
 
     def score(self, session: Session, draft: Draft, cuts: Sequence[int], probes: Sequence[int]) -> Scores:
-        """Scores of `probes`, a subset of `cuts`. `session` is one that `judging_session` could have opened."""
+        """Scores of `probes`, a subset of `cuts`; leaves the draft staged in `session`, which must record what
+        `judging_session` would."""
 
     @property
     def needs(self) -> JudgeNeeds:
@@ -102,27 +103,27 @@ class Judge(Protocol):
 
     @property
     def suffix_rows(self) -> int:
-        """Rows a probe costs."""
+        """Rows per probe."""
 
     @property
     def card(self) -> Thresholds | None:
-        """The thresholds that were calibrated for its scores on this target, if there are any."""
+        """The thresholds calibrated for its scores on this target, if there are any."""
 
 
 def judging_session(target: LanguageModel, judge: Judge) -> Session:
-    """A new session of `target` that shows what the bound `judge` reads. The engine's are opened the same way, with
-    the hidden states its inner speculator reads in front."""
+    """A new session of `target` that records what the bound `judge` reads. The engine opens its own the same way, but
+    with the inner speculator's hidden states first."""
     return open_session(target, judge.needs.hidden_layers)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One judge pass as its readers see it.
+    """One judge pass, as judges read it.
 
-    cuts    all cuts of the draft, token positions; `probes` are those to be scored
-    rows    what the target showed: logits, log-probabilities, hidden states
-    layers  what the L taps of `rows` are, indices as in `output_hidden_states`
-    before  tokens of the target that stand before the draft: the prompt, and the answer of earlier rounds
+    cuts    all cuts of the draft, as token positions; `probes` are those to score
+    rows    what the target computed: logits, log-probabilities, hidden states
+    layers  layers of the L taps of `rows`, indexed as in `output_hidden_states`
+    before  the target's tokens before the draft: the prompt, and the answer of earlier rounds
     """
 
     draft: Draft
@@ -145,23 +146,23 @@ class Reading:
         path: JudgePath = JudgePath.CAUSAL,
         wanted: Sequence[int] | None = None,
     ) -> Reading:
-        """Make the pass; the draft is left staged. `wanted`: ids whose logits its readers look at, as in `judge`."""
+        """Make the pass, and leave the draft staged. `wanted`: ids whose logits are read, as in `Session.judge`."""
         rows = session.judge(draft.tokens, cuts, suffix, probes=probes, path=path, wanted=wanted)
         return cls(draft, cuts, probes, rows, session.taps, session.tokens, session.model)
 
     @property
     def texts(self) -> list[str]:
-        """The text of every probed prefix of the draft [K], for judges that read what was written."""
+        """The text of every probed prefix of the draft [K], for judges that read text."""
         return [self.draft.piece(0, probe) for probe in self.probes]
 
     @property
     def context(self) -> str:
-        """The text of what stands before the draft, chat turns as the target reads them: for judges that need the
-        question. In later rounds the answer so far is its end."""
+        """The text before the draft, with chat turns as the target reads them, for judges that need the question. In
+        later rounds it ends with the answer so far."""
         return self.model.decode(self.before, special=True)
 
     def probe_states(self, layer: int) -> Tensor:
-        """Hidden states of `layer` at every probe's last row [K, H] float32; without a suffix that is the cut's row."""
+        """Hidden states of `layer` at every probe's last row [K, H] float32; without a suffix, at the cut's row."""
         return self._states(self.rows.probe_taps, layer)
 
     def cut_states(self, layer: int) -> Tensor:
@@ -171,7 +172,7 @@ class Reading:
     def _states(self, taps: Tensor | None, layer: int) -> Tensor:
         if taps is None or layer not in self.layers:
             raise JudgeError(
-                f"a judge reads hidden layer {layer}, but the session shows {list(self.layers)}. Open it with "
+                f"a judge reads hidden layer {layer}, but the session records {list(self.layers)}. Open it with "
                 "judging_session(target, judge)."
             )
         return taps[:, self.layers.index(layer)].float()
@@ -179,45 +180,45 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class PassJudge(ABC):
-    """Base of the judges whose scores can be read off one pass of the target, which others may read, too.
+    """Base of the judges whose scores are read off one pass of the target, which other judges may read as well.
 
-    A judge of one's own is a class derived from it with a `read`, and with a `bind` where it has to know the target:
+    To write your own judge, derive a class and define `read`, and also `bind` if it has to know the target:
 
         class Short(PassJudge):
             def read(self, reading):
                 return [float(len(text) < 200) for text in reading.texts]
 
-    suffix  rows appended behind every probed prefix; none: the draft is read as it stands, without a mask
+    suffix  tokens appended to every probed prefix; none: the draft is read as it is, without a mask
     chosen  the path of the pass; None: not bound yet
-    reason  why it is not the packed one, where a suffix is asked for
-    card    the thresholds of its scores on this target, where they are known
+    reason  why that is not the packed path, if there is a suffix
+    card    the thresholds for its scores on this target, if known
     """
 
-    # Filled in by bind:
+    # Set by `bind`:
     suffix: tuple[int, ...] = ()
     chosen: JudgePath | None = None
     reason: str | None = None
     card: Thresholds | None = None
 
     def bind(self, target: LanguageModel) -> Self:
-        """A copy for `target` whose pass is chosen: a causal one without a suffix, else packed where that works.
+        """A copy for `target` with its path chosen: causal without a suffix, else packed where that works.
 
-        Raises IncompatibleStack for a target that cannot make it.
+        Raises IncompatibleStack for a target that cannot make the pass.
         """
         if isinstance(target, RemoteModel) and self.wanted is None:
             raise IncompatibleStack(
-                f"{type(self).__name__} may look at all logits, and {target.name} shows only some. Give it a property "
+                f"{type(self).__name__} may read any logits, but {target.name} shows only some. Give it a property "
                 "`wanted` with the ids whose logits it reads, () for none, or use engine=local."
             )
         path = choose_path(target, self.suffix, "auto") if self.suffix else (JudgePath.CAUSAL, None)
-        bound = copy.copy(self)  # not `replace`: a class of the user's may have a constructor of its own
+        bound = copy.copy(self)  # not `replace`, since a user's class may have a constructor of its own
         for name, value in zip(("chosen", "reason"), path, strict=True):
             object.__setattr__(bound, name, value)
         return bound
 
     @abstractmethod
     def read(self, reading: Reading) -> Tensor | Sequence[float]:
-        """A score in [0, 1] per probe [K], off a pass with this judge's suffix."""
+        """A score in [0, 1] per probe [K], from a pass with this judge's suffix."""
 
     @property
     def needs(self) -> JudgeNeeds:
@@ -225,8 +226,8 @@ class PassJudge(ABC):
 
     @property
     def wanted(self) -> tuple[int, ...] | None:
-        """Ids whose logits `read` looks at, the one that speaks most for the draft first; None: it may look at all,
-        which no server shows."""
+        """Ids whose logits `read` uses, the one most in favour of the draft first; None: it may use any, and no server
+        shows all."""
         return None
 
     @property
@@ -240,7 +241,7 @@ class PassJudge(ABC):
         return scores_of(self.checked(reading), [reading], self.reason)
 
     def checked(self, reading: Reading) -> Tensor:
-        """What `read` returns as float64 on the host [K]. Raises JudgeError where that is not a score per probe."""
+        """What `read` returns, as float64 on the host [K]. Raises JudgeError if that is not one score per probe."""
         name, given, count = f"{type(self).__name__}.read", self.read(reading), len(reading.probes)
         try:
             values = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
@@ -257,8 +258,8 @@ class PassJudge(ABC):
             )
         if (outside := values[(values < -ROUNDING) | (values > 1 + ROUNDING)]).numel():
             raise JudgeError(
-                f"{name} gave the score {outside.flatten()[0].item():g}; expected {SCORE}. torch.sigmoid makes one of "
-                "a logit, exp of a log-probability."
+                f"{name} gave the score {outside.flatten()[0].item():g}; expected {SCORE}. torch.sigmoid turns a "
+                "logit into one, exp a log-probability."
             )
         return values.reshape(count).clamp(0, 1)
 
@@ -270,7 +271,7 @@ class PassJudge(ABC):
 
 
 def scores_of(values: Tensor, readings: Sequence[Reading], note: str | None) -> Scores:
-    """`values` [K] with what the passes they came from tell besides; refuses what is no number."""
+    """`values` [K] with what else their passes gave; raises JudgeError if they are not all numbers."""
     last = readings[-1].rows
     if not bool(values.isfinite().all()):
         raise JudgeError(
@@ -282,36 +283,37 @@ def scores_of(values: Tensor, readings: Sequence[Reading], note: str | None) -> 
 
 
 def check_path(path: str) -> None:
-    """Refuse a `path` setting that does not exist."""
+    """Raise ConfigError for a `path` setting that does not exist."""
     if path not in ("auto", "packed", "forked"):
         raise ConfigError(f"judge.path='{path}'; expected auto, packed or forked.")
 
 
 def check_here(target: LanguageModel, judge: str, reads: str) -> None:
-    """Refuse a judge that reads what a server keeps."""
+    """Raise IncompatibleStack if the target is on a server, for a judge that reads what servers do not show."""
     if isinstance(target, RemoteModel):
         raise IncompatibleStack(
-            f"judge={judge} reads {reads}, and {target.name} does not show them. Use judge=label or judge=digit, or "
+            f"judge={judge} reads {reads}, but {target.name} does not show them. Use judge=label or judge=digit, or "
             "engine=local."
         )
 
 
 def check_labels(target: LanguageModel, judge: str, labels: Sequence[int]) -> None:
-    """Refuse a pass that compares more labels than a server's way of showing them has room for."""
+    """Raise IncompatibleStack for a pass that compares more labels than the server can score at once."""
     if isinstance(target, RemoteModel) and target.can.labels is Labels.SCORING and len(labels) > 2:
         raise IncompatibleStack(
-            f"judge={judge} compares {len(labels)} labels in one pass, and labels=generative_scoring of {target.name} "
-            "scores one against another. Use labels=auto, or judge=label."
+            f"judge={judge} compares {len(labels)} labels in one pass, but labels=generative_scoring of {target.name} "
+            "scores only one against another. Use labels=auto, or judge=label."
         )
 
 
 def choose_path(target: LanguageModel, suffix: tuple[int, ...], wanted: str) -> tuple[JudgePath, str | None]:
-    """How probes with `suffix` run on `target`, and why not packed. `wanted`: auto, packed or forked."""
+    """The path on which probes with `suffix` run on `target`, and why that is not the packed one. `wanted`: auto,
+    packed or forked. Raises IncompatibleStack if there is none."""
     if len(suffix) + 2 > target.context_limit:  # a prompt and a draft of one token each
         raise IncompatibleStack(
             f"the judge's question takes {len(suffix)} tokens, chat turns included, and the context of {target.name} "
-            f"holds {target.context_limit}, so no draft could be judged. Ask a shorter one (judge.question), or "
-            "give the target a larger context_limit, if it was lowered."
+            f"holds {target.context_limit}, so no draft could be judged. Ask a shorter question (judge.question), or "
+            "raise the target's context_limit, if it was lowered."
         )
     if isinstance(target, RemoteModel):
         if target.judge_obstacle:
