@@ -298,7 +298,7 @@ def test_probes_that_do_not_fit_are_refused(tiny_target, tmp_path):
     with pytest.raises(IncompatibleStack, match=r"width 64 and 4 layers, but .* 2\s+layers"):
         ProbeJudge(weights=str(tmp_path)).bind(tiny.model("llama", layers=2))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(IncompatibleStack, match="no card of trained probes"):
+    with pytest.raises(IncompatibleStack, match="not a card of trained probes"):
         ProbeJudge(weights=str(tmp_path)).bind(tiny_target)
     with pytest.raises(ConfigError, match="expected one of suffix, cut"):
         ProbeJudge(weights="x", position="end")
