@@ -281,7 +281,7 @@ def test_refusals_of_the_baseline(tiny_target, tiny_draft):
     other = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(words), eos_token="<|end|>", chat_template=tiny.CHAT
     )
-    with pytest.raises(IncompatibleStack, match="as many tokens but not the same ones"):
+    with pytest.raises(IncompatibleStack, match="the same size but with different tokens"):
         Parse(tiny_target, LanguageModel.wrap(tiny_draft.hf, other, name="other"), outer=HfGenerate(assisted=True))
     with pytest.raises(IncompatibleStack, match="needs a draft model"):
         Parse(tiny_target, outer=HfGenerate(assisted=True))

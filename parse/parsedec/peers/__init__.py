@@ -1,7 +1,7 @@
-"""Other people's decoding loops as outer levels, so that a comparison can time them in the same process.
+"""Other people's decoding loops as outer levels, so that they can be timed in the same process.
 
 Each gets the same target, draft model, inner speculators, prompt, limits and sampling as PARSE, and its tokens are
-counted by the same code. What each leaves out of the published method is said in its class.
+counted by the same code. Each class says where it departs from the published method.
 """
 
 from parsedec.peers.cascade import Cascade

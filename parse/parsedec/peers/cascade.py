@@ -1,7 +1,7 @@
 """outer=cascade: the draft model answers, the target judges the whole answer and keeps it or writes its own.
 
-The plain way to use two models (FrugalGPT, arXiv 2305.05176), and PARSE (arXiv 2605.04263) without its prefixes: what
-PARSE gains over it is what keeping a valid beginning is worth.
+The simplest way to use two models (FrugalGPT, arXiv 2305.05176), and PARSE (arXiv 2605.04263) without its prefixes:
+what PARSE gains over it is the value of keeping valid prefixes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from parsedec.models.language_model import LanguageModel
 from parsedec.outer import PrefixVerification, Work, Written, require_parts
 from parsedec.segmenters import Lines
 
-WHOLE = Lines(max_cuts=1)  # a single cut, behind the draft
+WHOLE = Lines(max_cuts=1)  # a single cut, at the end of the draft
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cascade:
     """Accept the whole draft, or none of it.
 
-    threshold         least score with which the draft is the answer; None: what the judge card says of complete
-                      drafts, if the judge asks as the card does; else 0.9
-    max_draft_tokens  longest draft; None: as long as the answer may be. A draft of that length which is accepted but
-                      not finished is continued by the target
+    threshold         lowest score at which the draft is the answer; None: the judge card's for complete drafts, if the
+                      judge asks the card's question; else 0.9
+    max_draft_tokens  most tokens a draft may have; None: as many as the answer may have. The target continues a draft
+                      of that length that is accepted but not finished
     """
 
     prefill: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Cascade:
     threshold: float | None = None
     gate: Gate = field(default_factory=Always)
     max_draft_tokens: int | None = None
-    verification: PrefixVerification | None = None  # filled in by bind
+    verification: PrefixVerification | None = None  # set by `bind`
 
     def __post_init__(self) -> None:
         require_parts(self)
@@ -48,7 +48,7 @@ class Cascade:
             require_number("outer.max_draft_tokens", self.max_draft_tokens, whole=True, low=1)
 
     def bind(self, target: LanguageModel) -> Self:
-        # a prefix threshold of 1 keeps nothing that the check of the whole draft has not kept already
+        # a prefix threshold of 1 keeps nothing beyond what the check of the whole draft has kept
         unbound = PrefixVerification(
             judge=self.judge,
             segmenter=WHOLE,

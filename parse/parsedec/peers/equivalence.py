@@ -1,7 +1,7 @@
 """Do two texts mean the same? The judges of outer=lookahead (Lookahead Reasoning, arXiv 2506.19830).
 
-Published: a model of its own, asked for one word. Any model can be asked here, the target by default; two plain rules
-stand beside it, for targets that cannot be asked.
+The published judge is a separate model, asked for one word. Here any model can be asked, by default the target. Two
+simple rules serve targets that cannot be asked.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ QUESTION = (
 )
 LABELS = ("Same", "Different")
 TOO_LONG = "steps that are longer than the context of {1}, {0} tokens, could not be compared: the target's own stand"
-NUMBER = r"(?:(?<!\w)-)?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"  # the hyphen of "3-5" is no sign
+NUMBER = r"(?:(?<!\w)-)?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"  # the hyphen of "3-5" is not a sign
 
 
 @dataclass(frozen=True, slots=True)
 class Sameness:
-    """What a comparison says: the score that the texts mean the same, and what asking cost.
+    """The result of a comparison: the score that the texts mean the same, and what asking cost.
 
-    calls, rows  of the model that was asked; 0 where none was
-    note         why it could not be asked
+    calls, rows  of the model that was asked; 0 if none was
+    note         why none could be asked, for the trace
     """
 
     score: float
@@ -45,22 +45,22 @@ class Sameness:
 
 
 class Equivalence(Protocol):
-    """How sure is it that two versions of a step mean the same?"""
+    """Scores how likely two versions of a step mean the same."""
 
     def bind(self, target: LanguageModel) -> Self:
-        """A copy for `target`; whatever is wrong is found here."""
+        """A copy for `target`; raises if the two do not fit."""
 
     def compare(self, own: str, proposed: str) -> Sameness:
-        """The target's own version against the draft model's."""
+        """Compare the target's own version with the draft model's."""
 
     @property
     def asks(self) -> LanguageModel | None:
-        """The model that is asked, if one is."""
+        """The model that is asked, if any."""
 
 
 @dataclass(frozen=True)
 class EqualText:
-    """The same letters, spaces and case aside. Every other rule below starts with this one, as published."""
+    """The same text, apart from white space and case. Every rule below tries this first, as published."""
 
     asks = None
 
@@ -75,7 +75,8 @@ class EqualText:
 class SameNumber:
     """The same result, for arithmetic: equal text, or the same last number, however it is written. Not from the paper.
 
-    pattern  what a number looks like; commas between digits are taken out first, and minus signs (U+2212) are hyphens
+    pattern  regular expression for numbers, after commas between digits are removed and minus signs (U+2212) replaced
+             by hyphens
     """
 
     asks = None
@@ -96,7 +97,7 @@ class SameNumber:
         return Sameness(float(same_number or bare(own) == bare(proposed)))
 
     def _last_number(self, text: str) -> object:
-        """Its value; what a pattern of the user's finds may be none, and is then compared as it stands."""
+        """The value of the last number; the text itself if a user's pattern matches something that is not a number."""
         found = re.findall(self.pattern, re.sub(r"(?<=\d),(?=\d)", "", text.replace("\u2212", "-")))
         if not found:
             return None
@@ -108,19 +109,19 @@ class SameNumber:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelEquivalence:
-    """A model says Same or Different: s = p(same) / (p(same) + p(different)); equal texts are not asked about.
+    """A model says Same or Different: s = p(same) / (p(same) + p(different)); equal texts need no question.
 
-    model     whom to ask; None: the target. Published: a third model, Qwen2.5-7B-Instruct
-    question  the user turn, with {own} and {proposed} where the texts belong
-    labels    (same, different), told apart by their first tokens
+    model     the model to ask; None: the target. Published: a third model, Qwen2.5-7B-Instruct
+    question  the user turn, with {own} and {proposed} in place of the texts
+    labels    (same, different), which must differ in their first tokens
 
-    The question has nothing of the problem in it, as published, so that nothing of the answer's cache serves it.
+    As published, the question does not contain the problem, so the answer's cache cannot be used for it.
     """
 
     model: LanguageModel | None = None
     question: str = QUESTION
     labels: Sequence[str] = LABELS
-    label_ids: tuple[int, int] | None = None  # filled in by bind
+    label_ids: tuple[int, int] | None = None  # set by `bind`
 
     def __post_init__(self) -> None:
         require_texts("equivalence.labels", self.labels, count=2, wanted="a list of two words, same and different")
@@ -139,7 +140,7 @@ class LabelEquivalence:
         if isinstance(model, RemoteModel):
             raise IncompatibleStack(
                 f"equivalence=label reads the logits of {model.name}, which are at {model.server.url}. Use "
-                "equivalence=equal or number, or equivalence.model with a model that is here."
+                "equivalence=equal or number, or set equivalence.model to a local model."
             )
         same, different = label_tokens(model, suffix_text(model, "?"), self.labels)
         return replace(self, model=model, label_ids=(same, different))
@@ -164,11 +165,11 @@ class LabelEquivalence:
         return Sameness(score, session.calls, session.rows)
 
     def _ask(self, own: str, proposed: str) -> str:
-        """The question with both texts in it; a text may itself hold what looks like a slot."""
+        """The question with both texts inserted, even if a text contains what looks like a slot."""
         slots = {OWN: own.strip(), PROPOSED: proposed.strip()}
         return re.sub(r"\{own\}|\{proposed\}", lambda slot: slots[slot[0]], self.question)
 
 
 def bare(text: str) -> str:
-    """The text without white space and case."""
+    """The text in lower case and without white space."""
     return "".join(text.split()).lower()

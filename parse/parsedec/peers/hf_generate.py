@@ -1,8 +1,8 @@
 """outer=hf_generate: Hugging Face's `model.generate`, plain or assisted by the stack's draft model (Gante 2023,
 assisted generation; Leviathan et al. 2023, arXiv 2211.17192).
 
-It gets the same prompt, limits, end tokens, stop strings and sampling settings as everyone, and its tokens are counted
-by the same code.
+It gets the same prompt, limits, end tokens, stop strings and sampling settings as the other outer levels, and its
+tokens are counted by the same code.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 class HfGenerate:
     """outer=hf_generate: `model.generate` writes the whole answer.
 
-    assisted    the stack's draft model drafts, inside Hugging Face's own loop
+    assisted    whether the stack's draft model drafts, in Hugging Face's own loop
     length      its guesses per target call (`num_assistant_tokens`)
     schedule    how that number changes: constant, heuristic or heuristic_transient
-    confidence  end a draft behind a guess less probable than this (`assistant_confidence_threshold`); None: never
+    confidence  end a draft after a guess less probable than this (`assistant_confidence_threshold`); None: never
 
-    The defaults are Hugging Face's. The answer arrives in one piece when it is finished; the time to first token is
-    taken when the token is there. Nothing of the models is changed for longer than the call.
+    The defaults are Hugging Face's. The answer comes in one piece when it is finished, but the time to first token is
+    that of the token itself. Changes to the models are undone when the call ends.
     """
 
     prefill: ClassVar[bool] = False  # `generate` reads the prompt itself
@@ -83,8 +83,8 @@ class HfGenerate:
         _check_here(draft)
         if target.vocab_size == draft.vocab_size and not target.same_vocabulary(draft):
             raise IncompatibleStack(
-                f"{draft.name} and {target.name} have as many tokens but not the same ones, and Hugging Face's "
-                "assisted generation goes by the number. Choose another draft model."
+                f"{draft.name} and {target.name} have vocabularies of the same size but with different tokens, and "
+                "Hugging Face's assisted generation compares only sizes. Choose another draft model."
             )
 
     def run(self, work: Work) -> Iterator[Written]:
@@ -104,7 +104,7 @@ class HfGenerate:
                 own.num_assistant_tokens, own.num_assistant_tokens_schedule = self.length, self.schedule
                 own.assistant_confidence_threshold = self.confidence or 0.0
                 arguments["assistant_model"] = assistant.hf
-                if target.vocab_size != assistant.vocab_size:  # `generate` then goes by text
+                if target.vocab_size != assistant.vocab_size:  # `generate` then translates by text
                     arguments |= {"tokenizer": target.tokenizer, "assistant_tokenizer": assistant.tokenizer}
             if answer.limits.stop:
                 arguments["stopping_criteria"] = [follow]
@@ -148,7 +148,7 @@ def _check_here(model: LanguageModel) -> None:
 
 
 class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
-    """Brings the answer to what is written and says whether it is finished; as a criterion, for stop strings.
+    """Brings the answer up to date and returns whether it is finished; a stopping criterion, for stop strings.
 
     Assisted generation may also ask about guesses (transformers before 5.23), so what was written can change.
     """
@@ -167,9 +167,9 @@ class Follow(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 
 
 class Watch(BaseStreamer):  # type: ignore[misc]
-    """Takes the time of the first token and counts what target and assistant do, while `generate` runs.
+    """Times the first token and counts the forwards of target and assistant while `generate` runs.
 
-    Counting reads shapes only; nothing is copied and nothing waits for the device.
+    It only looks at shapes, so nothing is copied and nothing waits for the device.
     """
 
     def __init__(self, work: Work, assistant: LanguageModel | None) -> None:
@@ -177,7 +177,7 @@ class Watch(BaseStreamer):  # type: ignore[misc]
         self._assistant = assistant
         self._prompt = work.target.session.length
         self._rows = 0  # of the latest forward
-        self._puts = 0  # the prompt, then the tokens of each step
+        self._puts = 0  # calls of `put`: first with the prompt, then with the tokens of each step
         self._spans = ExitStack()
 
     def __enter__(self) -> Watch:
@@ -228,7 +228,7 @@ def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 
 def settings(model: LanguageModel, sampling: Sampling, new_tokens: int) -> GenerationConfig:
-    """What `generate` is to do; filters that are off are named, since unset ones are filled with defaults."""
+    """The generation config for `generate`. Filters that are off are set as well, since unset ones get defaults."""
     chosen: dict[str, Any] = {"do_sample": False}
     if not sampling.greedy:
         chosen = {
@@ -250,7 +250,7 @@ GENERATING = RLock()
 
 @contextmanager
 def clean_settings(hf: PreTrainedModel) -> Iterator[GenerationConfig]:
-    """The model's own generation config is set aside: a checkpoint's repetition penalty is nobody's request, and
+    """Replace the model's own generation config in the body: nobody asked for a checkpoint's repetition penalty, and
     `generate` writes into an assistant's config."""
     theirs = hf.generation_config
     hf.generation_config = GenerationConfig()
@@ -262,7 +262,7 @@ def clean_settings(hf: PreTrainedModel) -> Iterator[GenerationConfig]:
 
 @contextmanager
 def seeded(sampler: Sampler) -> Iterator[None]:
-    """Code inside may draw from torch's global generators: they start from the request's own and are put back."""
+    """Seed torch's global generators from the request's own for the body, and restore them afterwards."""
     if sampler.greedy:
         yield
         return

@@ -1,13 +1,13 @@
 """outer=lookahead: the draft model writes some steps ahead, the target writes its own version of each, and a judge says
 up to where they mean the same.
 
-Lookahead Reasoning (Fu et al., arXiv 2506.19830). The target's versions are independent of one another, each behind the
-drafted steps before it, so they can be written at the same time; that is all there is to gain, since every step that
-stands was also written by the target.
+Lookahead Reasoning (Fu et al., arXiv 2506.19830). The target's versions do not depend on one another, since each
+follows the drafted steps before it, so they can be written at the same time. That is all there is to gain: the target
+also writes every step that is kept.
 
     draft model   d1 | d2 | d3
     target        t1 | t2 after d1 | t3 after d1 d2 | t4 after d1 d2 d3
-    judge         d1 = t1, d2 = t2, d3 differs from t3:  the answer goes on with  d1 d2 t3
+    judge         d1 = t1, d2 = t2, d3 differs from t3:  the answer continues with  d1 d2 t3
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ ANOTHER = "the equivalence judge is {}; its work is in the time, and in none of 
 class LookaheadReasoning:
     """Steps proposed ahead, compared with the target's own.
 
-    steps        how many the draft model proposes per round
-    equivalence  says whether two versions of a step mean the same
-    threshold    least score with which they do
-    segmenter    what a step is: published, text up to a blank line
-    together     "auto": the target writes its versions as a batch where it decodes without an inner speculator
-                 and on no server, else one after another up to the first that differs; "never": one after another
+    steps        steps the draft model proposes per round
+    equivalence  scores whether two versions of a step mean the same
+    threshold    lowest score at which they do
+    segmenter    defines a step; published: text up to a blank line
+    together     "auto": the target writes its versions as a batch if it has no inner speculator and is not on a server,
+                 else one after another up to the first that differs; "never": always one after another
 
-    As published but for this: one chain of proposals, no tree of them, and rounds in turn, without proposing for the
-    next round while the target writes; a drafted step that closes the answer stands if the target's own version closes
-    it as well. The batch stops as soon as the first difference is known. Time is wall-clock as it runs, on the devices
-    there are: no time is claimed for versions that would have been written elsewhere. The target calls and rows that
-    are counted include what was written and then not used.
+    Differs from the published method in this: proposals form one chain, not a tree; rounds do not overlap, so nothing
+    is proposed for the next one while the target writes; and a drafted step that ends the answer is kept only if the
+    target's own version ends it as well. The batch stops as soon as the first difference is known. Times are wall-clock
+    on the devices at hand, with nothing deducted for versions that could be written elsewhere. The counts of target
+    calls and rows include what was written and then not used.
     """
 
     prefill: ClassVar[bool] = True
@@ -62,7 +62,7 @@ class LookaheadReasoning:
     threshold: float = 0.5
     segmenter: Segmenter = field(default_factory=Paragraphs)
     together: str = "auto"
-    end_token: int = -1  # closes an answer whose last step is the draft model's; filled in by bind
+    end_token: int = -1  # ends an answer whose last step is the draft model's; set by `bind`
 
     def __post_init__(self) -> None:
         require_parts(self)
@@ -101,7 +101,7 @@ class LookaheadReasoning:
 
 
 class Comparison:
-    """One round: proposed steps against the target's own."""
+    """One round: compares proposed steps with the target's own."""
 
     def __init__(
         self, outer: LookaheadReasoning, work: Work, proposed: list[Draft], before: Mapping[str, float]
@@ -111,13 +111,13 @@ class Comparison:
         self.work = work
         self.proposed = proposed
         self.scores: list[float] = []
-        self.stands = 0  # leading steps that do
+        self.stands = 0  # leading steps to keep
         self._before = before
         self._asked = [0, 0]  # passes, rows of the equivalence judge
         self._counts = [0, 0]  # tokens of the answer: the draft model's, the target's
 
     def run(self) -> Iterator[Written]:
-        """Yields the steps that stand and the target's own behind them."""
+        """Yield the steps to keep, and the target's own step after them."""
         work, session = self.work, self.work.target.session
         obstacle = "an inner speculator" if not isinstance(work.target.inner, NoSpeculation) else None
         if obstacle is None and isinstance(session.model, RemoteModel):
@@ -140,11 +140,12 @@ class Comparison:
             if taken:
                 yield Author.TARGET, taken
             else:
-                work.answer.stop = StopReason.CONTEXT_LIMIT  # there was no room to write in
+                work.answer.stop = StopReason.CONTEXT_LIMIT  # there was no room to write
         self._counts = [len(kept), len(taken)]
 
     def _in_turn(self) -> OwnStep | None:
-        """Versions one after another, up to the first that differs; the target's session goes along."""
+        """Write versions one after another, up to the first that differs; the target's session follows the steps kept.
+        Returns the target's own step that comes next, if any."""
         work = self.work
         session, target = work.target.session, work.target
         for step in self.proposed:
@@ -160,7 +161,7 @@ class Comparison:
         return None if self.proposed[-1].ended else self._write_own()
 
     def _write_own(self) -> OwnStep | None:
-        """The target's version behind the steps that stand so far; None where the answer has no room for one."""
+        """The target's version after the steps kept so far; None if the answer has no room for one."""
         work = self.work
         left = work.answer.remaining - sum(len(step.tokens) for step in self.proposed[: self.stands])
         if not left:
@@ -169,7 +170,8 @@ class Comparison:
             return write_own(work.target, work.answer, self.outer.segmenter, left)
 
     def _together(self) -> OwnStep | None:
-        """Versions as a batch, and one behind the last proposal, until it is known which is the first that differs."""
+        """Write all versions as a batch, and one after the last proposal, until the first that differs is known.
+        Returns as `_in_turn`."""
         work, session = self.work, self.work.target.session
         ends = [0, *accumulate(len(step.tokens) for step in self.proposed)]
         room = min(work.answer.remaining, session.room)
@@ -192,10 +194,10 @@ class Comparison:
         with work.meter.span("decode"):
             session.calls += branches.calls
             session.rows += branches.rows
-            del branches  # before the session goes on, which would otherwise move out of what they still hold
+            del branches  # before the session goes on, or it would have to move out of memory that they still hold
             session.keep_draft(ends[self.stands])
             if own is not None:
-                session.feed(own.tokens)  # read once more, in one pass: a branch's cache is not taken over
+                session.feed(own.tokens)  # read again, in one pass: a branch's cache is not reused
         return own
 
     def _same(self, own: OwnStep, step: Draft) -> bool:
@@ -212,7 +214,7 @@ class Comparison:
         return self.scores[-1] >= self.outer.threshold
 
     def record(self) -> Round:
-        """What the round was, for the trace; counts what was drafted and judged."""
+        """The round for the trace; also counts what was drafted and judged."""
         work, tally = self.work, self.work.target.tally
         drafted = sum(len(step.tokens) + step.ended for step in self.proposed)
         tally.draft_tokens += drafted
@@ -240,8 +242,8 @@ class Comparison:
 def _write_until_done(
     branches: Branches, writings: list[OwnWriting], wanted: int, acceptance: Acceptance, sampler: Sampler
 ) -> None:
-    """Write a token in every branch until the wanted one is done; the last token of each is then still to be read.
-    Finished ones are read on with the token they end in, since a batch has no holes."""
+    """Write tokens in every branch until the wanted one is done; the last token of each is then still to be read.
+    Finished branches read their last token again and again, since a batch has no gaps."""
     root = Tree.chain([0])
     while not writings[wanted].done:
         if writings[wanted].text.tokens:

@@ -1,7 +1,7 @@
 """outer=specreason: the draft model writes one step, the target scores it and keeps it or writes the step itself.
 
-SpecReason (Pan et al., arXiv 2504.07891), the sequential relative of PARSE: as many judge passes as there are steps,
-each over one step, and drafting waits for every verdict.
+SpecReason (Pan et al., arXiv 2504.07891), the sequential relative of PARSE: one judge pass per step, and drafting waits
+for every verdict.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ PUBLISHED_THRESHOLD = 7 / 9  # a score of 7 on its scale of 0 to 9
 class SpecReason:
     """A judge pass after every step.
 
-    judge                  scores the answer so far, the new step its last; any judge
-    segmenter              what a step is: published, text up to a blank line
-    threshold              least score of a step that stands, from 0 to 1. None: what the judge card says of prefixes,
-                           if the judge asks as the card does; else 7/9, as published
-    first_steps_by_target  steps at the beginning of the answer which the target writes itself
+    judge                  scores the answer up to and including the new step; any judge
+    segmenter              defines a step; published: text up to a blank line
+    threshold              lowest score at which a step is kept, from 0 to 1. None: the judge card's for prefixes, if
+                           the judge asks the card's question; else 7/9, as published
+    first_steps_by_target  number of steps at the beginning of the answer that the target writes itself
 
-    As published but for this: the whole answer is written this way, not its reasoning alone; the answer ends with an
-    end token or a limit, not with "boxed" or "Answer:" in a step or with a step repeated; and the judge's pass goes on
-    from the cache, so that it reads the step and the question only. Its pass is the step's prefill, too.
+    Differs from the published method in this: the whole answer is written this way, not only its reasoning; it ends at
+    an end token or a limit, not at "boxed" or "Answer:" in a step or at a repeated step; and the judge's pass continues
+    from the cache, so that it reads only the step and the question. This pass is also the step's prefill.
     """
 
     prefill: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class SpecReason:
     segmenter: Segmenter = field(default_factory=Paragraphs)
     threshold: float | None = None
     first_steps_by_target: int = 0
-    end_token: int = -1  # closes an answer whose last step is the draft model's; filled in by bind
+    end_token: int = -1  # ends an answer whose last step is the draft model's; set by `bind`
 
     def __post_init__(self) -> None:
         require_parts(self)
@@ -77,13 +77,13 @@ class SpecReason:
                 "target_tokens": len(work.answer.tokens) - start,
                 "decode_s": work.meter.seconds("decode") - before,
             }
-            # as in PARSE: the whole draft is the answer, here when every step was kept and the last one closes it
+            # as in PARSE, the whole draft is the answer: here if every step was kept and the last one ends it
             own = facts["target_tokens"] or any(earlier.target_tokens for earlier in work.rounds)
             facts["accepted_whole"] = bool(facts.pop("closed", False)) and not own
             work.rounds.append(Round(**facts))
 
     def _propose(self, work: Work, steps: DraftSteps, limit: int, facts: dict[str, Any]) -> Iterator[Written]:
-        """A step of the draft model; yields it if it stands."""
+        """Draft and judge one step; yields it if it is kept."""
         before = {phase: work.meter.seconds(phase) for phase in ("draft", "judge")}
         with work.meter.span("draft"):
             step = steps.next(limit)
@@ -105,7 +105,7 @@ class SpecReason:
             yield Author.DRAFT, kept
 
     def _judge(self, work: Work, step: Draft, facts: dict[str, Any]) -> bool:
-        """Whether the step stands; the target's session is then behind it, else before it."""
+        """Whether the step is kept. The target's session then ends after it, otherwise before it."""
         session, n = work.target.session, len(step.tokens)
         scores = judged(self.judge, session, step, [n], [n])
         assert self.threshold is not None

@@ -1,7 +1,7 @@
-"""Steps of reasoning, for the outer levels that work step by step: the draft model's next one, and the target's own.
+"""Steps of reasoning, for outer levels that work step by step: the draft model's next one, and the target's own.
 
-What a step is, a segmenter says. The draft model's cut stands before the line break behind a step, as everywhere; the
-target stops behind the token that shows its step to be complete.
+A segmenter defines what a step is. The draft model's steps are cut before the line break that follows, as everywhere;
+the target's end with the token that shows them to be complete.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from parsedec.types import Author, Limits, StopReason
 
 
 class DraftSteps:
-    """The draft model's text, taken a step at a time. As long as its steps are kept it simply writes on."""
+    """The draft model's text, taken one step at a time. As long as its steps are kept, it simply writes on."""
 
     def __init__(self, drafter: Drafter, answer: Answer, segmenter: Segmenter) -> None:
         self._drafter = drafter
         self._answer = answer
         self._segmenter = segmenter
         self._writing: Writing | None = None
-        self._taken: tuple[int, ...] = ()  # tokens of the steps that were taken from the text being written
+        self._taken: tuple[int, ...] = ()  # tokens of the steps taken so far from the text being written
         self._more = False
 
     def next(self, limit: int) -> Draft:
-        """The step behind the ones taken since `restart`. Empty where there is none: the draft model has closed its
+        """The next step after those taken since `restart`. Empty if there is none: the draft model has ended its
         answer, `limit` tokens are written, or nothing can be drafted.
 
-        limit   most tokens of all steps taken until the next `restart`; read when the first of them is asked for
+        limit   most tokens of all steps until the next `restart`; used only by the first call after one
         """
         if self._writing is None:
             self._writing = self._drafter.begin(self._answer, limit)
@@ -42,7 +42,7 @@ class DraftSteps:
         start = len(self._taken)
         while True:
             draft = self._writing.draft(final=not self._more)
-            if draft.tokens[:start] != self._taken:  # text of another vocabulary, encoded anew with what follows it
+            if draft.tokens[:start] != self._taken:  # from another vocabulary: what follows has changed its encoding
                 return NOTHING
             rest = draft.part(start, len(draft.tokens))
             end = self._segmenter.first_end(rest)
@@ -53,13 +53,13 @@ class DraftSteps:
             self._more = self._writing.step()
 
     def restart(self) -> None:
-        """What was taken does not stand as it is: the next step follows the answer."""
+        """Let the next step follow the answer: what was taken has not been kept as it is."""
         self._writing = None
 
 
 @dataclass(frozen=True, slots=True)
 class OwnStep:
-    """A step the target wrote: its tokens, an end token included, the text before that, and whether it closes the
+    """A step the target wrote: its tokens, including an end token; its text, without one; and whether it ends the
     answer."""
 
     tokens: tuple[int, ...]
@@ -68,7 +68,7 @@ class OwnStep:
 
 
 class OwnWriting:
-    """A step of the target being written; takes its tokens one by one."""
+    """A step that the target is writing; takes its tokens one by one."""
 
     def __init__(self, answer: Answer, segmenter: Segmenter, limit: int) -> None:
         self.text = Answer(answer.model, Limits(max_new_tokens=limit, stop=answer.limits.stop))
@@ -83,7 +83,7 @@ class OwnWriting:
         return self.complete or self.text.stop is not None
 
     def push(self, token: int) -> None:
-        """Read a token that was just written into `text`; one behind the step is not read."""
+        """Read a token just written into `text`; tokens after the step are ignored."""
         self._segment.push(token)
 
     def step(self) -> OwnStep:
@@ -93,10 +93,10 @@ class OwnWriting:
 
 
 def write_own(target: Decoder, answer: Answer, segmenter: Segmenter, limit: int) -> OwnStep:
-    """The target's next step behind the committed tokens, its inner speculator at work; `answer` stays as it is.
+    """Let the target write its next step after the committed tokens, with its inner speculator; `answer` is unchanged.
 
-    At most `limit` tokens, 1 or more; none where the context is full. The step is committed in the target's session;
-    tokens an inner speculator committed beyond it are taken back.
+    The step has at most `limit` tokens (1 or more), and none if the context is full. It is committed in the target's
+    session; tokens that an inner speculator commits beyond it are taken back.
     """
     base = target.session.length
     own = OwnWriting(answer, segmenter, limit)
@@ -112,6 +112,6 @@ def write_own(target: Decoder, answer: Answer, segmenter: Segmenter, limit: int)
 
 
 def joined(steps: list[Draft]) -> Iterator[int]:
-    """The tokens of several steps, one behind the other."""
+    """The tokens of several steps, one after another."""
     for step in steps:
         yield from step.tokens
