@@ -1,4 +1,4 @@
-"""Tasks: problems and the programs that say whether an answer is right. One YAML in conf/task/ for each."""
+"""Tasks: problems, and programs that say whether an answer is right. Each has a YAML file in conf/task/."""
 
 from parsedec.tasks.base import Problem, Score, Task, TaskDataError
 from parsedec.tasks.choice import Choice

@@ -1,4 +1,4 @@
-"""The seam between tasks and what runs them: a problem, its score, and a protocol of two verbs."""
+"""The interface between tasks and what runs them: problems, scores, and a protocol of two methods."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from parsedec.types import Message
 
 
 class TaskDataError(ParsedecError):
-    """A task's data is missing, or a row of it is not of the expected form."""
+    """A task's data is missing, or a row does not have the expected form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One question. It holds all a scorer needs, so that stored answers can be scored again later.
+    """One question. It holds everything a scorer needs, so that stored answers can be scored again later.
 
     id          stable across runs and unique within a task
-    prompt      bare text of the user's message; the chat form belongs to the model's own template
-    reference   what the right answer is compared with
+    prompt      bare text of the user's message; the model's own template adds the chat form
+    reference   what an answer is compared with
     meta        JSON-serialisable facts for the scorer
-    history     the messages before the prompt, where it is a later turn of a conversation
-    follow_ups  what the user says next, an answer each: every turn is a request of its own
+    history     the messages before the prompt, in later turns of a conversation
+    follow_ups  the user's later messages; each is a request of its own, sent after the answer before it
     """
 
     id: str
@@ -44,11 +44,11 @@ class Problem:
 
     @property
     def asked(self) -> str | list[Message]:
-        """What the engine is given: the prompt, or the conversation that ends with it."""
+        """The engine's input: the prompt, or the conversation that ends with it."""
         return [*self.history, {"role": "user", "content": self.prompt}] if self.history else self.prompt
 
     def next_turn(self, answer: str) -> Problem | None:
-        """The next turn of the conversation once the model has said `answer`; None after the last one."""
+        """The next turn of the conversation, after the model's `answer`; None after the last one."""
         if not self.follow_ups:
             return None
         said: list[Message] = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": answer}]
@@ -63,12 +63,12 @@ class Problem:
 
 
 def is_later_turn(problem_id: str) -> bool:
-    """Whether `Problem.next_turn` made this id: messages stand before such a problem's prompt."""
+    """Whether `Problem.next_turn` made this id, so that the problem has messages before its prompt."""
     return first_turn(problem_id) != problem_id
 
 
 def first_turn(problem_id: str) -> str:
-    """The id of the problem a conversation began with."""
+    """The id of the problem that began the conversation."""
     return re.sub(r"/turn\d+$", "", problem_id)
 
 
@@ -79,7 +79,7 @@ class Score:
     correct           None: an open-ended question, which no program can score
     first_wrong_line  0-based line of the answer, for tasks that can check every line; None: no line is wrong,
                       or the task cannot tell
-    error_at          offset of the first character from which on no right answer begins like this one; the length of
+    error_at          offset of the first character at which the answer departs from every right one; the length of
                       the text if it ends too early; None: nothing is wrong, or the task cannot tell
     """
 
@@ -105,13 +105,13 @@ class Task(Protocol):
     def problems(self) -> list[Problem]: ...
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Score the answer `text`, which is the assistant's message without special tokens."""
+        """Score the answer `text`, the assistant's message without special tokens."""
         ...
 
 
 def score_of_lines(task: Task, problem: Problem, text: str) -> Score:
-    """The score of an answer whose prefixes are to be labelled: what is not right names its first wrong line. Raises
-    ConfigError where the task cannot name it; without it every prefix would pass for right."""
+    """The score of an answer whose prefixes are to be labelled: one that is not right has a first wrong line. Raises
+    ConfigError if the task does not name that line; otherwise every prefix would pass for right."""
     score = task.score(problem, text)
     if not score.correct and score.first_wrong_line is None:
         said = "is wrong but not in which line" if score.correct is False else "is neither right nor wrong"
@@ -124,7 +124,7 @@ def score_of_lines(task: Task, problem: Problem, text: str) -> Score:
 
 
 def require_extra(module: str, purpose: str, otherwise: str = "") -> None:
-    """Refuse to begin what needs an optional library that is not installed."""
+    """Raise ConfigError if the optional library that `purpose` needs is not installed."""
     if find_spec(module) is None:
         also = f", {otherwise}" if otherwise else ""
         raise ConfigError(f"{purpose} needs the library {module}; install it: pip install 'parsedec[eval]'{also}.")

@@ -1,11 +1,11 @@
 """Multiple choice: MMLU-Redux (arXiv 2406.04127), MMLU-Pro (arXiv 2406.01574), GPQA (arXiv 2311.12022).
 
-The letter an answer chooses is, in this order: the one after the last "answer is" or "answer:", the one in the last
-`\\boxed{}`, the last capital letter that stands by itself. Brackets and asterisks around it are read over. A letter
-that no option has is none. "A" and "I" before a small word are words, other than the "A" of "answer is A since"; in the
-last place every letter before one is what the sentence is about, and chosen only if it "is correct". A small letter
-counts in the first two places if nothing but its sentence's end, a bracket or a comma follows: "answer: a" chooses,
-"the answer is a cat" does not.
+The letter an answer chooses is the first of these that exists: the one after the last "answer is" or "answer:", the one
+in the last `\\boxed{}`, the last capital letter on its own. Brackets and asterisks around it are ignored, and so are
+letters that no option has. "A" and "I" before a lower-case word are words, except for the "A" of "answer is A since". A
+letter on its own before a lower-case word is what the sentence is about, and chosen only if it "is correct". In the
+first two places a lower-case letter counts if only the end of its sentence, a bracket or a comma follows: "answer: a"
+chooses, "the answer is a cat" does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ALONE = r"(?<![A-Za-z0-9'\u2019\\])({letters})(?![A-Za-z0-9'\u2019])"
 _ANNOUNCED = r"(?i:answer(?:\s+is)?\s*:?)\s*(?:(?i:option)\s+)?[*({{\[$\\\s]*(?:boxed|text|mathrm)?[({{]*"
 _SAID = r"(?i:answer(?:\s+is\s*:?|\s*:))[*\s]*(?:(?i:option)\s+)?[*({{\[$\\\s]*(?:boxed|text|mathrm)?[({{]*"
 _BOXED = r"\\boxed\{{\s*(?:\\(?:text|mathrm)\{{)?[\s(]*"
-_WORD = r"(?:(?<=is A|on A)|(?!(?<=[AI]) [a-z]))"  # "A cat" and "I think" are words, not so "is A since", "option A as"
+_WORD = r"(?:(?<=is A|on A)|(?!(?<=[AI]) [a-z]))"  # "A cat", "I think": words; "is A since", "option A as": letters
 _RIGHT = r"(?=\)?\*{{0,2}} is (?:the )?(?:only )?(?:correct|right)\b)"
 _SUBJECT = r"(?! [a-z])"  # "B, as D is wrong"
 _ENDS = r"(?=[*\s$]*(?:[)\]}},;:!]|\.(?!\w)|\Z|\n))"  # "a." and "a)" are letters, "a cat" and "a.m." are not
@@ -30,10 +30,10 @@ _ENDS = r"(?=[*\s$]*(?:[)\]}},;:!]|\.(?!\w)|\Z|\n))"  # "a." and "a)" are letter
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(JsonlTask):
-    """Problems whose prompt lists options, a line `A. …` each; the reference is a letter.
+    """Problems whose prompt lists options, one line `A. …` for each; the reference is a letter.
 
-    `meta` may hold `accept`, the letters that are right, and `scoreable`: false where the benchmark's own annotators
-    found the question broken; such problems are left out.
+    `meta` may hold `accept`, the letters that are right, and `scoreable`: false if the benchmark's own annotators found
+    the question broken. Such problems are left out.
 
     instruction  appended to each question after an empty line; "": nothing
     """
@@ -50,7 +50,7 @@ class Choice(JsonlTask):
             raise TaskDataError(
                 f"{self.source}: problem {problem.id!r} has reference={problem.reference!r} and options "
                 f"{letters or 'none'}; expected a letter, and a line 'A. …' per option at the end of the prompt. Is "
-                "this another benchmark's file? Change path, or repair the line."
+                "this file another benchmark's? Change path, or repair the line."
             )
         prompt = f"{problem.prompt}\n\n{self.instruction}" if self.instruction else problem.prompt
         return replace(problem, prompt=prompt, meta={**problem.meta, "options": len(letters)})
@@ -65,7 +65,7 @@ class Choice(JsonlTask):
 
 
 def chosen_letter(text: str, options: int) -> str | None:
-    """The letter that an answer to a question of so many options chooses; None if it chooses none."""
+    """The letter chosen in an answer to a question with this many options; None if none is."""
     capital, small = (_ALONE.format(letters=f"[{some}]") for some in (LETTERS[:options], LETTERS[:options].lower()))
     announced = f"(?:{_ANNOUNCED.format()}{capital}{_WORD}|{_SAID.format()}{small}{_ENDS.format()})"
     boxed = f"{_BOXED.format()}(?:{capital}|{small}" + r"(?=[\s)]*\}))"
@@ -80,7 +80,7 @@ def _accepted(problem: Problem) -> list[str]:
 
 
 def _count(problem: Problem) -> int:
-    """Options of a problem: as its source counted them, or the longest run of lines A., B., … that ends the prompt."""
+    """Number of options: as counted by the source, or the lines A., B., … without a gap that end the prompt."""
     stored = problem.meta.get("options") or len(problem.meta.get("option_starts") or ())
     if stored:
         return int(stored)

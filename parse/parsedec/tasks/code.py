@@ -1,7 +1,7 @@
 """Python functions scored by running them: HumanEval (arXiv 2107.03374) and MBPP (arXiv 2108.07732).
 
-The answer is run. The sandbox keeps it from hanging or filling memory, but it is no security boundary: see
-`parsedec.tasks.sandbox` for what it does not do.
+Answers are run. The sandbox keeps them from hanging or filling memory, but it is not a security boundary:
+`parsedec.tasks.sandbox` says what it does not do.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from parsedec.tasks.jsonl import JsonlTask
 from parsedec.tasks.sandbox import require_limits, run_sandboxed
 
 _FENCE = re.compile(r"(?P<before>[^`~]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<told>[^`]*)")
-_LIST = re.compile(r"[ \t]*(?:[-*+]|\d+[.)])?[ \t]*")  # what stands before an opening fence, in a list or not
+_LIST = re.compile(r"[ \t]*(?:[-*+]|\d+[.)])?[ \t]*")  # before an opening fence, in a list or not
 _PYTHON = re.compile(r"[{.]*(?:python3?|py3?)(?![\w+#-])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Code(JsonlTask):
-    """Problems of one of two forms, told by their `meta`:
+    """Problems in one of two forms, distinguished by their `meta`:
 
     HumanEval   the prompt is a function's head; `entry_point` names it and `test` defines check(function)
-    MBPP        the prompt is words; `test_list` holds assertions, `test_setup_code` what they need
+    MBPP        the prompt is prose; `test_list` holds assertions, `test_setup_code` the code they need
 
-    instruction  put before a function's head, which is shown as a code block, or after the words; "": nothing
+    instruction  put before a function's head, which is shown as a code block, or after prose; "": nothing
     timeout_s    wall-clock seconds an answer may run
-    memory_mb    address space it may use
+    memory_mb    address space an answer may use, in MiB
     """
 
     instruction: str = "Answer with the whole function in one ```python code block."
@@ -71,7 +71,7 @@ class Code(JsonlTask):
 
 
 def _parts(meta: Any, text: str) -> list[str]:
-    """What is run, in this order: the answer, then its tests."""
+    """The code to run, in this order: the answer, then its tests."""
     if "test_list" in meta:
         wanted = function_under_test(meta["test_list"])
         return [extract_code(text, wanted), meta.get("test_setup_code", ""), *meta["test_list"]]
@@ -80,7 +80,7 @@ def _parts(meta: Any, text: str) -> list[str]:
 
 
 def function_under_test(tests: list[str]) -> str:
-    """The function that all assertions call; before one that Python has itself, such as `set` around the result."""
+    """The function that all assertions call, preferably not a builtin such as `set` around the result; "" if none."""
     called = [
         [
             node.func.id
@@ -95,10 +95,10 @@ def function_under_test(tests: list[str]) -> str:
 
 
 def program(head: str, entry_point: str, text: str) -> str:
-    """The module an answer stands for.
+    """The module that an answer amounts to.
 
-    A whole function is put after what stands above it in `head` (imports, helpers), as a person would paste
-    it; anything else is taken as the continuation of `head`.
+    A whole function is put after the part of `head` above it (imports, helpers), as a person would paste it. Anything
+    else is taken as a continuation of `head`.
     """
     code = extract_code(text, entry_point)
     if not _defines(entry_point, code):
@@ -108,8 +108,8 @@ def program(head: str, entry_point: str, text: str) -> str:
 
 
 def extract_code(text: str, entry_point: str) -> str:
-    """The fenced block that defines `entry_point`, else the first fenced block, else the text as it is; what a
-    reasoning model thought before it answered is left out."""
+    """The fenced block that defines `entry_point`, else the first fenced block, else the text as it is. What a
+    reasoning model thinks before its answer is left out."""
     text = text.rpartition("</think>")[2]
     blocks = fenced_blocks(text)
     if not blocks:
@@ -118,11 +118,12 @@ def extract_code(text: str, entry_point: str) -> str:
 
 
 def fenced_blocks(text: str) -> list[str]:
-    """The code in a Markdown text's fences that say Python or no language, without the indentation of a list around it.
+    """The code in Markdown fences marked as Python or as no language, without the indentation of a list around them.
 
-    As in CommonMark (section 4.5), a block ends at a fence as long as its first, at most three columns further in: one
-    in a docstring ends nothing. An unclosed one reaches to the end: the token limit may have struck after the code was
-    done. Unlike there, words around a fence are read over where they leave no doubt.
+    As in CommonMark (section 4.5), a block ends at a fence no shorter than its first and indented by at most three more
+    columns, so that a fence in a docstring ends nothing. An unclosed block reaches to the end of the text, since the
+    token limit may have struck after the code was done. Unlike CommonMark, words around a fence are ignored where they
+    leave no doubt.
     """
     blocks = []
     lines = text.replace("\r\n", "\n").split("\n")
@@ -144,7 +145,7 @@ def _opening(line: str) -> re.Match[str] | None:
     fence = _FENCE.fullmatch(line)
     if fence is None or _LIST.fullmatch(fence["before"]) or _PYTHON.match(fence["told"]):
         return fence
-    return None  # words before marks, not known to be code
+    return None  # words before the fence, and no sign that it holds code
 
 
 def _closes(line: str, opening: re.Match[str]) -> bool:
@@ -153,7 +154,7 @@ def _closes(line: str, opening: re.Match[str]) -> bool:
 
 
 def _outdented(lines: list[str], columns: int) -> str:
-    """The lines without the first one's indentation, as far as it is the fence's."""
+    """The lines without the first one's indentation, but removing no more than the fence's."""
     first = next((line for line in lines if line.strip()), "")
     indent = re.compile(f"[ \\t]{{0,{min(columns, len(first) - len(first.lstrip()))}}}")
     return "".join(indent.sub("", line, count=1) + "\n" for line in lines)

@@ -1,6 +1,6 @@
-"""Benchmarks from the Hugging Face hub: where each is, and how a row of its columns becomes a problem.
+"""Benchmarks from the Hugging Face hub: where each is, and how its rows become problems.
 
-`datasets` (the extra `eval`) downloads and caches them. A local file with the same columns works, too:
+`datasets` (the extra `eval`) downloads and caches them. A local file with the same columns works as well:
 dataset=json and files=PATH.
 """
 
@@ -28,10 +28,10 @@ class Hub:
 
     dataset   its id, or a builder of `datasets` such as json
     rows      the benchmark whose columns it has: a key of ROWS
-    config    its configuration; "*": all of them, one after the other; None: the only one
-    split     the split that is asked
+    config    its configuration; "*": all of them, one after another; None: the only one
+    split     the split to use
     revision  commit or tag of the dataset; None: the newest
-    files     path or address of the data, for the builders that read files
+    files     path or address of the data, for builders that read files
     """
 
     dataset: str
@@ -50,9 +50,9 @@ class Hub:
         return Checkpoint(f"datasets/{self.dataset}", revision=self.revision)
 
     def problems(self) -> list[Problem]:
-        """All problems of the split, in its order. Raises TaskDataError where it cannot be had."""
+        """All problems of the split, in its order. Raises TaskDataError if it cannot be loaded."""
         require_extra("datasets", f"the hub's dataset {self.dataset}", "or give a local file: task.path=FILE.jsonl")
-        import datasets  # here: it takes a second to import, and local files do not need it
+        import datasets  # here, since it takes a second to import and local files do not need it
 
         problems = []
         for config in self._configs(datasets):
@@ -63,7 +63,7 @@ class Hub:
                 self._place.read_at(commit_in(builder.base_path))
                 builder.download_and_prepare()
                 split = builder.as_dataset(split=self.split)
-            except Exception as error:  # network, access, a missing split: a dozen kinds, each chained and shown
+            except Exception as error:  # network, access, a missing split and more: each chained and shown
                 raise TaskDataError(
                     f"cannot load {self.dataset} (config {config}, split {self.split}) from the hub: "
                     f"{type(error).__name__}: {error}. Check the network and your access to it (hf auth login for "
@@ -85,7 +85,7 @@ class Hub:
 
 
 def commit_in(address: str | None) -> str | None:
-    """The commit in an address of the hub's files, hf://datasets/NAME@COMMIT; None where there is none."""
+    """The commit in an address of files on the hub, hf://datasets/NAME@COMMIT; None if there is none."""
     found = re.search(r"@([0-9a-f]{40})\b", address or "")
     return found[1] if found else None
 
@@ -93,15 +93,15 @@ def commit_in(address: str | None) -> str | None:
 def to_problems(
     rows: Iterable[Row], convert: Callable[[Row, int, str], Problem], *, where: str, config: str = ""
 ) -> list[Problem]:
-    """Every row as a problem; a row without the columns of its benchmark is located."""
+    """Every row as a problem. Raises TaskDataError that names a row without the benchmark's columns."""
     problems = []
     for number, row in enumerate(rows):
         try:
             problems.append(convert(row, number, config))
         except (KeyError, IndexError, TypeError, ValueError) as bad:
             raise TaskDataError(
-                f"{where}, row {number} has not the columns expected ({type(bad).__name__}: {bad}); it has "
-                f"{sorted(row)}. Set hub.rows to the benchmark this is, or hub.revision to one that had them."
+                f"{where}, row {number} does not have the columns expected ({type(bad).__name__}: {bad}); it has "
+                f"{sorted(row)}. Set hub.rows to its benchmark, or hub.revision to one with these columns."
             ) from bad
     return problems
 
@@ -143,7 +143,8 @@ def _mmlu_redux(row: Row, number: int, config: str) -> Problem:
 
 
 def _letters(corrected: object, options: list[str]) -> list[str]:
-    """The corrected answer of an annotator, who wrote an index, a letter or the option; nothing where it is neither."""
+    """The letters of an annotator's corrected answer, written as an index, a letter or an option; empty if it is none
+    of these."""
     text = str(corrected if corrected is not None else "").strip()
     if text.isdigit() and int(text) < len(options):
         return [LETTERS[int(text)]]
@@ -167,7 +168,7 @@ def _mmlu_pro(row: Row, _: int, __: str) -> Problem:
 def _gpqa(row: Row, _: int, __: str) -> Problem:
     right = str(row["Correct Answer"]).strip()
     options = [right, *(str(row[f"Incorrect Answer {i}"]).strip() for i in (1, 2, 3))]
-    # drawn from the record's own id: the right answer's place is the same in every run, and not always the first
+    # seeded by the record's own id, so that the right answer's place varies, but is the same in every run
     random.Random(str(row["Record ID"])).shuffle(options)
     return Problem(
         id=f"gpqa/{row['Record ID']}",

@@ -1,9 +1,9 @@
-"""Tasks read from a local JSONL file, or from the hub where no file is given.
+"""Tasks read from a local JSONL file, or from the hub if no file is given.
 
-A line of a file is one object with `id`, `prompt`, `reference` and `meta`. `prompt` is the bare task text without a
-chat template, `reference` what a scorer compares with, `meta` an object with whatever else the scorer needs. Other
-keys are allowed and ignored. Rows of the hub are brought into the same form (`parsedec.tasks.hub`), and so are lines
-that have a benchmark's own columns instead.
+Each line of a file is an object with `id`, `prompt`, `reference` and `meta`. `prompt` is the bare task text without a
+chat template, `reference` what a scorer compares answers with, `meta` an object with whatever else the scorer needs.
+Other keys are ignored. Rows from the hub are converted to this form (`parsedec.tasks.hub`), and so are lines with a
+benchmark's own columns.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _FORM = '{"id": text, "prompt": text, "reference": text or number, "meta": objec
 class JsonlTask(ABC):
     """Problems `offset .. offset + n - 1` of a local file or of the hub; `n=None` takes all from `offset` on.
 
-    name     what the task is called
+    name     the task's name
     path     local JSONL file; None: from the hub
     hub      the dataset on the hub; None: there is only the local file
-    shuffle  seed of a random order in which problems are taken; None: the order of the file
+    shuffle  seed of a random order in which to take problems; None: the order of the source
     """
 
-    references: ClassVar[bool] = True  # whether every problem must have one
+    references: ClassVar[bool] = True  # whether every problem must have a reference
     name: str
     path: str | Path | None = None
     hub: Hub | None = None
@@ -55,7 +55,7 @@ class JsonlTask(ABC):
             raise ConfigError(
                 f"{self.name} has neither path nor hub; expected a local JSONL file (task.path=FILE) or a dataset."
             )
-        # checked before the first read: models take minutes to load, a wrong path should not wait for them
+        # checked early, since models take minutes to load and a wrong path should not wait for them
         if self.path is not None and not Path(self.path).expanduser().is_file():
             raise TaskDataError(
                 f"path={str(self.path)!r} is not a file; expected JSONL, each line of the "
@@ -71,11 +71,11 @@ class JsonlTask(ABC):
     def score(self, problem: Problem, text: str) -> Score: ...
 
     def prepare(self, problem: Problem) -> Problem:
-        """Turn a stored problem into the one that is asked: word the prompt, check what the scorer needs."""
+        """Turn a stored problem into the one to ask: word the prompt, and check what the scorer needs."""
         return problem
 
     def counts(self, problem: Problem) -> bool:
-        """Whether a stored problem is asked at all."""
+        """Whether to ask a stored problem at all."""
         return True
 
     def problems(self) -> list[Problem]:
@@ -84,7 +84,7 @@ class JsonlTask(ABC):
         if self.shuffle is not None:
             random.Random(self.shuffle).shuffle(stored)
         if not stored:
-            raise TaskDataError(f"{self.source} holds no problems for {self.name}; expected one at least.")
+            raise TaskDataError(f"{self.source} holds no problems for {self.name}; expected at least one.")
         stop = len(stored) if self.n is None else self.offset + self.n
         if stop > len(stored) or self.offset >= len(stored):
             raise TaskDataError(
@@ -112,7 +112,8 @@ class JsonlTask(ABC):
         return problems
 
     def _parse(self, line: bytes, where: str, number: int) -> Problem:
-        """The problem of a line, whose number among the file's problems names it if it has the hub's columns."""
+        """The problem in a line; `number`, its place among the file's problems, is for the id of one with the hub's
+        columns."""
         row = json_object(line, where, _FORM)
         ours = row if self.references else row | {"reference": ""}
         wrong = [key for key, ok in _checks(ours).items() if not ok]
@@ -125,7 +126,7 @@ class JsonlTask(ABC):
                 problem = ROWS[self.hub.rows](row, number, config if config != EVERY_CONFIG else "")
                 if isinstance(problem.prompt, str):
                     return problem
-                raise TypeError(f"{problem.prompt!r} is no text")
+                raise TypeError(f"{problem.prompt!r} is not text")
             except (KeyError, IndexError, TypeError, ValueError) as bad:
                 other = f", or {self.hub.rows}'s columns on the hub ({type(bad).__name__}: {bad})"
         raise TaskDataError(
@@ -135,8 +136,8 @@ class JsonlTask(ABC):
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, and their numbers, which count blank lines as an editor does; without the
-    mark that some editors put before a text (U+FEFF)."""
+    """The lines of a file that are not blank, with their numbers, which count blank lines as editors do. A byte order
+    mark (U+FEFF) at the beginning is dropped."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             told = line.removeprefix(BOM_UTF8) if number == 1 else line
@@ -145,9 +146,9 @@ def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_prompts(path: str | Path) -> list[Problem]:
-    """The `prompt` of every line of a JSONL file, and its `reference` where there is one; other keys are ignored.
+    """Problems made of the `prompt` in every line of a JSONL file, and of its `reference`, if any; ignores other keys.
 
-    Raises TaskDataError for a file that is missing or has a line without a prompt.
+    Raises TaskDataError if the file is missing or a line has no prompt.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -167,10 +168,10 @@ def read_prompts(path: str | Path) -> list[Problem]:
 
 
 def json_object(line: bytes, where: str, form: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises TaskDataError, which says where it was and what form was expected."""
+    """The JSON object in a line. Raises TaskDataError that says where the line is and what form was expected."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as bad:  # numbers too long and lists too deep for Python, too
+    except (ValueError, RecursionError) as bad:  # also for numbers too long and lists too deep for Python
         raise TaskDataError(
             f"{where} is not JSON in UTF-8 ({bad}): {_shorten(line)}; expected {form}. Repair or remove the line."
         ) from bad
@@ -189,7 +190,7 @@ def _checks(row: dict[str, Any]) -> dict[str, bool]:
 
 
 def _is_reference(value: object) -> bool:
-    """Text, or a number that is one: what is to be compared with an answer."""
+    """Whether it can be compared with an answer: text, or a finite number."""
     return (isinstance(value, str | int) and not isinstance(value, bool)) or (
         isinstance(value, float) and math.isfinite(value)
     )
@@ -197,5 +198,5 @@ def _is_reference(value: object) -> bool:
 
 def _shorten(line: bytes, width: int = 120) -> str:
     told = line.decode(errors="replace").strip()
-    text = "".join(c if c.isprintable() else "\ufffd" for c in told)  # a terminal obeys control characters
+    text = "".join(c if c.isprintable() else "\ufffd" for c in told)  # a terminal would obey control characters
     return text if len(text) <= width else text[:width] + " ..."

@@ -1,8 +1,8 @@
 """Problems with a mathematical answer, such as GSM8K (arXiv 2110.14168) and MATH-500 (arXiv 2103.03874, 2305.20050).
 
-Answers are found and compared by math-verify: the last boxed or otherwise announced expression of the text, equal to
-the reference as mathematics, not as text. Where references are numbers, a number marked `#### N`, GSM8K's own form,
-goes before anything else if it ends its line, units aside; and per cent signs are read over: 50 is 50 %.
+math-verify finds and compares answers: the last boxed or otherwise announced expression of the text must equal the
+reference as mathematics, not as text. Where references are numbers, a number marked `#### N`, GSM8K's own form, has
+precedence if only units follow it on its line; and per cent signs are ignored: 50 is 50 %.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from parsedec.tasks.base import Problem, Score, TaskDataError, require_extra
 from parsedec.tasks.jsonl import JsonlTask
 
-_SECONDS = 5  # for reading an answer, and again for comparing it: symbolic mathematics can take for ever
-# `#### 1. Cost` is a heading, `#### 20 - 25` a range: only a number that ends its line, units aside, is an answer
+_SECONDS = 5  # for reading an answer, and again for comparing it: symbolic mathematics can take forever
+# `#### 1. Cost` is a heading, `#### 20 - 25` a range: a number is an answer only if it ends its line, units aside
 _MARKED = re.compile(
     r"""(?mx) \#\#\#\# [\s*_~\u2248+]*
     ([-\u2212]?\s*(?:\\?\$|\\\()?\s*[-\u2212]? (?:[0-9][0-9,]*(?:\.[0-9]+)? | \.[0-9]+))
@@ -29,9 +29,9 @@ _MARKED = re.compile(
     (?:\([^()\n]*+\))?                                                  # "(9 eggs x 2)"
     [ \t*_$.!\#]*$"""
 )
-# "\$" is the currency in LaTeX and never opens a formula; "-$5" is a number, too
+# "\$" is the currency in LaTeX and never opens a formula; "-$5" is a number as well
 _CURRENCY = re.compile(r"\\\$|(?<=[-\u2212])\$(?=[0-9.])")
-_PERCENT = re.compile(r"\\?%")  # to math-verify the number in "\boxed{50%}" is 1/2, and the one in "50%" is 50, too
+_PERCENT = re.compile(r"\\?%")  # math-verify reads "\boxed{50%}" as 1/2, and "50%" as 1/2 or 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Maths(JsonlTask):
     """Problems whose `reference` is a number or a LaTeX expression.
 
     instruction  appended to each question after an empty line; "": nothing
-    numbers      every reference is a number, and an answer may mark its own as `#### N`
+    numbers      whether every reference is a number, so that answers may be marked as `#### N`
     """
 
     instruction: str = "Reason step by step, and put your final answer within \\boxed{}."
@@ -61,7 +61,7 @@ class Maths(JsonlTask):
         return replace(problem, prompt=prompt)
 
     def score(self, problem: Problem, text: str) -> Score:
-        from math_verify import verify  # here: importing it takes a second, and not every run has such a task
+        from math_verify import verify  # here, since importing it takes a second and not every run needs it
 
         expected = f"expected {problem.reference}"
         predicted = self._answer(text)
@@ -77,8 +77,8 @@ class Maths(JsonlTask):
         return _remembered(_PERCENT.sub("", problem.reference) if self.numbers else f"${problem.reference}$")
 
     def _answer(self, text: str) -> list[Any]:
-        """What math-verify reads in a text: the expression, and how it was written. It takes boxes near each other for
-        one answer of several values; where that is a number, the last box has it."""
+        """What math-verify reads in a text: the expression, and how it was written. It takes boxes near each other as
+        one answer with several values; if answers are numbers, only the last box is kept."""
         if self.numbers:
             before, box, last = _PERCENT.sub("", text).rpartition("\\boxed")
             text = before.replace("\\boxed", "") + box + last
@@ -99,5 +99,5 @@ def _remembered(reference: str) -> list[Any]:
 
 
 def _time_limit() -> int | None:
-    """math-verify stops itself by a signal, which only the main thread may ask for."""
+    """Seconds after which math-verify stops. It uses a signal, which only the main thread may set; elsewhere None."""
     return _SECONDS if threading.current_thread() is threading.main_thread() else None

@@ -1,6 +1,7 @@
 """Open-ended questions that no program scores: MT-Bench (arXiv 2306.05685), Spec-Bench (arXiv 2401.07851).
 
-They measure speed and what is kept. Quality needs a judge of its own; a lossless run can be compared text by text.
+They measure speed and how much of the drafts is kept. Quality would need a judge of its own; the answers of a lossless
+run can be compared text by text.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from parsedec.tasks.jsonl import JsonlTask
 
 @dataclass(frozen=True, kw_only=True)
 class OpenEnded(JsonlTask):
-    """Conversations: `meta.turns` holds what the user says; where it is absent the prompt is the only turn.
+    """Conversations: `meta.turns` holds the user's messages; without it, the prompt is the only one.
 
-    turns       most turns of a conversation that are asked, each with the model's own answers before it
+    turns       most turns to ask of a conversation, each with the model's own earlier answers before it
     categories  only problems whose `meta.category` is one of these; (): all
     """
 

@@ -1,4 +1,4 @@
-"""Prompts of one's own: a JSONL file with a `prompt` a line, and a `reference` where the right answer is known."""
+"""Your own prompts: a JSONL file with a `prompt` in each line, and a `reference` where the right answer is known."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from parsedec.tasks.jsonl import JsonlTask, read_prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(JsonlTask):
-    """An answer is right if its last number is the reference's, or if it is the same text; without a reference it is
-    not scored."""
+    """An answer is right if its last number is that of the reference, or if it is the same text. Without a reference it
+    is not scored."""
 
     references: ClassVar[bool] = False
     name: str = "prompts"

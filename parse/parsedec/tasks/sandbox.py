@@ -1,16 +1,15 @@
 """Run generated Python in a subprocess that cannot hang or exhaust the scorer. POSIX only.
 
-What it does: a fresh interpreter in isolated mode, an empty environment and an empty folder of its own that
-is deleted afterwards; limits on CPU time, address space and file size, no core dumps; output discarded;
-after the wall-clock limit, or when the code ends, its whole process group is killed. Success is reported by
-a word that only the runner knows, after the last part has run: ending early with exit code 0 is no success.
+What it does: it starts a fresh interpreter in isolated mode, with an empty environment and an empty folder that is
+deleted afterwards; limits CPU time, address space and file size, and allows no core dumps; discards output; and kills
+the whole process group at the wall-clock limit or when the code ends. Success is reported by a word that only the
+runner knows, after the last part has run, so that ending early with exit code 0 does not count.
 
-What it does not do: it is no security boundary. The code runs as the current user: it can read and write
-whatever that user can, and it can use the network. A child that leaves the process group outlives the kill
-(its CPU time stays limited); many processes at once are not prevented, and each has a memory limit of its
-own. Code that goes looking for the runner's variables can forge a success. Some systems (macOS) do not
-enforce the address-space limit, and root can lift every limit. For code you have reason to fear, run the
-whole scorer in a container or a virtual machine without network.
+What it does not do: it is not a security boundary. The code runs as the current user: it can read and write whatever
+that user can, and use the network. A child that leaves the process group survives the kill (its CPU time stays
+limited). Many processes at once are not prevented, and each has a memory limit of its own. Code that looks for the
+runner's variables can forge a success. Some systems (macOS) do not enforce the address-space limit, and root can lift
+every limit. For code you have reason to fear, run the whole scorer in a container or a virtual machine without network.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from typing import IO
 
 from parsedec.errors import ConfigError
 
-_FILE_MB = 16  # largest file the code may write; its error output counts
-_SMALLEST_MEMORY_MB = 64  # below this the interpreter itself does not start
-_TAIL_BYTES = 4096  # of the error output, of which only the last line is reported
+_FILE_MB = 16  # largest file the code may write, its error output included
+_SMALLEST_MEMORY_MB = 64  # with less, the interpreter itself does not start
+_TAIL_BYTES = 4096  # read from the end of the error output, of which only the last line is reported
 
-# Runs in the child. It reads the job and moves its own output channel out of the way before any foreign line
+# Runs in the child. It reads the job and moves its own output channel out of the way before any foreign code
 # runs. The parts are compiled one by one, so that an unclosed quote or block in one cannot swallow the next.
 _RUNNER = """
 import json, os, resource, sys, traceback, types
@@ -65,14 +64,14 @@ os._exit(0)
 
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
-    """Whether all parts ran to their end, and if not, why: the traceback's last line or what stopped them."""
+    """Whether all parts ran to their end, and if not, why: the traceback's last line, or what stopped them."""
 
     passed: bool
     detail: str
 
 
 def require_limits(timeout_s: float, memory_mb: int) -> None:
-    """Refuse limits under which nothing could run."""
+    """Raise ConfigError for limits under which nothing could run."""
     if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < math.inf:
         raise ConfigError(f"timeout_s={timeout_s!r} is not usable; expected seconds above 0. Raise it.")
     if not isinstance(memory_mb, int) or isinstance(memory_mb, bool) or memory_mb < _SMALLEST_MEMORY_MB:
@@ -83,7 +82,7 @@ def require_limits(timeout_s: float, memory_mb: int) -> None:
 
 
 def run_sandboxed(parts: Sequence[str], *, timeout_s: float, memory_mb: int) -> SandboxResult:
-    """Run `parts` one after the other in one namespace; passed if the last one ends without an exception."""
+    """Run `parts` one after another in one namespace; passed if the last one ends without an exception."""
     require_limits(timeout_s, memory_mb)
     if os.name != "posix":
         raise ConfigError(
@@ -92,7 +91,7 @@ def run_sandboxed(parts: Sequence[str], *, timeout_s: float, memory_mb: int) -> 
         )
     word = secrets.token_hex(16)
     job = json.dumps({"parts": list(parts), "word": word, "limits": _limits(timeout_s, memory_mb)})
-    # Files instead of pipes: nothing can block on a full pipe or on a grandchild that keeps one open.
+    # Files instead of pipes, so that nothing can block on a full pipe or on a grandchild that keeps one open.
     with (
         tempfile.TemporaryDirectory(prefix="parsedec-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as stdin,
@@ -121,7 +120,7 @@ def run_sandboxed(parts: Sequence[str], *, timeout_s: float, memory_mb: int) -> 
 
 def _limits(timeout_s: float, memory_mb: int) -> dict[str, int]:
     return {
-        # + 1: the wall clock should strike first; this one is for what escapes the process group
+        # + 1, since the wall clock should strike first; this limit is for what escapes the process group
         "RLIMIT_CPU": math.ceil(timeout_s) + 1,
         "RLIMIT_AS": memory_mb << 20,
         "RLIMIT_FSIZE": _FILE_MB << 20,
@@ -130,7 +129,7 @@ def _limits(timeout_s: float, memory_mb: int) -> dict[str, int]:
 
 
 def _wait_and_kill(child: subprocess.Popen[bytes], timeout_s: float) -> int | None:
-    """Exit code, or None after the time limit. Either way nothing of the child's process group is left."""
+    """The exit code, or None after the time limit. Either way the child's whole process group has been killed."""
     try:
         return child.wait(timeout_s)
     except subprocess.TimeoutExpired:

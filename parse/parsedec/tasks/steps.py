@@ -1,11 +1,11 @@
-"""Solutions with the first wrong step marked: the one reader of such files, and where their steps end.
+"""Solutions with the first wrong step marked: reading such files, and finding where their steps end.
 
-A JSONL file, each line an object in the form of ProcessBench (arXiv 2412.06559)
+Each line of the JSONL file is an object in the form of ProcessBench (arXiv 2412.06559)
 
     {"problem": text, "steps": [text, …], "label": index of the first wrong step, or -1}
 
-or in that of our tasks: `prompt`, `meta.steps`, and the label as `reference` or `meta.first_wrong_step`. An `id` may be
-given, else a line is known by its number. ProcessBench has several solutions to a problem.
+or in that of our tasks: `prompt`, `meta.steps`, and the label as `reference` or `meta.first_wrong_step`. A line without
+an `id` is identified by its number. ProcessBench has several solutions per problem.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BETWEEN = "\n\n"  # joins the steps of a file
 
 def read_steps(path: str | Path) -> Iterator[Problem]:
     """The solutions as problems: `meta.steps` holds the steps, `reference` the label. Raises TaskDataError that names
-    the line."""
+    the offending line."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise TaskDataError(f"steps={str(path)!r} is not a file; expected JSONL, each line {STEP_FORM}.")
@@ -55,8 +55,8 @@ def _solution(line: bytes, where: str, name: str) -> Problem:
 
 
 def step_ends(draft: Draft, problem: Problem, separator: str = BETWEEN) -> dict[int, bool]:
-    """Where the steps of a solution end in its text as a draft, and whether the prefix up to there is right. A step of
-    no token shares its cut with the one before; the later verdict counts."""
+    """The token positions in `draft`, the solution's text, at which steps end, and whether the prefix up to each is
+    right. A step without a token of its own shares its cut with the one before; the later verdict counts."""
     steps: Sequence[Any] = problem.meta["steps"]
     wrong, right = int(problem.reference), dict[int, bool]()
     for i, stop in enumerate(accumulate(len(step) + len(separator) for step in steps)):
@@ -68,7 +68,7 @@ def step_ends(draft: Draft, problem: Problem, separator: str = BETWEEN) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class StepFile(JsonlTask):
-    """Such a file as a task. An answer is the index of the first wrong step, -1 if all are right."""
+    """Such a file as a task. The answer is the index of the first wrong step, or -1 if all are right."""
 
     name: str = "steps"
 

@@ -6,9 +6,9 @@
     So, taking 7 from 42 leaves 35.
     The answer is 35.
 
-The checker looks lines up among the right ones (`zoo_base`). The zoo models were trained on these wordings,
-names and objects; changing one changes the language they speak. Their judge was trained on wrong numbers only,
-so a wrong name or object in the last line counts as an error only on request.
+The checker looks lines up among the right ones (`zoo_base`). The zoo models were trained on these wordings, names and
+objects, so changing one changes the language they know. Their judge was trained on wrong numbers only, so a wrong name
+or object in the last line counts as an error only on request.
 
 A problem's facts, which decide its split, are its numbers and operations, not its names and wording.
 """
@@ -110,11 +110,11 @@ Operation = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ZooArithmetic(ZooTask):
-    """`n` different problems of one split; the first k of a larger `n` are those of `n=k`.
+    """`n` distinct problems of one split; the first k are the same for every `n`.
 
     operations  fewest and most steps of a problem. The shipped models know 2 to 5
     max_number  largest number that occurs. The shipped models know 99
-    names       whether the last line must also speak of the problem's own name and object
+    names       whether a name and object in the last line must be the problem's own
     """
 
     name: ClassVar[str] = "zoo_arithmetic"
@@ -141,7 +141,7 @@ def split_of(meta: Mapping[str, Any]) -> str:
 
 
 def draw_problem(rng: random.Random, *, operations: Sequence[int] = (2, 5), max_number: int = 99) -> Problem:
-    """A random problem of any split, its text and its facts."""
+    """A random problem of any split, with its text and facts."""
     name, friend = rng.sample(NAMES, 2)
     things = rng.choice(OBJECTS)
     start = value = rng.randint(2, max_number)
@@ -180,8 +180,8 @@ def solution(problem: Problem, rng: random.Random, error_at: int | None = None) 
 
 
 def first_wrong_line(meta: Mapping[str, Any], text: str, *, names: bool = False) -> int | None:
-    """0-based line of `zoo_base.first_fault`. With `names` the last line must also hold the problem's own name and
-    object, if it holds any."""
+    """0-based line of `zoo_base.first_fault`. With `names`, a name and object in the last line must be the problem's
+    own."""
     fault = first_fault(text, _rights(meta, names))
     return None if fault is None else fault.line
 
@@ -199,14 +199,14 @@ def _step_lines(kind: str, value: int, operand: int, _line: str) -> set[str]:
 
 
 def _last_lines(value: int, name: str, things: str, names: bool, line: str) -> set[str]:
-    """Every right last line. Without `names` any name and object will do, so the line's own words are tried."""
+    """Every right last line. Without `names`, any name and object will do, so the line's own words are tried."""
     who = {name} if names else {name, *re.findall("[A-Z][a-z]+", line)}
     what = {things} if names else {things, *re.findall("[a-z]+", line)}
     return {ending.format(n=n, o=o, r=value) for ending, n, o in product(ENDINGS, who, what)}
 
 
 def _facts(meta: Mapping[str, Any]) -> tuple[int, list[Operation], str, str]:
-    """Start value, operations, name and object of a problem's meta, which may have been through JSON."""
+    """Start value, operations, name and object from a problem's meta, which may have been through JSON."""
     try:
         operations = [(str(kind), int(operand)) for kind, operand in meta["operations"]]
         return int(meta["start"]), operations, str(meta["name"]), str(meta["object"])
@@ -224,7 +224,7 @@ def _draw_operation(rng: random.Random, value: int, max_number: int) -> Operatio
     while True:
         kind = rng.choice(kinds)
         if kind == "-" and value < 3:
-            kind = "+"  # taking something away would leave nothing to speak of
+            kind = "+"  # taking something away would leave too little to talk about
         if kind == "+":
             operand = rng.randint(2, max_number)
         elif kind == "-":
@@ -236,8 +236,8 @@ def _draw_operation(rng: random.Random, value: int, max_number: int) -> Operatio
 
 
 def _apply(kind: str, value: int, operand: int) -> int:
-    """The value after a step. After an injected error it might be a fraction or fall below 0: it is then
-    rounded down or stays at 0, since the language of the answers has neither fractions nor signs."""
+    """The value after a step. After an injected error it could be a fraction or negative: it is then rounded down or
+    set to 0, since the language of the answers has neither fractions nor signs."""
     if kind == "+":
         return value + operand
     if kind == "-":
@@ -246,7 +246,7 @@ def _apply(kind: str, value: int, operand: int) -> int:
 
 
 def _right_lines(kind: str, value: int, operand: int) -> set[str]:
-    """Every line that is right for one step. The operands of + and * may change places."""
+    """Every right line for one step. The operands of + and * may be swapped."""
     result = _apply(kind, value, operand)
     orders = [(value, operand), (operand, value)] if kind in "+*" else [(value, operand)]
     lines = set()
@@ -261,7 +261,7 @@ def _write_step(rng: random.Random, kind: str, value: int, operand: int, result:
 
 
 def _wrong_step(rng: random.Random, kind: str, value: int, operand: int) -> tuple[str, int]:
-    """A line with one error of a kind that weak models make, and the value it leads to."""
+    """A line with one error of a kind that weak models make, and the resulting value."""
     accepted = _right_lines(kind, value, operand)
     while True:
         x, b, op, result = value, operand, kind, _apply(kind, value, operand)
@@ -274,6 +274,6 @@ def _wrong_step(rng: random.Random, kind: str, value: int, operand: int) -> tupl
             op = _LOOKS_LIKE[kind]
         result = slip(rng, result) if fault == "result" else _apply(op, x, b)
         line, result = _write_step(rng, op, x, b, result)
-        # a fault can undo itself, as where a misread operand is the operand again after max(1, ...)
+        # a fault can undo itself, e.g. if max(1, ...) turns a misread operand back into the right one
         if line not in accepted:
             return line, result

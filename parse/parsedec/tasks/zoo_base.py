@@ -1,11 +1,11 @@
-"""What the tasks of the zoo share: different problems of one split, and answers a program checks line by line.
+"""What the zoo's tasks share: distinct problems of one split, and answers that a program checks line by line.
 
 A line is right exactly if it is one of the task's wordings with the right values in it, so a checker needs no parser:
-it writes the right lines and looks the given one up.
+it writes the right lines and looks for the given one among them.
 
-Splits are disjoint by construction: a hash of the facts a problem is about (not of its wording) decides its split, and
-a task draws until it has what belongs to its own. A model trained on `split=train` has therefore never seen the facts
-of a calibration or test problem, whatever the seeds.
+Splits are disjoint by construction: a hash of a problem's facts (not of its wording) decides its split, and a task
+draws problems until it has enough of its own split. So a model trained on `split=train` has never seen the facts of a
+calibration or test problem, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from parsedec.tasks.base import Problem, Score
 
 SPLITS = {"train": range(80), "calibration": range(80, 90), "test": range(90, 100)}  # buckets out of 100
 MAX_STEPS = 8
-LEADS = ("", "", "Next, ", "Then, ", "So, ", "Now, ")  # "" twice: a third of the lines start plainly
-# Draws in a row without a new problem after which the space counts as exhausted. A small split (a tenth of
+LEADS = ("", "", "Next, ", "Then, ", "So, ", "Now, ")  # "" twice: a third of the lines start without a lead
+# After this many draws in a row without a new problem, the space counts as exhausted. A small split (a tenth of
 # all draws) with a tenth of it still unseen would be given up by mistake once in 10^8 tries.
 _BARREN_DRAWS = 2_000
 
-# The right lines in the place of a given one. A task that lets a writer choose a word takes it from there.
+# The right lines in place of a given one. A task that leaves the choice of a word to the writer takes it from there.
 RightLines = Callable[[str], Collection[str]]
 
 
@@ -36,9 +36,9 @@ RightLines = Callable[[str], Collection[str]]
 class Fault:
     """Where an answer goes wrong.
 
-    line  0-based line that is the first to be wrong, superfluous or missing
-    at    offset of the first character from which on no right answer begins like this one; the length of the text if
-          it ends too early
+    line  the first line (0-based) that is wrong, superfluous or missing
+    at    offset of the first character at which the answer departs from every right one; the length of the text if it
+          ends too early
     """
 
     line: int
@@ -47,14 +47,14 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class ZooTask(ABC):
-    """`n` different problems of one split; the first k of a larger `n` are those of `n=k`.
+    """`n` distinct problems of one split; the first k are the same for every `n`.
 
     operations  fewest and most steps of a problem
     max_number  largest number that occurs
     """
 
     name: ClassVar[str]
-    answer: ClassVar[str] = "number"  # what the last line holds, for people
+    answer: ClassVar[str] = "number"  # what the last line gives, for messages
     n: int = 200
     split: str = "test"
     seed: int = 0
@@ -85,7 +85,7 @@ class ZooTask(ABC):
 
     @abstractmethod
     def final_answer(self, text: str) -> str | None:
-        """What the text gives as its last answer, written as a reference is; None: it gives none."""
+        """The last answer that the text gives, in the form of a reference; None if it gives none."""
 
     def problems(self) -> list[Problem]:
         rng = random.Random(self.seed)
@@ -106,7 +106,7 @@ class ZooTask(ABC):
         return list(found.values())
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Right if every line is, the last one included. The detail counts lines from 1."""
+        """Right if every line is, including the last. The detail counts lines from 1."""
         fault, given = self.fault(problem.meta, text), self.final_answer(text)
         if given is None:
             final = f"no final answer, expected {problem.reference}"
@@ -122,7 +122,7 @@ class ZooTask(ABC):
 
 
 def require_range(name: str, value: Sequence[int], low: int, high: int, expected: str) -> None:
-    """Refuse a setting that is not [fewest, most] with low <= fewest <= most <= high."""
+    """Raise ConfigError for a setting that is not [fewest, most] with low <= fewest <= most <= high."""
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ConfigError(f"{name}={value!r} is not usable; expected {expected}. Change {name}.")
     require_number(f"{name}[0]", value[0], whole=True, low=low, high=high)
@@ -137,12 +137,12 @@ def split_by(facts: Any) -> str:
 
 
 def problem_id(task: str, split: str, prompt: str) -> str:
-    """Stable across runs: a prompt always gets the same one."""
+    """The id of a problem; a prompt gets the same one in every run."""
     return f"{task}/{split}/{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
 
 
 def require_line(error_at: int | None, steps: int) -> None:
-    """Refuse a line for an error that an answer of `steps` steps and a last line does not have."""
+    """Raise ValueError if an answer of `steps` steps and a last line has no line `error_at`."""
     if error_at is not None and not 0 <= error_at <= steps:
         raise ValueError(
             f"error_at={error_at} is not a line of an answer with {steps + 1} lines; "
@@ -151,14 +151,14 @@ def require_line(error_at: int | None, steps: int) -> None:
 
 
 def split_lines(text: str) -> list[str]:
-    # blanks at the end of the text are a habit of models, not a mistake; an empty line inside is a wrong line
+    # white space at the end of a text is a habit of models, not a mistake; an empty line inside is a wrong line
     return [line.rstrip() for line in text.rstrip().split("\n")] if text.strip() else []
 
 
 def first_fault(text: str, rights: Iterable[RightLines]) -> Fault | None:
-    """The first line of `text` that is wrong, superfluous or missing; None: all right and complete.
+    """The first line of `text` that is wrong, superfluous or missing; None if all are right and none is missing.
 
-    rights  for every line of a whole answer, the right lines
+    rights  for every line of a complete answer, its right versions
 
     A prefix of k whole lines is right exactly if there is no fault or its line is at least k.
     """
@@ -171,22 +171,22 @@ def first_fault(text: str, rights: Iterable[RightLines]) -> Fault | None:
 
 
 def _departure(text: str, line: int, right: RightLines | None) -> int:
-    """Offset at which the line stops being the beginning of a right one; where it is superfluous, it starts wrong."""
+    """Offset at which the line stops being the beginning of a right one; if it is superfluous, where it starts."""
     lines = text.split("\n")
     start = sum(len(one) + 1 for one in lines[:line])
     written = lines[line] if line < len(lines) else ""
-    # a line of which nothing is wrong but that ends too early is wrong at its line break
+    # a line that only ends too early is wrong at its line break
     shared = max(_agreement(written, one) for one in right(written)) if right else 0
     return min(len(text), start + shared)
 
 
 def _agreement(a: str, b: str) -> int:
-    """How many leading characters two texts share."""
+    """Number of leading characters that two texts share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def join(lead: str, sentence: str) -> str:
-    """A sentence behind one of LEADS."""
+    """A sentence after one of LEADS."""
     return lead + sentence[0].lower() + sentence[1:] if lead else sentence
 
 

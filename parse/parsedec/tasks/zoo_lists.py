@@ -1,4 +1,4 @@
-"""List puzzles whose answer has one checkable line per step: a second task of the zoo's kind.
+"""List puzzles whose answer has one checkable line per step: a second task like that of the zoo models.
 
     Start with the list 7 3 9. Remove the largest number. Reverse the list. Append 4. What is the list now?
 
@@ -7,9 +7,9 @@
     Appending 4 gives 3 7 4.
     The answer is 3 7 4.
 
-Two right answers differ in words, lead-ins and in how they write a list (`3 7 4` or `3, 7, 4`), not in meaning. The
-checker looks lines up among the right ones (`zoo_base`). All numbers of a list differ, so that "the largest" is one
-number and every order is plain; every step changes the list.
+Right answers differ in words, in lead-ins and in how they write a list (`3 7 4` or `3, 7, 4`), but not in meaning. The
+checker looks lines up among the right ones (`zoo_base`). All numbers of a list differ, so that "the largest" and every
+order are unambiguous; every step changes the list.
 
 A problem's facts, which decide its split, are its first list and its operations, not its wording.
 """
@@ -103,7 +103,7 @@ Operation = tuple[str, int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class ZooLists(ZooTask):
-    """`n` different problems of one split; the first k of a larger `n` are those of `n=k`.
+    """`n` distinct problems of one split; the first k are the same for every `n`.
 
     operations  fewest and most steps of a problem
     max_number  largest number that occurs
@@ -146,7 +146,7 @@ def draw_problem(
     max_number: int = 20,
     length: Sequence[int] = (2, 5),
 ) -> Problem:
-    """A random problem of any split, its text and its facts."""
+    """A random problem of any split, with its text and facts."""
     values = tuple(rng.sample(range(max_number + 1), rng.randint(length[0], length[1])))
     meta: dict[str, Any] = {"start": list(values), "operations": []}
     told = [rng.choice(STARTS).format(l=_written(values))]
@@ -200,7 +200,7 @@ def _rights(meta: Mapping[str, Any]) -> Iterator[RightLines]:
 def _right_lines(
     wordings: Sequence[str], leads: Sequence[str], number: int | None, values: Values, _line: str
 ) -> set[str]:
-    """Every wording, behind each of the leads, with the right list in it."""
+    """Every wording with the right list in it, after each of the leads."""
     return {
         join(lead, wording.format(b=number, r=_written(values, separator)))
         for wording, lead, separator in product(wordings, leads, SEPARATORS)
@@ -208,7 +208,7 @@ def _right_lines(
 
 
 def _facts(meta: Mapping[str, Any]) -> tuple[Values, list[Operation]]:
-    """First list and operations of a problem's meta, which may have been through JSON."""
+    """First list and operations from a problem's meta, which may have been through JSON."""
     try:
         operations = [(str(kind), None if number is None else int(number)) for kind, number in meta["operations"]]
         start = tuple(int(value) for value in meta["start"])
@@ -223,7 +223,7 @@ def _facts(meta: Mapping[str, Any]) -> tuple[Values, list[Operation]]:
 
 
 def _draw_operation(rng: random.Random, values: Values, max_number: int, length: Sequence[int]) -> Operation:
-    """A step from `values` that keeps to the bounds and changes the list; drawn again until one does."""
+    """A step from `values` that stays within the bounds and changes the list; drawn again until one does."""
     kinds = [
         kind
         for kind in STEPS
@@ -242,7 +242,7 @@ def _draw_operation(rng: random.Random, values: Values, max_number: int, length:
 
 
 def _apply(kind: str, values: Values, number: int | None) -> Values:
-    """The list after a step. After an injected error a number may be there twice: the first of equals goes."""
+    """The list after a step. After an injected error a number may occur twice; the first of them is then removed."""
     operand = number if number is not None else 0
     if kind in ("largest", "smallest"):
         gone = values.index(max(values) if kind == "largest" else min(values))
@@ -274,7 +274,7 @@ def _write_step(rng: random.Random, kind: str, number: int | None, result: Value
 
 
 def _wrong_step(rng: random.Random, kind: str, values: Values, number: int | None) -> tuple[str, Values]:
-    """A line with one error of a kind that weak models make, and the list it leads to: never the right one."""
+    """A line with one error of a kind that weak models make, and the resulting list."""
     right = _apply(kind, values, number)
     while True:
         said, operand, result = kind, number, right
@@ -288,14 +288,14 @@ def _wrong_step(rng: random.Random, kind: str, values: Values, number: int | Non
             operand = slip(rng, number)
             result = _apply(kind, values, operand)
         elif fault == "nothing":
-            result = values  # the step is announced and not done
-        # a fault may change nothing, as where both ends of two numbers are swapped for a reversal
+            result = values  # the step is announced but not done
+        # a fault may change nothing, e.g. if a list of two has its ends swapped instead of being reversed
         if result != right:
             return _write_step(rng, said, operand, result), result
 
 
 def _miscopied(rng: random.Random, values: Values) -> Values:
-    """A list other than `values`: a wrong number, two exchanged, one lost or one written twice. Never empty."""
+    """A list other than `values`: with a number wrong, two swapped, one lost or one written twice. Never empty."""
     while True:
         how = rng.choices(("number", "order", "lost", "twice"), weights=(40, 30, 15, 15))[0]
         copied, at = list(values), rng.randrange(len(values))
