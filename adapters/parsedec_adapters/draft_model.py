@@ -6,8 +6,8 @@ guesses are drawn with the request's own sampling settings, and their distributi
 With `confidence` the chain also ends early: after a guess that the draft model itself gave less than that probability
 (the rule of Hugging Face's assisted generation, `assistant_confidence_threshold`; Mamou et al. 2024, arXiv 2405.04304,
 study such dynamic lengths). The unsure guess is still offered. Leaving it out would save nothing and, when sampling,
-would be wrong: which draws of a position are offered would depend on the draw, so they would no longer follow `logq`.
-That the chain ends *behind* it depends on the tokens already offered alone, so every offered guess is a plain draw.
+would be wrong: whether a draw is offered would depend on the draw, so offered ones would no longer follow `logq`.
+Ending the chain *after* it depends only on tokens already offered, so every offered guess is a plain draw.
 
 Shapes in this file:  V vocabulary of the target.
 """
@@ -34,16 +34,16 @@ from parsedec.types import Needs, Outcome, Seen, Tree
 
 @lru_cache(maxsize=8)
 def _load_version(source: str, _version: Version, dtype: str, device: str, backend: str) -> LanguageModel:
-    """A speculator is bound once per arm; the arms of a process share its model."""
+    """Cached, since speculators are bound once per arm, and the arms of a process share their model."""
     return load(source, dtype=dtype, device=device, backend=backend)
 
 
 @dataclass(slots=True)
 class DraftState:
-    """Where the draft model stands: its session holds all committed tokens, the root included (maybe unread).
+    """The draft model's session, which holds all committed tokens, including the root (perhaps unread).
 
-    `ahead` is a memo of the last proposal's session, so that accepted guesses are not read twice; the next commit takes
-    it. It never changes what a proposal is, only what it costs.
+    `ahead` caches the last proposal's session, so that accepted guesses are not read twice; the next commit takes it.
+    It never changes proposals, only their cost.
     """
 
     session: Session
@@ -55,8 +55,8 @@ class DraftState:
 class DraftModel:
     """A chain of up to `length` guesses by `model`.
 
-    confidence  end the chain behind a guess less probable than this, 0 to 1; None: always `length` guesses
-    model       a loaded model, what `parsedec.load` takes (then in the target's dtype, on its device), or None: the
+    confidence  end the chain after a guess less probable than this, 0 to 1; None: always `length` guesses
+    model       a loaded model, or what `parsedec.load` takes (then in the target's dtype, on its device); None: the
                 stack's own draft model
     """
 
@@ -66,7 +66,7 @@ class DraftModel:
     length: int = 4
     confidence: float | None = None
     model: LanguageModel | str | None = None
-    vocab: int = 0  # the target's, filled in by bind
+    vocab: int = 0  # the target's, set by `bind`
 
     def __post_init__(self) -> None:
         require_number("inner.length", self.length, whole=True, low=1)
@@ -108,8 +108,8 @@ class DraftModel:
 
     def commit(self, state: DraftState, outcome: Outcome) -> DraftState:
         known = state.session.length
-        session, state.ahead = state.ahead or state.session.fork(), None  # the memo moves on: a fork costs a little
-        shared = common_prefix(session.tokens[known:], outcome.tokens)  # before `known` they are one text
+        session, state.ahead = state.ahead or state.session.fork(), None  # reuse it: a fork costs a little
+        shared = common_prefix(session.tokens[known:], outcome.tokens)  # before `known` they agree
         session.rewind(known + shared)
         return DraftState(extended(session, outcome.tokens[shared:]), state.sampler)
 
@@ -129,7 +129,8 @@ class DraftModel:
 def drafting_model(
     inner: str, model: LanguageModel | str | None, target: LanguageModel, draft: LanguageModel | None
 ) -> LanguageModel:
-    """The model that `inner` drafts with - `model`, or the stack's draft model - if its vocabulary is the target's."""
+    """The model that `inner` drafts with: `model`, or the stack's draft model. Raises IncompatibleStack if there is
+    none, or if its vocabulary is not the target's."""
     if isinstance(model, str):
         model = _load_version(
             model, version_of(model), str(target.dtype).removeprefix("torch."), str(target.device), target.backend
@@ -150,15 +151,15 @@ def drafting_model(
 
 
 def fitted(logits: Tensor, vocab: int) -> Tensor:
-    """Logits [..., V'] over the target's output rows [..., V]: padding rows that only one of the models has cannot
-    be guessed."""
+    """Logits [..., V'], cut or padded to the target's output rows [..., V]. Rows that only one of the models has are
+    padding, and cannot be guessed."""
     if logits.shape[-1] >= vocab:
         return logits[..., :vocab]
     return torch.nn.functional.pad(logits, (0, vocab - logits.shape[-1]), value=-torch.inf)
 
 
 def extended(session: Session, tokens: Sequence[int]) -> Session:
-    """The session with `tokens` committed but not read."""
+    """The session itself, after `tokens` are committed but not read."""
     for token in tokens:
         session.append(token)
     return session

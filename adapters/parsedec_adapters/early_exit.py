@@ -1,9 +1,9 @@
 """Self-speculation by early exit: the target's own first layers, then its own norm and output matrix, guess a chain.
 
 LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710) trains models whose early layers are good at this; Draft & Verify
-(Zhang et al. 2023, arXiv 2309.08168) skips layers of ordinary ones. No second model and no weights of its own: the
-truncated model is a view, its modules are the target's. It keeps a cache of its own, so the first layers read every
-token twice, once to draft and once to verify; LayerSkip saves the second reading.
+(Zhang et al. 2023, arXiv 2309.08168) skips layers of ordinary models. It needs no second model and no further weights:
+the truncated model is a view of the target's own modules. But it has a cache of its own, so the first layers read every
+token twice, to draft and to verify; LayerSkip saves the second reading.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from parsedec_adapters.draft_model import DraftModel, DraftState
 class SelfEarlyExit:
     """A chain of up to `length` guesses by the first `layers` layers of the target.
 
-    layers      layers to run, 1 to L - 1; None: a quarter of them
-    length      most guesses; confidence ends a chain early, as in `DraftModel`
+    layers      number of layers to run, from 1 to one less than the target has; None: a quarter of them
+    length, confidence   as in `DraftModel`
     """
 
     lossless: ClassVar[bool] = True
@@ -39,10 +39,10 @@ class SelfEarlyExit:
     layers: int | None = None
     length: int = 4
     confidence: float | None = None
-    drafter: DraftModel | None = None  # drafts with the truncated model; filled in by bind
+    drafter: DraftModel | None = None  # drafts with the truncated model; set by `bind`
 
     def __post_init__(self) -> None:
-        DraftModel(length=self.length, confidence=self.confidence)  # refuses what it would refuse
+        DraftModel(length=self.length, confidence=self.confidence)  # for its checks
         if self.layers is not None:
             require_number("inner.layers", self.layers, whole=True, low=1)
 
@@ -70,14 +70,14 @@ class SelfEarlyExit:
 
 
 def truncated(target: LanguageModel, layers: int) -> LanguageModel:
-    """The target cut off behind its first `layers` layers. All modules are shared; only the lists of them are new.
+    """The target cut off after its first `layers` layers. All modules are shared; only the lists of them are new.
 
-    Raises IncompatibleStack if the target has not more layers than that, is not built as a list of layers, or cannot
-    be decoded with so few of them (Qwen3-Next and LFM2 need their first attention layer).
+    Raises IncompatibleStack if the target does not have more layers than that, is not built as a list of layers, or
+    cannot be decoded with so few of them (Qwen3-Next and LFM2 need their first attention layer).
     """
     if not 1 <= layers < target.num_layers:
         raise IncompatibleStack(
-            f"inner=self_early_exit is to leave after {layers} layers, but {target.name} has {target.num_layers}; "
+            f"inner=self_early_exit is to exit after {layers} layers, but {target.name} has {target.num_layers}; "
             f"expected inner.layers from 1 to {target.num_layers - 1}."
         )
     body = target.hf.base_model
@@ -88,7 +88,7 @@ def truncated(target: LanguageModel, layers: int) -> LanguageModel:
             f"({type(target.hf).__name__}) keeps them elsewhere. Use inner=draft_model."
         )
     replaced = [type(module).__name__ for module in (target.hf, body) if "forward" in vars(module)]
-    if replaced:  # such a forward is bound to the whole model: the view would run all layers
+    if replaced:  # a replaced forward is bound to the whole model, so the view would run all layers
         raise IncompatibleStack(
             f"inner=self_early_exit cannot cut {target.name}: the forward of {replaced} was replaced, as device_map "
             "and hooks do. Load the target on one device."
@@ -105,13 +105,13 @@ def truncated(target: LanguageModel, layers: int) -> LanguageModel:
 def _shortened(config: Any, layers: int) -> Any:
     short = copy.deepcopy(config)
     short.num_hidden_layers = layers
-    if vars(short).get("layer_types"):  # a property where all layers are of one kind
+    if vars(short).get("layer_types"):  # it is a property if all layers are of one kind
         short.layer_types = short.layer_types[:layers]
     return short
 
 
 def _view(module: PreTrainedModel, config: Any, **children: nn.Module) -> PreTrainedModel:
-    """The same module with another config and some of its children replaced; parameters and buffers are shared."""
+    """A copy of the module with another config and some children replaced; parameters and buffers are shared."""
     view = copy.copy(module)
     view._modules = {**module._modules, **children}
     view.config = config

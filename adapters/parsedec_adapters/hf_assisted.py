@@ -1,15 +1,15 @@
 """Hugging Face's assisted generation as a drafter: its own candidate generator proposes for our loop.
 
-`AssistedCandidateGenerator` (transformers; Gante 2023) lets a small model write a chain with `generate`, ended early
-behind a guess it is not sure of. It is here to be compared with `draft_model`, which does the same without `generate`
+`AssistedCandidateGenerator` (transformers; Gante 2023) has a small model write a chain with `generate`, ended early
+after a guess it is not sure of. It is here for comparison with `draft_model`, which does the same without `generate`
 around every draft. For Hugging Face's whole loop, see `outer=hf_generate`.
 
-The generator keeps one cache and adapts its settings as it goes. Here it is given the state's own copy of the cache and
-fixed settings for every proposal: a state then belongs to its tokens, however it came about. So the adaptive parts, the
-`heuristic` schedules and the threshold fitted with scikit-learn, are left out.
+The generator keeps one cache and adapts its settings as it goes. Here it gets the state's own copy of the cache and
+fixed settings for every proposal, so that a state depends only on its tokens, not on how it came about. So the adaptive
+parts, the `heuristic` schedules and the threshold fitted with scikit-learn, are left out.
 
 Lossless: candidates are drawn with the request's sampling settings, and the scores they were drawn from are `logq`.
-Where the chain ends depends on the candidates already in it (see `draft_model`).
+Where the chain ends depends only on the candidates already in it (see `draft_model`).
 
 Shapes in this file:  T committed tokens, m guesses, V vocabulary of the target.
 """
@@ -38,10 +38,10 @@ from parsedec_adapters.draft_model import drafting_model, fitted
 
 @dataclass(slots=True)
 class AssistedState:
-    """The committed tokens, and a cache that has read some of the first of them (attention layers only).
+    """The committed tokens, and a cache that holds some of the first of them (attention layers only).
 
-    `ahead` is a memo of the last proposal: its guesses, and the cache behind them. It never changes what a proposal
-    is, only what the next one costs.
+    `ahead` caches the last proposal: its guesses, and the cache after them. It never changes proposals, only the cost
+    of the next one.
     """
 
     tokens: tuple[int, ...]
@@ -55,8 +55,8 @@ class AssistedState:
 class HfAssisted:
     """A chain of up to `length` guesses by transformers' own candidate generator.
 
-    length      `num_assistant_tokens`, schedule constant
-    confidence  `assistant_confidence_threshold`; None: never stop early
+    length      `num_assistant_tokens`, with a constant schedule
+    confidence  `assistant_confidence_threshold`; None: never end a chain early
     model       as in `DraftModel`
     """
 
@@ -66,7 +66,7 @@ class HfAssisted:
     length: int = 20
     confidence: float | None = 0.4
     model: LanguageModel | str | None = None
-    target: LanguageModel | None = None  # filled in by bind
+    target: LanguageModel | None = None  # set by `bind`
 
     def __post_init__(self) -> None:
         require_number("inner.length", self.length, whole=True, low=1)
@@ -77,8 +77,8 @@ class HfAssisted:
         model = drafting_model("hf_assisted", self.model, target, draft)
         if model.recurrent:
             raise IncompatibleStack(
-                f"inner=hf_assisted cannot roll back {model.name}, which has recurrent layers: Hugging Face's assisted "
-                "generation has no way to. Use inner=draft_model."
+                f"inner=hf_assisted cannot roll back {model.name}, which has recurrent layers that Hugging Face's "
+                "assisted generation does not support. Use inner=draft_model."
             )
         return replace(self, model=model, target=target)
 
@@ -131,7 +131,7 @@ class HfAssisted:
         )
         generator.num_assistant_tokens = length
         generator.main_model_min_length, generator.main_model_max_length = 0, text.shape[1] + length + 1
-        # the threshold of this draft; that of the assistant's settings is the one that would be adapted
+        # this draft's threshold; the one in the assistant's settings would be adapted
         generator.generation_config.assistant_confidence_threshold = self.confidence or 0.0
         generator.assistant_generation_config.assistant_confidence_threshold = None
         return generator
@@ -143,7 +143,7 @@ class HfAssisted:
 
 
 def _cut(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A copy of at most the first `rows` rows."""
+    """A copy of the first `rows` rows, or of all if there are fewer."""
     short = kv.snapshot(cache)
     kv.cut_tail(short, max(0, short.get_seq_length() - rows))
     return short

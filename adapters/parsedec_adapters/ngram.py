@@ -1,8 +1,8 @@
-"""Prompt lookup: guess what followed the last few tokens when they stood in the text before.
+"""Prompt lookup: guess what followed the last few tokens where they occurred earlier in the text.
 
-Saxena 2023 (prompt lookup decoding); Yang et al. 2023 (LLMA, arXiv 2304.04487). No model, no memory, lossless; it pays
-where answers repeat the prompt or themselves - summaries, edits, code - and where the target writes again what it has
-refused: the outer draft's refused text is a source as well.
+Saxena 2023 (prompt lookup decoding); Yang et al. 2023 (LLMA, arXiv 2304.04487). No model, no memory, lossless. It pays
+off where answers repeat the prompt or themselves - summaries, edits, code - and where the target writes what it has
+refused: the outer draft's refused text is searched as well.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ WIDTH = array("i").itemsize  # bytes of a token id
 
 @dataclass(frozen=True, slots=True)
 class NgramState:
-    """Texts as bytes, `WIDTH` a token: appending copies little and searching is one call.
+    """Texts as bytes, `WIDTH` per token, so that appending copies little and a search is one call.
 
     text     the committed tokens
-    refused  texts that were refused, each with a few of the committed tokens it followed; the latest first
+    refused  refused texts, each with a few of the committed tokens before it; the latest first
     """
 
     text: bytes
@@ -36,8 +36,8 @@ class NgramState:
 class Ngram:
     """A chain of up to `length` tokens that followed the latest earlier occurrence of the last n tokens.
 
-    n goes from `longest` down to `shortest`; the first that occurs decides. With `refused`, texts that the outer level
-    refused are looked through first: they were written for this very place.
+    Tries n from `longest` down to `shortest`; the first match decides. With `refused`, texts that the outer level
+    refused are searched first, since they were written for this very place.
     """
 
     lossless: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Ngram:
         return replace(state, refused=(before + _packed(tokens), *state.refused))
 
     def _after_match(self, state: NgramState) -> bytes:
-        """What stands behind the latest earlier occurrence of the text's own end; nothing if there is none."""
+        """What follows the latest earlier occurrence of the text's own end; empty if there is none."""
         text = state.text
         for n in range(min(self.longest, len(text) // WIDTH - 1), self.shortest - 1, -1):
             end = text[-WIDTH * n :]
@@ -93,9 +93,9 @@ class Ngram:
 
 
 def _latest(text: bytes, end: bytes) -> int | None:
-    """Where `text` goes on behind the latest occurrence of `end` that has a token behind it."""
+    """Offset in `text` after the latest occurrence of `end` that is followed by a token; None if there is none."""
     at = text.rfind(end, 0, len(text) - WIDTH)
-    while at >= 0 and at % WIDTH:  # bytes of two tokens that happen to look like a third
+    while at >= 0 and at % WIDTH:  # a match that straddles tokens
         at = text.rfind(end, 0, at + len(end) - 1)
     return at + len(end) if at >= 0 else None
 

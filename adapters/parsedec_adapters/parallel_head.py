@@ -1,18 +1,18 @@
 """The drafting head of ParallelSpec: one transformer layer that predicts the next k tokens in one pass.
 
-Xiao et al. 2024 (arXiv 2410.05589) draft with distinct mask tokens [MASK]_1 .. [MASK]_k, one group per draft; they
-publish neither code nor weights, so this is our reading of it, with a file layout of our own. Rows of a pass:
+Xiao et al. 2024 (arXiv 2410.05589) draft with distinct mask tokens [MASK]_1 .. [MASK]_k, one group per draft. They
+publish neither code nor weights, so this is our reading of the paper, with our own file layout. Rows of a pass:
 
     row                                                                                          predicts token
     known, at p      [ norm(embedding of token p) | norm(target's last hidden state at p - 1) ]   p + 1
     slot j at p + j  [ norm(learnt embedding e_j) | norm(learnt hidden state)                 ]   p + 1 + j
 
-Queries, keys and values are made of the 2H-wide rows (as in EAGLE-3), the residual is their right half; then an MLP, a
-norm, and the target's own output matrix. Slot j of the group behind p sees the known rows up to p and the slots before
-it in its own group. When drafting there is one group, behind the root, and that rule is plain causality.
+Queries, keys and values are computed from the 2H-wide rows (as in EAGLE-3), and the residual is their right half; then
+come an MLP, a norm, and the target's own output matrix. Slot j of the group after p sees the known rows up to p and the
+earlier slots of its group. A draft has a single group, after the root, so this is simply causal.
 
 Files: `config.json` (the fields of `HeadConfig`, and `format`) and `model.safetensors` (the tensors of `ParallelHead`
-by their names). Embedding and output matrix are the target's and are not stored.
+by name). Embedding and output matrix are the target's and are not stored.
 
 Shapes in this file:  B batch, T tokens, G groups, K slots, R rows, C cached rows, H hidden, d head dimension.
 """
@@ -39,7 +39,7 @@ FORMAT = "parsedec-parallel-head-1"
 class HeadConfig:
     """Sizes of a head. `hidden_size` and `vocab_size` are those of the target it was trained for.
 
-    slots  guesses of one pass: one by the root's row, the others by mask slots
+    slots  guesses per pass: one from the root's row, the others from mask slots
     """
 
     hidden_size: int
@@ -85,7 +85,7 @@ class HeadConfig:
 
 
 class ParallelHead(nn.Module):
-    """The head's weights. `forward` is for training, `draft` for decoding; both run the same layer."""
+    """The head as a network. `forward` is for training, `draft` for decoding; both run the same layer."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class ParallelHead(nn.Module):
 
         embedded  [B, T, H] the target's embeddings of the tokens
         hidden    [B, T, H] the target's last hidden states, after its norm, at the same tokens
-        anchors   [G] positions whose groups are wanted, None: all. A pass has T + G * (K - 1) rows: fewer cost less
+        anchors   [G] positions that get a group; None: all. A pass has T + G * (K - 1) rows, so fewer cost less
 
         Returns [B, G, K, H] for the target's output matrix: entry (g, j) predicts token anchors[g] + 1 + j.
         """
@@ -119,7 +119,7 @@ class ParallelHead(nn.Module):
         anchors = where if anchors is None else anchors
         extra = self.config.slots - 1
         slot = torch.arange(1, extra + 1, device=where.device)
-        # of every row: its position, the last known row it sees, its group (-1: a known row)
+        # for every row: its position, the last known row it sees, its group (-1: a known row)
         positions = torch.cat([where, (anchors[:, None] + slot).flatten()])  # [R]
         sees = torch.cat([where, anchors.repeat_interleave(extra)])
         groups = torch.arange(len(anchors), device=where.device).repeat_interleave(extra)
@@ -136,10 +136,11 @@ class ParallelHead(nn.Module):
     def draft(
         self, embedded: Tensor, before: Tensor, guesses: int, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass over n known rows, the last of them the root's, and the slots behind it.
+        """One pass over n known rows, the last of which is the root's, and the slots after it.
 
-        embedded  [n, H] embeddings; before [n, H] the hidden states of the tokens before; past: keys and values of
-        the C known rows before these, [key-value heads, C, d] each
+        embedded  [n, H] embeddings of the tokens
+        before    [n, H] hidden states of the token before each
+        past      keys and values of the C known rows before these, [key-value heads, C, d] each
 
         Returns features [guesses, H], and keys and values of the n known rows.
         """
@@ -197,7 +198,7 @@ def save_head(head: ParallelHead, folder: str | Path) -> None:
 def load_head(source: str | Path) -> ParallelHead:
     """A head from a directory or a hub id, in float32 on the CPU.
 
-    Raises IncompatibleStack for a file that is missing, damaged or of another layout, by file and tensor name.
+    Raises IncompatibleStack, naming file and tensor, for a file that is missing, damaged or of another layout.
     """
     config_file, weights_file = (_file(source, name) for name in ("config.json", "model.safetensors"))
     head = ParallelHead(_read_config(config_file))

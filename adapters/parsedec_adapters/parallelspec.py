@@ -1,11 +1,11 @@
 """ParallelSpec: a one-layer head on the target guesses a whole tree in one pass (Xiao et al. 2024, arXiv 2410.05589).
 
-The head (`parallel_head.py`) gives a distribution for each of the next k tokens at once. The tree is made of the
-`tokens` most probable paths, their probability taken as the product over the levels; since no level depends on what was
-chosen before it, all nodes of a level share one list of candidates. Guesses are certain: which of them are made depends
-on nothing drawn, so acceptance keeps the target's distribution at any temperature.
+The head (`parallel_head.py`) gives a distribution for each of the next k tokens at once. The tree consists of the
+`tokens` most probable paths, whose probability is taken as the product over the levels. Since no level depends on what
+was chosen before it, all nodes of a level share one list of candidates. Guesses are certain: they do not depend on any
+draw, so acceptance keeps the target's distribution at any temperature.
 
-Shapes in this file:  T committed tokens, n rows, k guesses in depth, C candidates a level, V vocabulary, H hidden.
+Shapes in this file:  T committed tokens, n rows, k guesses in depth, C candidates per level, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from parsedec_adapters.parallel_head import HeadConfig, ParallelHead, load_head
 class Rows:
     """Tokens, the hidden states before them, and the head's keys and values: one row per token, only ever appended.
 
-    States share it, each with a length of its own: what stands before a row decides it, so a row is right for every
-    state that is long enough. Who appends behind a shorter length goes on with a copy.
+    States share the rows, each with its own length: a row depends only on what comes before it, so it is right for
+    every state that is long enough. A state that appends at a shorter length continues with a copy.
     """
 
     def __init__(self, config: HeadConfig, like: Tensor, room: int) -> None:
@@ -41,7 +41,8 @@ class Rows:
         self.values = torch.empty_like(self.keys)
 
     def grown(self, length: int, tokens: Sequence[int], before: Tensor) -> Rows:
-        """The first `length` rows and then n new ones, before [n, H]: itself if it ends there, else a copy."""
+        """The first `length` rows followed by n new ones, whose `before` is [n, H]. Extends itself if it ends there and
+        has room, else a copy."""
         total = length + len(tokens)
         rows = self if length == len(self.tokens) and total <= self.before.shape[0] else self._copy(length, total)
         rows.tokens.extend(tokens)
@@ -64,7 +65,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class ParallelState:
-    """The first `length` rows of `rows`, the last one being the root's."""
+    """The first `length` rows of `rows`, the last of which is the root's."""
 
     rows: Rows
     length: int
@@ -74,9 +75,9 @@ class ParallelState:
 class ParallelSpec:
     """A tree of `tokens` guesses, up to the head's slots deep.
 
-    head    a loaded head, or a directory or hub id of one
-    tokens  guesses of a tree
-    top_k   candidates a level; 1 drafts chains
+    head    a loaded head, or its directory or hub id
+    tokens  guesses per tree
+    top_k   candidates per level; 1 drafts chains
     depth   levels of the tree; None: as many as the head has slots
     """
 
@@ -86,7 +87,7 @@ class ParallelSpec:
     tokens: int = 24
     top_k: int = 6
     depth: int | None = None
-    target: LanguageModel | None = None  # filled in by bind
+    target: LanguageModel | None = None  # set by `bind`
 
     def __post_init__(self) -> None:
         for name in ("tokens", "top_k", "depth"):
@@ -133,7 +134,7 @@ class ParallelSpec:
     def start(self, tokens: Sequence[int], seen: Seen, sampler: Sampler) -> ParallelState:
         head, target = self._bound()
         assert seen.taps is not None
-        taps = seen.taps[:, 0].to(target.device, target.dtype)  # [T, H]; an empty one may come from anywhere
+        taps = seen.taps[:, 0].to(target.device, target.dtype)  # [T, H]; an empty tensor may be of any dtype and device
         before = torch.cat([taps.new_zeros(1, head.config.hidden_size), taps])  # [T + 1, H]
         rows = Rows(head.config, before, len(tokens) + 256)
         return ParallelState(rows.grown(0, tokens, before), len(tokens))
@@ -145,7 +146,7 @@ class ParallelSpec:
         depth = min(self.depth or head.config.slots, budget, self.tokens)
         if depth < 1:
             return Tree.chain([root])
-        start = min(rows.read, state.length - 1)  # the root's row is computed in any case: it gives the first guess
+        start = min(rows.read, state.length - 1)  # the root's row is always computed, since it gives the first guess
         ids = torch.tensor(rows.tokens[start : state.length], device=rows.before.device)
         embedded = target.hf.get_input_embeddings()(ids)  # [n, H]
         past = rows.keys[:, :start], rows.values[:, :start]
@@ -175,7 +176,8 @@ class ParallelSpec:
 def best_paths(root: int, candidates: list[list[int]], scores: list[list[float]], guesses: int) -> Tree:
     """The tree of the `guesses` most probable paths when the levels are independent.
 
-    candidates  [k][C] tokens of each level, most probable first; scores [k][C] their log-probabilities
+    candidates  [k][C] tokens of each level, most probable first
+    scores      [k][C] their log-probabilities
     """
     tokens, parents = [root], [-1]
     # (minus log-probability of the path, level, rank among the candidates, parent, log-probability of the parent)

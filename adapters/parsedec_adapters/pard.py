@@ -5,16 +5,16 @@ An et al. 2025 (arXiv 2504.18583); checkpoints in the format of their release (A
 
 One draft pass reads the tokens committed since the last one and k - 1 copies of the mask token:
 
-    rows      new_1 ... new_n = root   MASK    MASK   ...  MASK          (plainly causal)
+    rows      new_1 ... new_n = root   MASK    MASK   ...  MASK          (causal)
     logits                     |        |       |            |
     guesses                    1        2       3            k
 
-The mask rows are cut off the draft model's cache right after the pass; what it keeps are real tokens only. With k = 1
+The mask rows are cut off the draft model's cache right after the pass, so that it holds only real tokens. With k = 1
 this is vanilla speculative decoding.
 
-Lossless, sampled as well: guess i is drawn from row i, whatever was drawn for the guesses before it, and the row
-travels with it as `logq`. The acceptance rule needs no more than that - given that the guesses before were accepted,
-guess i is a draw from a distribution that is known. That the row does not depend on them costs acceptance only.
+Lossless also when sampling: guess i is drawn from row i, whatever was drawn for earlier guesses, and the row travels
+with it as `logq`. That is all the acceptance rule needs: if the earlier guesses are accepted, guess i is a draw from a
+known distribution. That the row does not depend on them only lowers acceptance.
 
 Shapes in this file:  n tokens not yet read, k guesses, V vocabulary of the target.
 """
@@ -41,10 +41,10 @@ MOST_NEW = 32
 
 @dataclass(slots=True)
 class PardState:
-    """The committed tokens are those of `session`, whose last is not read yet, and then `new`.
+    """The committed tokens are those of `session`, the last of which is not read yet, followed by `new`.
 
-    `ahead` is a memo of the last proposal: the same tokens, all of them read. The next commit takes it. It never
-    changes what a proposal is, only what the next one costs.
+    `ahead` caches the last proposal: the same tokens, all of them read. The next commit takes it. It never changes
+    proposals, only the cost of the next one.
     """
 
     session: Session
@@ -55,7 +55,7 @@ class PardState:
 
 @dataclass(frozen=True, kw_only=True)
 class Pard:
-    """A chain of up to `length` guesses by one pass of `model`.
+    """A chain of up to `length` guesses from one pass of `model`.
 
     model       as in `DraftModel`
     mask_token  id of the mask token; None: `pard_token` of the checkpoint's config.json
@@ -67,7 +67,7 @@ class Pard:
     length: int = 8
     model: LanguageModel | str | None = None
     mask_token: int | None = None
-    vocab: int = 0  # the target's, filled in by bind
+    vocab: int = 0  # the target's, set by `bind`
 
     def __post_init__(self) -> None:
         require_number("inner.length", self.length, whole=True, low=1)
@@ -123,11 +123,11 @@ class Pard:
         if length >= known:
             return PardState(state.session, state.new[: length - known], state.sampler)
         session = state.session.fork()
-        session.rewind(length - 1)  # the last token is to be unread
+        session.rewind(length - 1)  # the last token has to be unread
         return PardState(extended(session, state.session.tokens[length - 1 : length]), (), state.sampler)
 
     def _read(self, state: PardState, masks: int) -> Tensor:
-        """The draft model's logits after the root and after each mask [k, V']; the masks leave nothing behind."""
+        """The draft model's logits after the root and after each mask [k, V']; the masks are not kept."""
         assert self.mask_token is not None
         ahead = state.session.fork()
         read = len(state.new)

@@ -1,8 +1,8 @@
 """A speculator that knows the answer and is right with a given probability: for tests and cost studies.
 
-Whether the guess at a position is right depends on the seed and the position alone, so runs repeat. Without a given
-answer it asks the target, which then decodes ahead greedily on a session of its own: every guess costs a call of the
-target that no counter holds. Calls and accepted tokens are those of a drafter with that rate; seconds mean nothing.
+Whether the guess at a position is right depends only on the seed and the position, so runs are repeatable. If no answer
+is given, it asks the target, which then decodes ahead greedily in a session of its own: every guess costs a call of the
+target that no counter shows. Calls and accepted tokens are those of a drafter with that rate; seconds mean nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from parsedec.sampling import Sampler
 from parsedec.types import Needs, Outcome, Sampling, Seen, Tree
 from parsedec_adapters.draft_model import DraftModel, DraftState
 
-ScriptedState = tuple[int, ...] | DraftState  # the committed tokens; where there is no answer, the target behind them
+ScriptedState = tuple[int, ...] | DraftState  # the committed tokens; if no answer is given, the target's session
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scripted:
     """Guesses a chain of `depth` tokens, each right with probability `rate`.
 
-    answer  the tokens of the one request served, prompt included; None: whatever the target would write greedily
+    answer  the tokens of the only request to serve, including the prompt; None: what the target would write greedily
     """
 
     lossless: ClassVar[bool] = True
@@ -35,8 +35,8 @@ class Scripted:
     rate: float
     depth: int = 4
     seed: int = 0
-    vocab: int = 0  # the target's, filled in by bind
-    oracle: DraftModel | None = None  # the target as its own draft model, filled in by bind
+    vocab: int = 0  # the target's, set by `bind`
+    oracle: DraftModel | None = None  # the target as its own draft model, set by `bind`
 
     def __post_init__(self) -> None:
         require_number("inner.rate", self.rate, low=0, high=1)
@@ -74,7 +74,7 @@ class Scripted:
         return self.oracle
 
     def _guess(self, position: int, token: int) -> int:
-        """The right token, or a neighbouring id: any other token would do."""
+        """The right token, or as a wrong one its neighbour (any other would do)."""
         if random.Random(f"{self.seed}:{position}").random() < self.rate:
             return token
         wrong = token ^ 1

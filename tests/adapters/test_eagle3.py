@@ -319,7 +319,7 @@ def test_a_head_for_another_target_is_refused(target):
     refused = [
         (head, tiny.model("llama"), {}, "at least 7 layers"),
         (head, target, {"taps": [1, 2]}, "fuses 3"),
-        (head, target, {"taps": [1, 2, 9]}, r"\[9\] are no hidden states"),
+        (head, target, {"taps": [1, 2, 9]}, r"\[9\] are not hidden states"),
         (head, target, {"top_k": 65}, "knows 64 tokens"),
         (eagle3_heads.random_head(target_hidden_size=32), target, {}, "width 32"),
         (eagle3_heads.random_head(vocab_size=80, draft_vocab_size=40), target, {}, "vocabulary of 80"),

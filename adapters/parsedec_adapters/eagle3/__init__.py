@@ -4,7 +4,7 @@ Eagle3                  the inner speculator                                    
 load_head, save_head    every public weight layout -> head -> EAGLE's layout     checkpoint.py, config.py
 EagleHead, HeadConfig   the network, usable for training as well                 head.py
 
-A tree is grown in tree.py behind the rows a request has (rows.py), level by level or from one CUDA graph (graphed.py).
+tree.py grows a tree after the rows that a request has (rows.py), level by level or from one CUDA graph (graphed.py).
 """
 
 from parsedec_adapters.eagle3.checkpoint import load_head, save_head

@@ -1,8 +1,9 @@
-"""Reads an EAGLE-3 head in any public layout, strictly, and writes one in the EAGLE repository's.
+"""Reads EAGLE-3 heads in any public layout, strictly, and writes them in the EAGLE repository's.
 
-Tensor names are brought to one form, vLLM's: `midlayer.` (EAGLE, SpecForge) becomes `layers.0.`, SGLang's
-`additional_layers.{i}.` becomes `layers.{i + 1}.`, a leading `model.` goes. What is missing, left over or of another
-shape than config.json says is an error: a head that is silently wrong still drafts, only nothing is accepted.
+Tensor names are converted to one form, vLLM's: `midlayer.` (EAGLE, SpecForge) becomes `layers.0.`, SGLang's
+`additional_layers.{i}.` becomes `layers.{i + 1}.`, and a leading `model.` is dropped. Tensors that are missing, left
+over or of another shape than config.json says are errors: a head that is silently wrong still drafts, but nothing is
+accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from parsedec_adapters.eagle3.rotation import Rotations
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
-# copies of the target's that speculators may save beside the head
+# copies of the target's tensors that trainers may save beside the head
 OF_THE_TARGET = {"verifier_norm.weight", "verifier_lm_head.weight"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,10 +37,10 @@ def load_head(
 ) -> EagleHead:
     """A head on the CPU, in its file's dtype.
 
-    source                             a directory or a hub id, with config.json and the weights
-    rope_theta, norm_before_residual   in place of what config.json says
+    source                             a directory or hub id with config.json and the weights
+    rope_theta, norm_before_residual   override what config.json says
 
-    Raises IncompatibleStack naming the file, the tensor, what was expected and what was found.
+    Raises IncompatibleStack that names the file, the tensor, what was expected and what was found.
     """
     raw = _read_json(_find(source, "config.json"))
     if norm_before_residual is not None:
@@ -53,11 +54,11 @@ def load_head(
 
 
 def build(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> EagleHead:
-    """A head of these tensors (canonical names); raises IncompatibleStack where they are not what `config` says."""
+    """A head of these tensors (canonical names); raises IncompatibleStack if they are not as `config` says."""
     tensors = dict(tensors)
     with torch.device("meta"):
         head = EagleHead(config)
-    if not config.reduced:  # the map is the identity then, whatever the file holds
+    if not config.reduced:  # the map is then the identity, whatever the file holds
         tensors.pop("d2t", None)
         tensors.pop("t2d", None)
     elif "d2t" in tensors:
@@ -69,7 +70,7 @@ def build(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> Eagl
 
 
 def with_overrides(head: EagleHead, rope_theta: float | None, norm_before_residual: bool | None) -> EagleHead:
-    """The same parameters under other settings; the head itself where nothing is overridden."""
+    """The same parameters with other settings; the head itself if nothing is overridden."""
     config = head.config
     if rope_theta is not None:
         config = replace(config, rope={**config.rope, "rope_theta": float(rope_theta)})
@@ -124,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:
-        raise IncompatibleStack(f"{path} is no JSON: {error}. Is the download complete?") from error
+        raise IncompatibleStack(f"{path} is not JSON: {error}. Is the download complete?") from error
     if not isinstance(raw, dict):
         raise IncompatibleStack(f"{path} holds {type(raw).__name__}; expected an object with the head's settings.")
     return raw
@@ -142,7 +143,7 @@ def _read_weights(source: str | Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _guessable(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> Tensor:
-    """t2d as d2t implies it [V]; refuses a map that is none."""
+    """t2d [V] as implied by d2t; raises IncompatibleStack for a map that is not one."""
     d2t = tensors["d2t"]
     if tuple(d2t.shape) != (config.draft_vocab_size,) or d2t.is_floating_point():
         raise IncompatibleStack(
@@ -153,7 +154,7 @@ def _guessable(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) ->
     if low < 0 or high >= config.vocab_size or distinct < len(ids):
         raise IncompatibleStack(
             f"{where}: d2t maps {len(ids)} draft tokens to {distinct} tokens from {low} to {high}; expected offsets "
-            f"that give each another one of the target's {config.vocab_size}."
+            f"that map each to a different one of the target's {config.vocab_size}."
         )
     stored = tensors.get("t2d")
     if stored is not None and tuple(stored.shape) != (config.vocab_size,):

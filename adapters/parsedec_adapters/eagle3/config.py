@@ -1,10 +1,11 @@
-"""What an EAGLE-3 head is made of, read from the config.json of every public layout.
+"""The configuration of an EAGLE-3 head, read from the config.json of every public layout.
 
     EAGLE repository     flat Llama-like configuration
     SpecForge / SGLang   the same, taps under `eagle_config`, sometimes `fc_norm` and `norm_output` (EAGLE-3.1)
     vLLM speculators     nested: `speculators_model_type`, `transformer_layer_config`
 
-The raw JSON is read, not a Hugging Face configuration object: those fill in a rope base that the file does not name.
+The raw JSON is read rather than a Hugging Face configuration object, which fills in a rope base that the file does not
+name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.activations import ACT2FN
 from parsedec.errors import IncompatibleStack
 from parsedec_adapters.eagle3.rotation import check_rope
 
-DEFAULT_ROPE_BASE = 10000.0  # what heads without `rope_theta` are trained with, whatever the target's base is
+DEFAULT_ROPE_BASE = 10000.0  # heads without `rope_theta` are trained with this, whatever the target's base is
 DEFAULT_POSITIONS = 2048
 DEFAULT_TAPS = 3
 
@@ -28,16 +29,16 @@ class HeadConfig:
     """Sizes and variants of a head.
 
     hidden_size, target_hidden_size   width of the head and of the target's hidden states
-    vocab_size, draft_vocab_size      the target's vocabulary and the part of it the head can guess
-    max_position_embeddings           tokens of context the head was trained on
-    num_taps, taps                    hidden states that are fused, and which (None: EAGLE's choice for the target)
+    vocab_size, draft_vocab_size      sizes of the target's vocabulary and of the part of it that the head can guess
+    max_position_embeddings           context length the head was trained on, in tokens
+    num_taps, taps                    how many hidden states are fused, and which (None: EAGLE's choice for the target)
     rope                              `rope_theta`, `rope_type` and what that type needs, as in transformers
-    norm_before_residual              the first layer's residual is the normed hidden state
+    norm_before_residual              whether the first layer's residual is the normed hidden state
     norm_before_fc, fc_norm           one norm over all taps, or one for each, before they are fused
-    norm_output                       the output is normed before it is fed back (EAGLE-3.1)
-    mlp_stream                        layers after the first are fed the MLP's output without its residual, as SGLang
-                                      runs `additional_layers`
-    own_embedding                     the head has token embeddings of its own
+    norm_output                       whether the output is normed before it is fed back (EAGLE-3.1)
+    mlp_stream                        whether layers after the first get the MLP's output without its residual, as
+                                      SGLang runs `additional_layers`
+    own_embedding                     whether the head has token embeddings of its own
     """
 
     hidden_size: int
@@ -70,15 +71,15 @@ class HeadConfig:
 
     @property
     def reduced(self) -> bool:
-        """Whether the head guesses in a vocabulary of its own."""
+        """Whether the head has a smaller vocabulary of its own."""
         return self.draft_vocab_size != self.vocab_size
 
 
 def read_config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str) -> HeadConfig:
     """The configuration of a head from its raw config.json and the shapes of its tensors (canonical names).
 
-    In the flat layouts the file decides on optional tensors (biases, query norms, more layers): trainers copy those
-    keys from the target's configuration. Raises IncompatibleStack naming the key that is missing or not supported.
+    In the flat layouts the weights decide on optional tensors (biases, query norms, more layers), since trainers copy
+    those keys from the target's configuration. Raises IncompatibleStack that names a missing or unsupported key.
     """
     nested = "speculators_model_type" in raw or "transformer_layer_config" in raw
     layer = raw.get("transformer_layer_config", {}) if nested else raw
@@ -157,7 +158,7 @@ def flat_config(config: HeadConfig) -> dict[str, Any]:
 
 
 class _Required:
-    """Whole numbers a configuration must name."""
+    """Reads whole numbers that a configuration must have."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
@@ -184,9 +185,7 @@ def _refuse_strangers(raw: Mapping[str, Any], layer: Mapping[str, Any], nested: 
             "inner=eagle3 needs an EAGLE-3 head."
         )
     if raw.get("norm_before_fc") and raw.get("fc_norm"):
-        raise IncompatibleStack(
-            f"{source} sets both norm_before_fc and fc_norm; expected at most one of them, they exclude each other."
-        )
+        raise IncompatibleStack(f"{source} sets both norm_before_fc and fc_norm; expected at most one of them.")
     windowed = "sliding_attention" in (layer.get("layer_types") or [])
     if nested and (windowed or (layer.get("sliding_window") and layer.get("use_sliding_window", True))):
         raise IncompatibleStack(
@@ -201,7 +200,7 @@ def _refuse_strangers(raw: Mapping[str, Any], layer: Mapping[str, Any], nested: 
 
 
 def _count_taps(shapes: Mapping[str, tuple[int, ...]], target_hidden: int, source: str) -> int:
-    """How many taps `fc` fuses: its width says, whatever the configuration does."""
+    """How many taps `fc` fuses, by its width, whatever the configuration says."""
     shape = shapes.get("fc.weight")
     if shape is None or len(shape) != 2:
         return DEFAULT_TAPS  # the loader then names fc.weight
@@ -218,10 +217,10 @@ def _count_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _taps(raw: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Taps as `output_hidden_states` indices; None where the head names none.
+    """Taps as `output_hidden_states` indices; None if the head names none.
 
-    A top-level list counts the layer whose *input* is read, which is that index. Under `eagle_config` there are two
-    conventions: a list that begins with 1 counts layers whose *output* is read (SGLang decides the same way).
+    A top-level list names layers whose *input* is read, which are these indices. Under `eagle_config` there are two
+    conventions: a list that begins with 1 names layers whose *output* is read (SGLang decides the same way).
     """
     if (ids := raw.get("eagle_aux_hidden_state_layer_ids")) is not None:
         return tuple(int(i) for i in ids)
@@ -235,8 +234,8 @@ def _norm_before_residual(raw: Mapping[str, Any], nested: bool, source: str) -> 
     value = raw.get("norm_before_residual")
     if value is None and nested:
         raise IncompatibleStack(
-            f"{source}/config.json does not say norm_before_residual, and readers of the speculators layout disagree "
-            "on what is meant then. Set inner.norm_before_residual to what the head was trained with."
+            f"{source}/config.json does not set norm_before_residual, and readers of the speculators layout disagree "
+            "on its default. Set inner.norm_before_residual to what the head was trained with."
         )
     return bool(value)
 

@@ -1,8 +1,8 @@
 """The head's forwards with all sizes fixed, so that they can be captured in CUDA graphs, as the target's steps are.
 
-Drafting a tree is one graph: its levels follow each other without the host, which costs several times as much as the
-head of a small model itself. What changes from step to step is written into input tensors that stay where they are;
-rows are read up to a bucket of columns, those that are nobody's masked. Elsewhere than on CUDA the same code is called
+Drafting a tree is one graph: its levels follow each other without the host, which would take several times as long as
+the head of a small model itself. What changes from step to step is written into input tensors with fixed addresses.
+Rows are read up to a bucket of columns, with unused ones masked. On devices other than CUDA, the same code is called
 directly.
 
 Shapes in this file:  K top_k, S stable rows, T columns of a bucket, R = 16 rows, d head dim, D head hidden.
@@ -27,20 +27,20 @@ from parsedec_adapters.eagle3.rotation import CosSin
 from parsedec_adapters.eagle3.rows import Store
 from parsedec_adapters.eagle3.tree import Pool, grow
 
-COMMITTED = 16  # rows: more than a tree is deep; longer texts run as they are
+COMMITTED = 16  # rows, more than a tree is deep; longer texts are not padded to a fixed size
 
 
 class Drafting:
-    """What the requests of one head share: stores of rows, and the graphs of its forwards on them."""
+    """What all requests of one head share: stores of rows, and graphs of its forwards on them."""
 
     def __init__(self, head: EagleHead) -> None:
         weight = head.fc.weight
-        self.head = copy.copy(head)  # which does not hold this
+        self.head = copy.copy(head)  # a copy, which does not refer to this object
         self.graphs = Graphs(weight.device, "a forward of an EAGLE-3 head")
         self.stock = Stock(partial(Store, head.config, weight), weight.device)
 
     def commit(self, store: Store, start: int, tokens: Sequence[int], taps: Tensor) -> None:
-        """Write the rows of `tokens`, 16 at most, behind the first `start`; as many more are overwritten.
+        """Write the rows of up to 16 `tokens` after the first `start`; the rest of the 16 rows are overwritten.
 
         taps  [tokens, L, H]
         """
@@ -52,7 +52,7 @@ class Drafting:
             step(start, tokens, taps)
 
     def grow(self, store: Store, stable: int, levels: int, most: int, top_k: int) -> Pool:
-        """`tree.grow` behind the first `stable` rows.  most  what `levels` may be: so many are grown"""
+        """`tree.grow` after the first `stable` rows.  most  largest possible `levels`: so many are grown"""
         key = most, top_k, min(column_bucket(stable + (most - 1) * top_k), store.capacity)
         step = store.graphs.get(key)
         if step is None:
@@ -63,7 +63,7 @@ class Drafting:
 
 
 def drafting_of(head: EagleHead) -> Drafting:
-    """Made once for a head and the embeddings it reads, and anew where its weights lie elsewhere now."""
+    """The `Drafting` of a head: made once per head and embeddings, and again if the weights have moved."""
     assert head.embedding is not None
     places = tuple(tensor.data_ptr() for tensor in (head.embedding, *head.parameters(), *head.buffers()))
     if places not in head.shared:
@@ -75,7 +75,7 @@ def drafting_of(head: EagleHead) -> Drafting:
 
 
 class Slots:
-    """The `Cache` of one call of the head, which writes to rows that are known on the device alone.
+    """The `Cache` of one call of the head, which writes to rows whose places only the device knows.
 
     keys_values  [layers, 2, 1, kv, T, d];  slots  [rows]
     """
@@ -89,9 +89,9 @@ class Slots:
 
 
 class Bucket:
-    """The ground of a tree: T columns of a store, the first S of them stable.  stable  [1], S
+    """The ground of a tree: T columns of a store, the first S of which are stable.  stable  [1], S
 
-    It holds what it needs of the store and not the store, which holds the graphs.
+    It refers to what it needs of the store, but not to the store itself, which holds the graphs.
     """
 
     def __init__(self, head: EagleHead, store: Store, stable: Tensor, levels: int, top_k: int, columns: int) -> None:
@@ -125,7 +125,7 @@ class Bucket:
 
 
 class Growing:
-    """`tree.grow` in one bucket."""
+    """`tree.grow` for one bucket."""
 
     def __init__(self, drafting: Drafting, store: Store, levels: int, top_k: int, columns: int) -> None:
         with torch.inference_mode(False):
@@ -139,7 +139,7 @@ class Growing:
 
 
 class Committing:
-    """Rows of committed tokens in one bucket, some of its R rows padding, which the next step overwrites."""
+    """Writes rows of committed tokens in one bucket; some of its R rows are padding, which the next step overwrites."""
 
     def __init__(self, drafting: Drafting, store: Store, columns: int) -> None:
         head, like, device = drafting.head, store.outputs, store.outputs.device
@@ -164,7 +164,7 @@ class Committing:
         padding = COMMITTED - count
         self._numbers.copy_(whole_numbers([*tokens, *[0] * padding, start], torch.device("cpu")))
         self._taps.narrow(0, 0, count).copy_(taps.flatten(1))
-        self._taps.narrow(0, count, padding).zero_()  # what is no number would stay in rows that are masked later
+        self._taps.narrow(0, count, padding).zero_()  # else nan could stay in rows that are later only masked
         self._run()
 
 

@@ -2,7 +2,7 @@
 
     row t reads  h = fuse(taps of the target at t)  and  token t + 1,  and guesses token t + 2
     x = [norm(embedding of the token), norm(h)]      r = h + attention(x)      out = r + MLP(norm(r))
-    logits = lm_head(norm(out));  `out` takes the place of h where the target has not been yet
+    logits = lm_head(norm(out));  `out` takes the place of h where the target has not read yet
 
 Variants (EAGLE-3.1, vLLM speculators, SGLang) are flags of `HeadConfig`.
 
@@ -28,11 +28,11 @@ class Cache(Protocol):
     """Keys and values of earlier rows."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of this call [B, kv, n, d]; returns all of them [B, kv, S, d]."""
+        """Add the keys and values of this call [B, kv, n, d]; returns all of them [B, kv, S, d]."""
 
 
 class ConcatCache:
-    """A cache gradients flow through: training feeds the head its own outputs with one of these."""
+    """A cache that gradients flow through, for training, which feeds the head its own outputs."""
 
     def __init__(self) -> None:
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -46,7 +46,7 @@ class ConcatCache:
 
 
 class HeadOutput(NamedTuple):
-    """hidden [B, n, D], what is fed back; logits [B, n, W] over the draft vocabulary."""
+    """hidden [B, n, D], to be fed back; logits [B, n, W] over the draft vocabulary."""
 
     hidden: Tensor
     logits: Tensor
@@ -91,9 +91,9 @@ class Attention(nn.Module):
 
 
 def _by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Grouped attention, the groups being a batch: on CUDA no fused kernel takes both groups and a mask.
+    """Grouped attention with the groups as a batch, since no fused CUDA kernel takes both groups and a mask.
 
-    query [1, heads, n, d], key and value [1, kv, S, d]: [1, n, heads * d]
+    query [1, heads, n, d], key and value [1, kv, S, d]; returns [1, n, heads * d].
     """
     shared = key.shape[1]
     groups = query.view(shared, -1, *query.shape[2:])  # [kv, heads / kv, n, d]
@@ -141,9 +141,9 @@ class Layer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    """The network with its vocabulary map. Caches of requests belong to whoever calls it.
+    """The network and its vocabulary map. Callers own the caches of their requests.
 
-    Without embeddings of its own it borrows the target's: `with_embedding`.
+    Without embeddings of its own, it borrows the target's (`with_embedding`).
     """
 
     d2t: Tensor | None
@@ -168,26 +168,26 @@ class EagleHead(nn.Module):
         self.register_buffer("t2d", first if reduced else None)
         self.rotations = Rotations(config.head_dim, config.max_position_embeddings, config.rope)
         self._borrowed: Tensor | None = None
-        self.shared: dict[Any, Any] = {}  # what speculators made for all requests of this head and of its twins
+        self.shared: dict[Any, Any] = {}  # what speculators share among all requests of this head and its twins
 
     @property
     def embedding(self) -> Tensor | None:
-        """Token embeddings [V, D]: the head's own, or those it was lent."""
+        """Token embeddings [V, D]: the head's own, or borrowed ones."""
         return self._borrowed if self.embed_tokens is None else self.embed_tokens.weight
 
     def with_embedding(self, weight: Tensor) -> EagleHead:
         """A head with the same parameters that reads tokens through `weight` [V, D], unless it has embeddings."""
         twin = copy.copy(self)
         twin.shared = self.shared
-        twin._borrowed = weight.detach()  # a parameter would be registered, in this head as well
+        twin._borrowed = weight.detach()  # detached: a parameter would be registered, in this head as well
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or a file, has of it: graphs and stores are nobody else's."""
+        """State for copies and files, without graphs and stores, which belong to this head alone."""
         return {**self.__dict__, "shared": {}}
 
     def set_vocabulary(self, tokens: Tensor) -> None:
-        """The W target ids the head can guess, ascending; for a head that is about to be trained."""
+        """Set the W target ids that the head can guess, ascending; for a head that is about to be trained."""
         assert self.d2t is not None
         assert self.t2d is not None
         tokens = tokens.to(self.d2t.device)
@@ -218,11 +218,11 @@ class EagleHead(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """What the head makes of hidden states [B, n, D] and the tokens [B, n] behind them: [B, n, D], to be fed back.
+        """The head's output [B, n, D] for hidden states [B, n, D] and the tokens [B, n] after them, to be fed back.
 
-        rotation  of the rows' positions, `self.rotations`
-        mask      what may be attended to, True or additive, [.., n, S]; None: all of S for one row, causal for
-                  several rows without a cache before them
+        rotation  for the rows' positions, from `self.rotations`
+        mask      [.., n, S], True where a row may attend, or additive; None: all of S for one row, causal for several
+                  rows without a cache before them
         """
         assert self.embedding is not None, "the head has no token embeddings; lend it those of the target"
         embedded: Tensor | None = functional.embedding(tokens, self.embedding).to(hidden.dtype)
@@ -250,7 +250,7 @@ class EagleHead(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> HeadOutput:
-        """`advance`, and the scores of what comes next."""
+        """As `advance`, with the scores of the next token."""
         hidden = self.advance(hidden, tokens, rotation, mask=mask, cache=cache)
         return HeadOutput(hidden, self.logits(hidden))
 

@@ -17,8 +17,8 @@ from parsedec_adapters.eagle3.head import EagleHead
 from parsedec_adapters.eagle3.speculator import Eagle3
 
 DRAFT_VOCABULARY = 32_000  # of the public heads
-# Trained heads are sure of a guess, so that the likeliest 60 nodes reach down to the last level. One that finds all
-# tokens about equally likely takes them from the first two levels, and no more than three tokens a call could stand.
+# Trained heads are sure of some guesses, so that the likeliest 60 nodes reach down to the last level. A head that finds
+# all tokens about equally likely takes them from the first two levels, and no call could yield more than three tokens.
 SHARPNESS = 64.0
 SMALL = 8  # layers, below which EAGLE's choice of taps does not exist
 
@@ -38,8 +38,8 @@ class RandomEagle3(Eagle3):
 
 
 def random_head(target: LanguageModel, seed: int = 0) -> EagleHead:
-    """One layer as wide as the target's, in its dtype and on its device. It is sure of its guesses, and never guesses
-    that a text ends."""
+    """A head of one layer as wide as the target's, in its dtype and on its device. It is sure of its guesses, and never
+    guesses that a text ends."""
     config, layers = target.hf.config.get_text_config(), target.num_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = HeadConfig(

@@ -1,7 +1,7 @@
-"""Rotary positions of an EAGLE-3 head: cos and sin of every position, computed in float32 as far as they are asked for.
+"""Rotary positions of an EAGLE-3 head: cos and sin of every position, computed in float32 when they are needed.
 
-Su et al. 2021 (arXiv 2104.09864), in Llama's half-rotation form; the scaled kinds are transformers' own functions.
-Two kinds (dynamic, longrope) depend on the sequence's length: a row then gets the frequencies of the sequence that ends
+Su et al. 2021 (arXiv 2104.09864), in Llama's half-rotation form; scaled kinds use transformers' own functions. Two
+kinds (dynamic, longrope) depend on the sequence's length: a row then gets the frequencies of the sequence that ends
 with it, so that it never has to change as the sequence grows.
 
 Shapes in this file:  n positions, d rotated dimensions of a head.
@@ -25,15 +25,15 @@ CosSin = tuple[Tensor, Tensor]
 
 
 def check_rope(rope: Mapping[str, Any], source: str) -> None:
-    """Raises IncompatibleStack for a kind of rotary embedding that is not known."""
+    """Raise IncompatibleStack for an unknown kind of rotary embedding."""
     if rope["rope_type"] not in KINDS:
         raise IncompatibleStack(
-            f"{source} has rope_type='{rope['rope_type']}', which is not known here; expected one of {list(KINDS)}."
+            f"{source} has rope_type='{rope['rope_type']}', which is not supported; expected one of {list(KINDS)}."
         )
 
 
 class Rotations:
-    """The table of one head. What it holds depends on the configuration alone, so all requests share it.
+    """The table of one head. It depends only on the configuration, so all requests share it.
 
     head_dim, max_positions, rope  as in `HeadConfig`
     """
@@ -42,7 +42,7 @@ class Rotations:
         self.head_dim, self.max_positions, self.rope = head_dim, max_positions, rope
         self._table: CosSin | None = None
         self._singles: dict[int, CosSin] = {}
-        self._frequencies(None)  # what is missing is found now
+        self._frequencies(None)  # finds missing settings now
 
     def rows(self, start: int, stop: int, like: Tensor) -> CosSin:
         """cos and signed sin [stop - start, d] of consecutive positions, in the dtype and on the device of `like`."""
@@ -50,7 +50,7 @@ class Rotations:
         return cos.narrow(0, start, stop - start), sin.narrow(0, start, stop - start)
 
     def singles(self, start: int, stop: int, like: Tensor) -> list[CosSin]:
-        """The same for each of these positions by itself, [1, d]: for rows that all stand there."""
+        """The same, [1, d] for each position: for rows that all have the same one."""
         cos, sin = self._covering(stop, like)
         singles = self._singles  # a thread that enlarges the table begins another one
         for position in range(start, stop):
@@ -86,7 +86,7 @@ class Rotations:
         return table[0].to(like.device, like.dtype), table[1].to(like.device, like.dtype)
 
     def _trained(self) -> int:
-        """Positions below this have the same frequencies whatever the length."""
+        """Positions below this have the same frequencies at every length."""
         return int(self.rope.get("original_max_position_embeddings") or self.max_positions)
 
     def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
@@ -110,7 +110,7 @@ class Rotations:
 
 
 def rotate(x: Tensor, rotation: CosSin) -> Tensor:
-    """x [B, heads, n, head_dim] turned by its positions; dimensions past d stay as they are."""
+    """x [B, heads, n, head_dim] rotated by its positions; dimensions past d stay as they are."""
     cos, sin = rotation
     d = cos.shape[-1]
     turned, rest = (x, None) if d == x.shape[-1] else (x[..., :d], x[..., d:])

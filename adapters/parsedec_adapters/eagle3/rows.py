@@ -1,8 +1,8 @@
-"""What an EAGLE-3 head remembers of a request: keys, values and outputs, a row for every position it has read.
+"""What an EAGLE-3 head remembers of a request: keys, values and outputs, one row for every position it has read.
 
-Rows are only ever appended, so the states of a request share one store, each with its own length; going back costs
-nothing, and going on from an older state costs a copy as long as somebody holds a later one. Drafted rows are written
-behind the last row anybody owns, and are overwritten by the next. Stores go from request to request.
+Rows are only ever appended, so the states of a request share one store, each with its own length. Going back costs
+nothing; continuing from an older state costs a copy while a later one is still held. Drafted rows are written after the
+last row that any state owns, and the next ones overwrite them. Stores are passed on from request to request.
 
 Shapes in this file:  C capacity in rows, d head dim, D head hidden, K nodes of a level, S stable rows.
 """
@@ -19,18 +19,19 @@ from torch import Tensor
 from parsedec.static.memory import Stock
 from parsedec_adapters.eagle3.config import HeadConfig
 
-FEW = 64  # rows that a step commits at most, as a rule
+FEW = 64  # most rows that a step usually commits
 
 
 class Store:
     """One allocation: keys and values [layers, 2, 1, kv heads, C, d], outputs [C, D].
 
-    leases  who holds it, one `Rows` at most;  graphs  what was captured on these addresses, which lives as long
+    leases  the `Rows` that holds it, if any
+    graphs  captured on its addresses, so they live as long as it does
     """
 
     def __init__(self, config: HeadConfig, like: Tensor, capacity: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            # zeros: rows that were never written are masked, and a mask does not hide what is not a number
+            # zeros, since rows that were never written are masked, and a mask does not hide nan
             self.keys_values = like.new_zeros(config.num_layers, 2, 1, config.num_kv_heads, capacity, config.head_dim)
             self.outputs = like.new_zeros(capacity, config.hidden_size)
         self.capacity = capacity
@@ -44,7 +45,7 @@ class Store:
         self.outputs[start:] = 0
 
     def sight(self, top_k: int, levels: int) -> Sight:
-        """What the rows of a tree's levels see; overwritten by the next tree, as the rows are."""
+        """The masks for the rows of a tree's levels; overwritten by the next tree, as the rows are."""
         sight = self._sight
         if sight is None or sight.top_k != top_k or sight.levels < levels:
             self._sight = sight = Sight(top_k, levels, self.capacity, self.outputs.device)
@@ -52,14 +53,14 @@ class Store:
 
 
 class State(Protocol):
-    """Whoever owns the first `length` rows."""
+    """Owns the first `length` rows."""
 
     @property
     def length(self) -> int: ...
 
 
 class Rows:
-    """What the states of a request share: a store, and who of them owns how much of it."""
+    """What the states of a request share: a store, and a record of how much of it each one owns."""
 
     def __init__(self, stock: Stock[Store], capacity: int) -> None:
         self._stock = stock
@@ -67,7 +68,7 @@ class Rows:
         self.states: WeakSet[State] = WeakSet()
 
     def going_on(self, length: int, extra: int) -> Rows:
-        """Rows whose first `length` are these, and nobody's after them, with room for `extra`."""
+        """Rows that begin with the first `length` of these, with room for `extra` more that no state owns."""
         if any(state.length > length for state in self.states):
             twin = Rows(self._stock, length + extra)
             twin._copy(self.store, length)
@@ -98,10 +99,10 @@ class Window:
 
 
 class Sight:
-    """The masks of a tree's levels, K rows each: all stable rows, the row's ancestors among the earlier levels, itself.
+    """The masks of a tree's levels, K rows each: a row sees all stable rows, its ancestors and itself.
 
-    One buffer a level, True where a row may attend, its columns  C stable | K of every earlier level | K of its own.
-    The first part and the last never change: a level inherits its parents' ancestors, which is all there is to write.
+    One buffer per level, True where a row may attend, with the columns  C stable | K of every earlier level | K of its
+    own. The first part and the last never change, so only the ancestors inherited from the parents have to be written.
     """
 
     def __init__(self, top_k: int, levels: int, capacity: int, device: torch.device) -> None:
@@ -113,17 +114,17 @@ class Sight:
         self._inherited = [mask[:, capacity : capacity + level * top_k] for level, mask in enumerate(self._masks)]
 
     def first(self, stable: int) -> Tensor:
-        """[K, S + K] of the first level."""
+        """The mask of the first level [K, S + K]."""
         return self._masks[0].narrow(1, self.capacity - stable, stable + self.top_k)
 
     def below(self, level: int, parents: Tensor, stable: int) -> Tensor:
-        """[K, S + (level + 1) * K] of nodes whose parents stand at `parents` [K] in the level before."""
+        """The mask [K, S + (level + 1) * K] of nodes whose parents are at `parents` [K] in the level before."""
         torch.index_select(self._passed_on[level - 1], 0, parents, out=self._inherited[level])
         return self._masks[level].narrow(1, self.capacity - stable, stable + (level + 1) * self.top_k)
 
 
 def causal_mask(start: int, count: int, device: torch.device) -> Tensor:
-    """`count` rows behind `start` earlier ones, [count, start + count] bool."""
+    """The mask of `count` rows after `start` earlier ones, [count, start + count] bool."""
     if count > FEW:
         return torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
     before = 1 << start.bit_length()
@@ -132,6 +133,6 @@ def causal_mask(start: int, count: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _staircase(before: int, device: torch.device) -> Tensor:
-    """FEW rows behind `before` earlier ones: every shorter mask is cut from it."""
+    """The mask of FEW rows after `before` earlier ones, from which every shorter mask is cut."""
     with torch.inference_mode(False):
         return torch.ones(FEW, before + FEW, dtype=torch.bool, device=device).tril(before)

@@ -1,8 +1,8 @@
-"""EAGLE-3 as an inner speculator (arXiv 2503.01840). Lossless: the tree is chosen before the target has its say.
+"""EAGLE-3 as an inner speculator (arXiv 2503.01840). Lossless: the tree is chosen before the target decides.
 
-The head's row t is made of the target's hidden states at t and of token t + 1. With T + 1 committed tokens there are T
-such *stable* rows, the last of which holds the root; they are the state. Accepted guesses are read again with the
-target's own hidden states, which replace what the head had made up for them.
+The head's row t is computed from the target's hidden states at t and token t + 1. T + 1 committed tokens make T such
+*stable* rows, the last of which holds the root; they are the state. Accepted guesses are read again with the target's
+own hidden states, which replace the head's own guesses of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FEWEST_LAYERS = 7  # below that EAGLE's default taps coincide
 class Eagle3State:
     """The committed tokens, root last, and the head's rows for them: the first len(tokens) - 1 of `rows`.
 
-    greedy  the order of a tree's nodes decides nothing, and they are laid as the target reads them
+    greedy  whether the order of a tree's nodes is free, so that they are laid out as the target reads them
     """
 
     tokens: tuple[int, ...]
@@ -61,12 +61,12 @@ class Eagle3:
     """A tree of guesses by an EAGLE-3 head.
 
     head    a directory, a hub id, or a loaded head
-    tokens  nodes of the tree at most, root included
-    depth   times the tree is extended: guesses are depth + 1 levels deep
-    top_k   nodes expanded a level and children of each; 1 drafts a chain
+    tokens  most nodes of the tree, including the root
+    depth   how often the tree is extended: guesses are depth + 1 levels deep
+    top_k   nodes expanded per level, and children of each; 1 drafts a chain
     taps    hidden states the head reads, as in `output_hidden_states`; None: what the head says, else EAGLE's choice
-    rope_theta, norm_before_residual   in place of the head's own; None: as it says
-    graphed run it with all sizes fixed, from CUDA graphs where there are any; None: where the target's steps are
+    rope_theta, norm_before_residual   in place of the head's own; None: the head's
+    graphed whether to run it with all sizes fixed, from CUDA graphs on CUDA; None: if the target's steps run that way
     """
 
     lossless: ClassVar[bool] = True
@@ -121,12 +121,12 @@ class Eagle3:
 
     @inference
     def draft(self, state: Eagle3State, budget: int, *, depth_first: bool = False) -> Drafted:
-        """The tree of `propose` with its scores; depth-first, or level by level as EAGLE lays it."""
+        """The tree of `propose` with its scores; laid out depth-first, or level by level as in EAGLE."""
         head, drafting = self._bound()
         root, top_k, stable = state.tokens[-1], self.top_k, state.length
         most = self.depth + 1
         levels = min(most, budget)
-        if levels < 1 or not stable:  # without a row of the target's there is nothing to continue
+        if levels < 1 or not stable:  # without a stable row there is nothing to continue
             return Drafted(Tree.chain([root]), (0.0,))
         rows = state.rows.going_on(stable, (most - 1) * top_k)
         if not self.graphed:
@@ -135,7 +135,7 @@ class Eagle3:
         with drafting.graphs.turn:
             pool = drafting.grow(rows.store, stable, levels, most, top_k)
             drafted = select(root, pool, top_k, self.tokens, depth_first=depth_first)
-        if not drafted.sound:  # else the next trees would read it, too
+        if not drafted.sound:  # or later trees would read it as well
             rows.store.clear(stable)
         return drafted
 
@@ -173,7 +173,7 @@ class Eagle3:
 
 
 def advance(head: EagleHead, store: Store, start: int, tokens: Sequence[int], taps: Tensor) -> None:
-    """Write the rows of `tokens` behind the first `start` of a store.  taps  [tokens, L, H]"""
+    """Write the rows of `tokens` after the first `start` of a store.  taps  [tokens, L, H]"""
     outputs, count = store.outputs, len(tokens)
     mask = causal_mask(start, count, outputs.device) if start and count > 1 else None
     rotation = head.rotations.rows(start, start + count, outputs)
@@ -188,7 +188,7 @@ def _load_once(
     source: str, _version: Version, rope_theta: float | None, norm_before_residual: bool | None, dtype: torch.dtype,
     device: torch.device,
 ) -> EagleHead:  # fmt: skip
-    """A speculator is bound once per arm; the arms of a process share its head. A version is loaded once."""
+    """Cached by version, since speculators are bound once per arm, and the arms of a process share their head."""
     head = load_head(source, rope_theta=rope_theta, norm_before_residual=norm_before_residual)
     return head.to(device, dtype).requires_grad_(False)
 
@@ -213,7 +213,7 @@ def _fitting_taps(head: EagleHead, override: Sequence[int] | None, target: Langu
     outside = [tap for tap in taps if not 0 <= tap <= layers]
     if outside:
         raise IncompatibleStack(
-            f"taps={list(taps)}: {outside} are no hidden states of {target.name}, which has 0 (embeddings) to "
+            f"taps={list(taps)}: {outside} are not hidden states of {target.name}, which has 0 (embeddings) to "
             f"{layers}. Was the head trained for another model?{trained}"
         )
     return taps

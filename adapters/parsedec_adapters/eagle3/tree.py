@@ -1,9 +1,9 @@
 """EAGLE-2's dynamic draft tree (Li et al. 2024, arXiv 2406.16858), as EAGLE-3 uses it.
 
-Level by level, the `top_k` most likely nodes are expanded into their `top_k` best children; of everything that was
-seen, the most likely nodes form the tree. A node's score is the sum of the head's log-probabilities on its path. All of
-a level is one forward of the head. What is between forwards stays on the device, in as few operations as will do; the
-host waits once, at the end, and chooses the tree then.
+Level by level, the `top_k` most likely nodes are expanded into their `top_k` best children; of all nodes seen, the most
+likely ones form the tree. A node's score is the sum of the head's log-probabilities on its path. A whole level is one
+forward of the head. The work between forwards stays on the device, in as few operations as possible; the host waits
+only once, at the end, and then chooses the tree.
 
 Shapes in this file:  K top_k, P pool size, N nodes of the tree, S stable rows, D head hidden, W draft vocabulary.
 """
@@ -22,15 +22,15 @@ from parsedec_adapters.eagle3.head import Cache, EagleHead
 from parsedec_adapters.eagle3.rotation import CosSin
 from parsedec_adapters.eagle3.rows import Store, Window
 
-WIDE = 20_000  # numbers in a row of which torch's topk on CUDA is some twenty kernels, each soon over
-PARTS = 64  # of such a row, each a selection of one kernel; what public vocabularies can be divided by
+WIDE = 20_000  # for rows at least this long, torch's topk on CUDA runs some twenty short kernels
+PARTS = 64  # into which to split such a row, for one kernel each; public vocabularies are divisible by it
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A tree with the score of every node, N of them: log-probabilities under the head, 0 for the root.
+    """A tree with the scores of its N nodes: log-probabilities under the head, 0 for the root.
 
-    sound  whether all that it was chosen from had a score that is a number
+    sound  whether all nodes it was chosen from had scores that are numbers
     """
 
     tree: Tree
@@ -40,7 +40,7 @@ class Drafted:
 
 @dataclass(slots=True)
 class Pool:
-    """Everything that was seen: the root's K children, then K children of each node that was expanded, in turn.
+    """All nodes seen: the root's K children, then K children of each expanded node, in order.
 
     tokens, scores  of every level: [K], then [K * K] each
     expanded        of every level but the first [K]: which of the K * K candidates of the level before were expanded
@@ -52,24 +52,24 @@ class Pool:
 
 
 class Ground(Protocol):
-    """The stable rows of a request, and room behind them for those of a tree's levels."""
+    """The stable rows of a request, and room after them for the rows of a tree's levels."""
 
     def last(self) -> Tensor:
         """Output of the last stable row [1, 1, D]."""
 
     def level(self, level: int, parents: Tensor | None) -> tuple[CosSin, Tensor | None, Cache]:
-        """Rotation, mask and cache of a level's K rows, which overwrite what stands there.
+        """Rotation, mask and cache for a level's K rows, which overwrite what was there.
 
         parents  [K] ranks of their parents in the level before; None for the first level, level 0
         """
 
 
 class Behind:
-    """The ground of `grow`: S stable rows of a store, with room for `top_k` more a level."""
+    """The ground of `grow`: S stable rows of a store, with room for `top_k` more per level."""
 
     def __init__(self, head: EagleHead, store: Store, stable: int, levels: int, top_k: int) -> None:
         self._store, self._stable, self._top_k = store, stable, top_k
-        # siblings share their position: a row for all
+        # siblings share their position: one row for all
         self._rotations = head.rotations.singles(stable, stable + levels, store.outputs)
         self._sight = store.sight(top_k, levels) if top_k > 1 and levels else None  # one row sees everything
 
@@ -86,7 +86,7 @@ class Behind:
 
 
 def grow(head: EagleHead, ground: Ground, levels: int, top_k: int) -> Pool:
-    """What a tree of `levels` levels below the root is chosen from. Nothing in it depends on the host."""
+    """The nodes that a tree of `levels` levels below the root is chosen from. Nothing here depends on the host."""
     hidden = ground.last()
     best, tokens = _best(head, head.logits(hidden), top_k)
     scores, tokens = best.view(-1), tokens.view(-1)  # [K] of the nodes to be expanded, here and below
@@ -98,7 +98,7 @@ def grow(head: EagleHead, ground: Ground, levels: int, top_k: int) -> Pool:
         best, guesses = _best(head, logits, top_k)  # [1, K, K]
         pool.tokens.append(guesses.view(-1))
         pool.scores.append(best.add_(scores.unsqueeze(1)).view(-1))
-        if level < levels - 2:  # the likeliest candidates are next; each continues the output of its parent
+        if level < levels - 2:  # expand the likeliest candidates next; each continues the output of its parent
             scores, chosen = pool.scores[-1].topk(top_k)
             parents, tokens = chosen // top_k, pool.tokens[-1].index_select(0, chosen)
             hidden = out.index_select(1, parents)
@@ -115,7 +115,7 @@ def _best(head: EagleHead, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def likeliest(scores: Tensor, top_k: int, parts: int) -> tuple[Tensor, Tensor]:
-    """`scores.topk(top_k)` of [1, n, W], by way of the likeliest of each part; equal ones may come in another order."""
+    """`scores.topk(top_k)` of [1, n, W], found from the likeliest of each part; the order of equal ones may differ."""
     n, width = scores.shape[-2:]
     if parts == 1 or width % parts or width // parts < top_k:
         return scores.topk(top_k)
@@ -125,19 +125,19 @@ def likeliest(scores: Tensor, top_k: int, parts: int) -> tuple[Tensor, Tensor]:
 
 
 def select(root: int, pool: Pool, top_k: int, size: int, *, depth_first: bool = False) -> Drafted:
-    """A tree of the likeliest nodes of a pool, at most `size` of them, root included.
+    """A tree of the likeliest nodes of a pool, at most `size` of them, including the root.
 
-    A parent is never less likely than its child and stands before it in the pool, so with ties broken towards the front
-    it is always selected with it.
+    A parent is never less likely than its child and comes before it in the pool. So with ties broken towards the front,
+    it is always selected along with its child.
 
-    depth_first  every node right before what is below it; else level by level, as EAGLE does
+    depth_first  order every node right before its descendants; else level by level, as EAGLE does
     """
     scores: list[float] = torch.cat(pool.scores).tolist()
-    found: list[int] = torch.cat([*pool.tokens, *pool.expanded]).tolist()  # apart: joining kinds of numbers is slow
+    found: list[int] = torch.cat([*pool.tokens, *pool.expanded]).tolist()  # apart: joining dtypes is slow
     seen, k = len(scores), top_k
-    # places in the pool of the nodes that were expanded: the i-th one's children stand at K + i * K and after
+    # places in the pool of the expanded nodes: the children of the i-th one start at K + i * K
     expanded = [*range(k), *[k + i // k * k * k + one for i, one in enumerate(found[seen:])]]
-    likeliest = sorted(range(seen), key=scores.__getitem__, reverse=True)[: size - 1]  # equal ones stay in their order
+    likeliest = sorted(range(seen), key=scores.__getitem__, reverse=True)[: size - 1]  # equal ones keep their order
     places, parents = (_depth_first if depth_first else _by_level)(likeliest, expanded, k)
     tree = Tree((root, *[found[place] for place in places]), (-1, *parents))
     return Drafted(tree, (0.0, *[scores[place] for place in places]), sound=not math.isnan(sum(scores)))
@@ -147,12 +147,12 @@ def _by_level(selected: list[int], expanded: list[int], k: int) -> tuple[list[in
     """Places and parents of nodes 1 to N in pool order: levels, then rank of the parent, then rank among siblings."""
     places = sorted(selected)
     node_of = {place: node for node, place in enumerate(places, 1)}
-    # scores that are no numbers have no order, and a parent may be missing; the guess is worth nothing then anywhere
+    # scores that are not numbers have no order, so a parent may be missing; such a guess is worthless anywhere
     return places, [0 if place < k else node_of.get(expanded[place // k - 1], 0) for place in places]
 
 
 def _depth_first(selected: list[int], expanded: list[int], k: int) -> tuple[list[int], list[int]]:
-    """The same, but every node right before what is below it, siblings in their order."""
+    """The same, but every node right before its descendants, siblings in order."""
     wanted, first_child = set(selected), {place: k + i * k for i, place in enumerate(expanded)}
     places, parents = list[int](), list[int]()
     waiting = [(place, 0) for place in range(k - 1, -1, -1)]

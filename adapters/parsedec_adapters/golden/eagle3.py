@@ -1,7 +1,7 @@
 """Golden cases of EAGLE-3: what its repository drafted, verified and committed, step by step.
 
 The recorded loop is the reference's: it commits the root with the accepted guesses, does not cut the end of an answer,
-and stops on its own rules. All else is ours: `Session`, `Eagle3`, `Siblings`. Sampling cases replay the recorded draws.
+and stops by its own rules. All else is ours: `Session`, `Eagle3`, `Siblings`. Sampling cases replay the recorded draws.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from parsedec_adapters.eagle3.rotation import CosSin
 
 Items = Iterator[tuple[str, bool]]
 TOLERANCE = 1e-4
-# of the largest value: what float32 rounds differently on other processors than the recorded one, four levels deep in a
-# head (1.4e-4 at logits of 10.7, 2.1e-4 at scores of 3.7 were seen)
+# relative to the largest value: how differently float32 rounds on other processors than the recorded one, four levels
+# deep in a head (seen: 1.4e-4 at logits of 10.7, 2.1e-4 at scores of 3.7)
 ROUNDING = 5e-5
 TREE_FIELDS = ("draft_tokens", "parents", "tree_position_ids")
-GREEDY_BELOW = 1e-5  # the reference's temperature under which it decodes greedily
+GREEDY_BELOW = 1e-5  # the temperature below which the reference decodes greedily
 
 
 class Replay(Sampler):
-    """Recorded draws from the request's distributions; `impossible` counts those of tokens without any mass."""
+    """Replays recorded draws; `impossible` counts those of tokens with no mass in the request's distributions."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         temperature = args["temperature"] if args["temperature"] > GREEDY_BELOW else 0.0
         nucleus = args["top_p"] if 1e-8 <= args["top_p"] < 1 else 1.0
         super().__init__(Sampling(temperature=temperature, top_p=nucleus), torch.Generator())
-        # the reference filters by nucleus first and by rank then, ours the other way round
+        # the reference filters by nucleus first and then by rank, ours the other way round
         self.ranks = Sampler(Sampling(temperature=1.0, top_k=int(args["sampling_top_k"])), torch.Generator())
         self.uniforms: deque[float] = deque()
         self.tokens: deque[int] = deque()
@@ -56,7 +56,7 @@ class Replay(Sampler):
         return self.ranks.log_distribution(super().log_distribution(logits))
 
     def uniform(self) -> float:
-        return self.uniforms.popleft() if self.uniforms else 2.0  # none recorded: nothing stands, which shows
+        return self.uniforms.popleft() if self.uniforms else 2.0  # none recorded: accepts nothing, which will show
 
     def draw(self, probabilities: Tensor) -> int:
         token = self.tokens.popleft() if self.tokens else int(probabilities.argmax())
@@ -66,7 +66,7 @@ class Replay(Sampler):
 
 @dataclass(slots=True)
 class Calls:
-    """What the head was asked since the last `take`: the ids, first position and earlier rows of every forward."""
+    """The head's calls since the last `take`: the ids, first position and earlier rows of every forward."""
 
     levels: list[dict[str, Any]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -91,7 +91,7 @@ def check(case: Path, attention: str) -> Items:
 
 
 def watched(head: EagleHead) -> tuple[EagleHead, Calls]:
-    """A head whose forwards and draft logits are noted, observed from outside."""
+    """A head whose forwards and draft logits are recorded from outside."""
     calls, advance = Calls(), EagleHead.advance
 
     class Watched(EagleHead):
@@ -150,7 +150,7 @@ class Replayed:
     def _drafting(
         self, name: str, step: dict[str, Any], tree: Tree, scores: Sequence[float], told: int, taps: Tensor | None
     ) -> Items:
-        """The tree of one step, how the head came to it, and the taps it had been given for it."""
+        """Check the tree of one step, how the head came to it, and the taps it was given for it."""
         levels, logits = self.calls.take()
         yield f"{name}: root_token", tree.tokens[0] == step["root_token"]
         yield f"{name}: input_ids_len", told == step["input_ids_len"]
@@ -174,7 +174,7 @@ class Replayed:
             yield f"{name}: tree_mask", torch.equal(masks.tree_mask(0, tree.parents), mask[0, 0].bool())
 
     def _stand_at(self, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-        """Whether a forward's rows were turned to the recorded positions."""
+        """Whether a forward's rows were rotated by the recorded positions."""
         wanted = theirs["position_ids"]
         if wanted is None:
             wanted = list(range(theirs["past_len"], theirs["past_len"] + len(theirs["input_ids"])))
@@ -186,7 +186,7 @@ class Replayed:
         return bool((given[0] == cos[0, 0]).all() and (given[1] == sin[0, 0]).all())
 
     def _verifying(self, name: str, at: int, step: dict[str, Any], tree: Tree) -> Items:
-        """The target's verdict on the tree, and what is committed."""
+        """Check the target's verdict on the tree, and what is committed."""
         verify, rows = step["verify"], paths(tree, sort=not self.sampler.greedy)
         self.sampler.uniforms.extend(verify["uniform_draws"])
         self.sampler.tokens.extend(step["multinomial_tokens"])
@@ -236,7 +236,7 @@ class Replayed:
 
 
 def paths(tree: Tree, *, sort: bool) -> list[list[int]]:
-    """Node lists from the root to every leaf, in the leaves' order, padded with -1; sorted, padding last, on demand."""
+    """Node lists from the root to every leaf, in the leaves' order, padded with -1. `sort`: sorted, padding last."""
     inner = set(tree.parents)
     leaves = [node for node in range(tree.size) if node not in inner]
     rows = [tree.path_to(leaf) for leaf in leaves]
@@ -247,7 +247,7 @@ def paths(tree: Tree, *, sort: bool) -> list[list[int]]:
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal shapes, and no difference above the tolerance and what rounding may add to it."""
+    """Whether shapes are equal and no difference exceeds the tolerance plus what rounding may add."""
     if ours.shape != theirs.shape:
         return False
     ours, theirs = ours.float(), theirs.float()

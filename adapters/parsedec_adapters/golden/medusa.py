@@ -1,10 +1,10 @@
 """Medusa against vectors recorded from the reference (FasterDecoding/Medusa at e2a5d20, float32, CPU).
 
-The adapter, the session and the acceptance rules run as they do for a user; only the sampler is replaced, by one that
-gives the recorded draws. Every recorded item is compared after every step: integers must be equal, logits within 1e-4.
+The adapter, the session and the acceptance rules run as they do for a user; only the sampler is replaced by one that
+replays the recorded draws. Every recorded item is compared at every step: integers must be equal, logits within 1e-4.
 
-The reference pads short paths with token id 0 and can "accept" a pad. Where a record shows that, its steps from
-there on are not compared; if it is greedy, our own output must be the target's greedy one all the same.
+The reference pads short paths with token id 0 and can "accept" a pad. If a record shows that, its steps from there on
+are not compared; if it is greedy, our own output must still be the target's greedy one.
 
 Shapes in this file:  N nodes of a tree, K heads, V vocabulary.
 """
@@ -32,7 +32,7 @@ from parsedec_adapters.medusa.trees import TreeShape, named_trees, read_tree
 
 Item = tuple[str, bool]
 TOLERANCE = 1e-4
-RANKS = 10  # the reference keeps ten guesses a head
+RANKS = 10  # the reference keeps ten guesses per head
 
 
 class Replay(Sampler):
@@ -44,7 +44,7 @@ class Replay(Sampler):
         self._right = True
 
     def expect(self, tokens: Sequence[int | None]) -> None:
-        """The next draws; None where the record does not say."""
+        """Set the next draws; None where the record does not say."""
         self._tokens, self._right = list(tokens), True
 
     def draw(self, probabilities: Tensor) -> int:
@@ -61,7 +61,7 @@ class Replay(Sampler):
 
 
 class Watched:
-    """An acceptance rule that remembers what it was last asked and said."""
+    """An acceptance rule that remembers its last input and result."""
 
     lossless: ClassVar[bool] = False
 
@@ -159,15 +159,15 @@ def _sampler(args: dict[str, Any]) -> Replay:
 
 
 def _root_draw(record: dict[str, Any], number: int) -> list[int | None]:
-    """The draw of a step's root, None behind the last step. Other rules than Nucleus draw nothing."""
+    """The draw of a step's root; None after the last step. Rules other than Nucleus draw nothing."""
     if not isinstance(_rule(record["args"]), Nucleus):
         return []
     return [record["steps"][number]["candidates"]["root_token"] if number < len(record["steps"]) else None]
 
 
 def _verify_draws(record: dict[str, Any], number: int) -> list[int]:
-    """What Nucleus draws in a step. The reference draws for every place of every padded path, row by row; a path is
-    decided by those up to the first that differs, and our rule draws no others."""
+    """What Nucleus draws in a step. The reference draws for every place of every padded path, row by row. Draws up to
+    the first that differs decide a path, and our rule makes no others."""
     step = record["steps"][number]
     drawn, shape = step["verify"]["multinomial"], TreeShape.of(read_tree(record["medusa_choices"]))
     if not drawn:
@@ -183,7 +183,7 @@ def _verify_draws(record: dict[str, Any], number: int) -> list[int]:
 
 
 def _head_logits(decoder: Decoder, inner: Medusa) -> Tensor:
-    """What the heads say at the last token read, the one before the root [K, V]."""
+    """The heads' logits [K, V] at the last token read, the one before the root."""
     taps = decoder.session.seen(decoder.session.cached - 1).taps
     assert taps is not None
     return inner.logits(taps[-1, 0])
@@ -204,7 +204,7 @@ def _verdict_items(step: dict[str, Any], watched: Watched, paths: list[list[int]
     best = watched.logits.argmax(-1).tolist()  # [N]
     by_row = [[best[node] for node in row] for row in _padded(paths, tree.size - 1)]
     first = next(row for row, nodes in enumerate(paths) if nodes[: len(path)] == path)
-    # under Nucleus every row draws for itself: one that shares the accepted nodes need not have won
+    # under Nucleus every row draws on its own: one that shares the accepted nodes need not have won
     row = wanted["best_candidate"] if isinstance(watched.rule, Nucleus) else first
     return [
         ("argmax_per_candidate", wanted["argmax_per_candidate"] == by_row),
@@ -225,11 +225,11 @@ def _logit_items(tensors: dict[str, Tensor], number: int, base: Tensor, heads: T
 def _result_items(
     record: dict[str, Any], target: LanguageModel, ours: list[int], decoder: Decoder, defect: bool
 ) -> Iterator[Item]:
-    """The whole output, and plain decoding's. Behind a defect of greedy decoding ours must be the latter."""
+    """Check the whole output and that of plain decoding. After a defect in a greedy record, ours must be the latter."""
     prompt, greedy = record["prompt"], record["greedy_output_ids"]
     yield "greedy_output_ids", _plain(target, prompt, len(greedy)) == greedy
     if defect and record["args"]["temperature"] > 0:
-        return  # what should follow is not on record
+        return  # the record does not show what should follow
     if defect:
         while decoder.session.length < len(greedy):
             decoder.step(target.context_limit)

@@ -2,7 +2,7 @@
 
 heads        the network, and how it is written to disk
 checkpoint   reads the public layouts, strictly
-trees        which guesses are verified together: the reference's trees, lists of one's own, trees made from accuracies
+trees        which guesses are verified together: the reference's trees, your own lists, trees made from accuracies
 calibration  how often each head's guesses are right, measured on the target's own answers
 speculator   the inner speculator
 """

@@ -32,7 +32,7 @@ def head_accuracies(
     ranks: int = 10,
     max_new_tokens: int = 128,
 ) -> list[list[float]]:
-    """Share of positions of the target's greedy answers where the r-th best guess of head k is right, [K][R].
+    """The share of positions in the target's greedy answers at which the r-th best guess of head k is right, [K][R].
 
     inner    bound to `target`
     prompts  user messages or token ids

@@ -1,11 +1,11 @@
-"""Medusa heads from disk or hub, in the public layouts. What is missing, left over or misshapen is named.
+"""Medusa heads from disk or hub, in the public layouts. Errors name tensors that are missing, left over or misshapen.
 
-    v0.1       a heads file beside nothing: {k}.{j}.linear.weight [H, H], {k}.{j}.linear.bias [H] for every layer j of
-               head k, {k}.{J}.weight [V, H] for its output matrix
+    v0.1       a file of heads alone: {k}.{j}.linear.weight [H, H], {k}.{j}.linear.bias [H] for every layer j of head k,
+               {k}.{J}.weight [V, H] for its output matrix
     Medusa-2   one directory with the (fine-tuned) target, whose weights also hold medusa_head.{k}. ... as above
     legacy     "version 2": as v0.1 without output matrices; the target's is used
 
-The number of heads and layers is that of the tensors: published config files name fewer heads than there are.
+The tensors decide how many heads and layers there are, since published config files name fewer heads than they have.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WHOLE_MODELS = (
 
 
 def load_once(source: str) -> MedusaHeads:
-    """A speculator is bound once per arm; the arms of a process share its weights."""
+    """Cached, since speculators are bound once per arm, and the arms of a process share their weights."""
     return _load_version(source, version_of(source))
 
 
@@ -62,18 +62,18 @@ def load_heads(source: str | Path) -> MedusaHeads:
 
 
 def inside_a_model(source: str | Path) -> bool:
-    """Whether the heads of `source`, which can be loaded, are among a whole model's weights: Medusa-2."""
+    """Whether the heads of `source`, a loadable one, are among a whole model's weights (Medusa-2)."""
     return all(find_file(source, name) is None for name in FILES)
 
 
 def _read_from_model(source: str | Path, path: Path) -> dict[str, Tensor]:
-    """The heads inside a whole model's weights; of a sharded one only the shards that hold some are opened."""
+    """The heads inside a whole model's weights. If these are sharded, only shards that hold heads are opened."""
     shards = [path]
     if path.suffix == ".json":
         try:
             index = json.loads(path.read_text())["weight_map"]
         except DAMAGE as error:
-            raise IncompatibleStack(f"{path} is no index of weight files: {error}. Download it again.") from error
+            raise IncompatibleStack(f"{path} is not an index of weight files: {error}. Download it again.") from error
         names = sorted({shard for name, shard in index.items() if name.startswith(PREFIX)})
         shards = [find_file(source, name) or path.with_name(name) for name in names]
     tensors: dict[str, Tensor] = {}
@@ -81,14 +81,14 @@ def _read_from_model(source: str | Path, path: Path) -> dict[str, Tensor]:
         tensors |= read_tensors(shard, PREFIX)
     if not tensors:
         raise IncompatibleStack(
-            f"{path} is a model without Medusa heads: no tensor is named {PREFIX}0.0.linear.weight or alike. "
+            f"{path} is a model without Medusa heads: no tensor has a name like {PREFIX}0.0.linear.weight. "
             "Give inner.heads the directory of the heads."
         )
     return tensors
 
 
 def _build(path: Path, tensors: Mapping[str, Tensor]) -> MedusaHeads:
-    """Heads of these tensors; every one of them is used, none is made up."""
+    """Heads of these tensors, all of which are used; none is made up."""
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     named = {name: match for name in tensors if (match := NAME.fullmatch(name))}
     strange = sorted(set(tensors) - set(named))
@@ -105,7 +105,7 @@ def _build(path: Path, tensors: Mapping[str, Tensor]) -> MedusaHeads:
     missing, unexpected = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
     if missing or unexpected or not layers:
         raise IncompatibleStack(
-            f"{path} is not a whole set of Medusa heads: with {heads} heads of {layers} layers, missing "
+            f"{path} is not a complete set of Medusa heads: with {heads} heads of {layers} layers, missing "
             f"{missing[:4] or 'nothing'}, unexpected {unexpected[:4] or 'nothing'}. Download it again, or check how it "
             "was saved."
         )
@@ -116,7 +116,7 @@ def _build(path: Path, tensors: Mapping[str, Tensor]) -> MedusaHeads:
         if tuple(tensors[name].shape) != shapes[match[3]]:
             raise IncompatibleStack(
                 f"{path}: {name} has the shape {list(tensors[name].shape)}; expected {list(shapes[match[3]])} "
-                "as the other tensors. The file is damaged, or was made for two models."
+                "like the other tensors. The file is damaged, or was made for two models."
             )
     made = MedusaHeads(heads=heads, hidden=hidden, vocab=vocab, layers=layers).to(tensors["0.0.linear.weight"].dtype)
     with torch.no_grad():

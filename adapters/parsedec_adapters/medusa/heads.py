@@ -1,11 +1,11 @@
 """The Medusa heads as a network (Cai et al. 2024, arXiv 2401.10774).
 
-Head k reads the target's hidden state after the final norm - what the target's own output matrix reads - and predicts
-the token k + 2 places on, where the target's output matrix predicts the one 1 place on:
+Head k reads the target's hidden state after the final norm - as does the target's own output matrix, which predicts the
+next token - and predicts the token k + 2 places on:
 
     x <- x + SiLU(W x + b)   for every layer;      logits = O x
 
-Shapes in this file:  K heads, J layers a head, H hidden size of the target, V vocabulary.
+Shapes in this file:  K heads, J layers per head, H hidden size of the target, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ HEADS_FILE = "medusa_lm_head.safetensors"
 
 
 class MedusaHeads(nn.Module):
-    """K heads of J residual layers. Without output matrices of their own (`vocab` None) they borrow the target's.
+    """K heads of J residual layers. Without output matrices of their own (`vocab` None), they borrow the target's.
 
     weight  [J, K, H, H]     bias  [J, K, H]     output  [K, V, H] or None
 
-    The weights of all heads are one tensor a kind, so that a proposal is one batched product. New heads have weight and
-    bias zero: a layer is then the identity, and `for_target` starts where the target's own output matrix stands.
+    The weights of all heads are one tensor per kind, so that a proposal is one batched product. New heads have zero
+    weights and biases, so that layers are the identity and `for_target` starts from the target's own output matrix.
     """
 
     def __init__(self, *, heads: int, hidden: int, vocab: int | None, layers: int = 1) -> None:
@@ -47,7 +47,7 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def for_target(cls, target: LanguageModel, *, heads: int = 5, layers: int = 1, own_output: bool = True) -> Self:
-        """New heads for a target, in float32 on its device: every head starts as the target's own output matrix."""
+        """New heads for a target, in float32 on its device; every head starts as the target's own output matrix."""
         table = output_layer(target).weight
         made = cls(heads=heads, hidden=table.shape[1], vocab=table.shape[0] if own_output else None, layers=layers)
         if made.output is not None:
@@ -69,11 +69,11 @@ class MedusaHeads(nn.Module):
 
     @property
     def vocab(self) -> int | None:
-        """Rows of the heads' own output matrices; None where the target's is used."""
+        """Rows of the heads' own output matrices; None if they use the target's."""
         return None if self.output is None else self.output.shape[1]
 
     def features(self, hidden: Tensor, first: int | None = None) -> Tensor:
-        """What the output matrices read: [..., H] -> [K, ..., H]. `first`: only the first so many heads."""
+        """The input of the output matrices: [..., H] -> [K, ..., H]. `first`: only the first so many heads."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # [R, H]
         x = rows.expand(self.heads if first is None else first, -1, -1)  # [K, R, H]
         for weight, bias in zip(self.weight[:, :first], self.bias[:, :first], strict=True):
@@ -81,7 +81,7 @@ class MedusaHeads(nn.Module):
         return x.reshape(-1, *hidden.shape)
 
     def forward(self, hidden: Tensor, base: nn.Module | None = None, first: int | None = None) -> Tensor:
-        """Logits of every head: [..., H] -> [K, ..., V]. `base`: the target's output layer, where heads have none."""
+        """Logits of every head: [..., H] -> [K, ..., V]. `base`: the target's output layer, if heads have none."""
         x = self.features(hidden, first)
         if self.output is not None:
             rows = x.reshape(len(x), -1, self.hidden)  # [K, R, H]
@@ -97,8 +97,8 @@ def output_layer(target: LanguageModel) -> nn.Linear:
     layer = target.hf.get_output_embeddings()
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise IncompatibleStack(
-            f"inner=medusa needs the output matrix of {target.name} ({type(target.hf).__name__}), and the model does "
-            "not tell which of its layers that is. Use heads with output matrices of their own."
+            f"inner=medusa needs the output matrix of {target.name} ({type(target.hf).__name__}), but the model does "
+            "not say which of its layers that is. Use heads with output matrices of their own."
         )
     return layer  # type: ignore[no-any-return]
 
@@ -106,10 +106,10 @@ def output_layer(target: LanguageModel) -> nn.Linear:
 def save_heads(heads: MedusaHeads, folder: str | Path, *, layout: str = "v0.1", base_model: str = "") -> Path:
     """Write heads as config.json and medusa_lm_head.safetensors, which `load_heads` and public tools read.
 
-    layout      "v0.1": output matrices beside the layers. "legacy": layers only, for heads that borrow the target's
-    base_model  name of the model they belong to, for readers
+    layout      "v0.1": layers and output matrices. "legacy": layers only, for heads that borrow the target's matrix
+    base_model  name of the model they belong to, for readers of config.json
 
-    The tensors keep their dtype. Returns the weights' file.
+    The tensors keep their dtype. Returns the path of the weights.
     """
     if layout not in LAYOUTS or (layout == "legacy") != (heads.output is None):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Medusa as an inner speculator: a static tree, filled by the heads from one hidden state (arXiv 2401.10774).
 
 The last row of taps belongs to the token before the root. The target's own output matrix has turned it into the root;
-head k turns it into the k-th token after the root (k = 0: the first). No draft model, no cache: a proposal is one
-small matrix product a head, and the state is the rows of the committed tokens.
+head k turns it into the k-th token after the root (k = 0: the first). There is no draft model and no cache: a proposal
+is one small matrix product per head, and the state is the rows of the committed tokens.
 
 Shapes in this file:  T + 1 committed tokens, A new ones, H hidden, K heads, R ranks, V vocabulary.
 """
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 class MedusaState:
     """Committed tokens and their rows, as a chain of pieces that later and rewound states share.
 
-    before  the state this one was committed to
-    length  committed tokens, the root included
-    tokens  those that this piece added; the last one is the root
-    rows    [A, H] rows of the tokens before each of them ([T, H] in a first piece: its first token has none before it)
+    before  the state that this one continues
+    length  number of committed tokens, including the root
+    tokens  the tokens this piece added; the last one is the root
+    rows    [A, H] row of the token before each of them ([T, H] in the first piece, whose first token has none)
     """
 
     before: MedusaState | None
@@ -48,12 +48,12 @@ class MedusaState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """What `bind` makes ready for one target."""
+    """What `bind` prepares for one target."""
 
     heads: MedusaHeads
     base: nn.Module | None  # the target's output layer, for heads without their own
     shape: TreeShape
-    index: Tensor  # [N - 1] where in the flattened ranking [K, R] a node's guess stands
+    index: Tensor  # [N - 1] place of each node's guess in the flattened ranking [K, R]
     hidden_layer: int
 
 
@@ -61,10 +61,10 @@ class Stack:
 class Medusa:
     """A static tree of guesses by the heads in `heads`.
 
-    heads  directory or hub id of heads in any public layout, or heads in memory. For Medusa-2, whose heads are inside
-           the target's directory, name that directory here and as the target
+    heads  directory or hub id of heads in any public layout, or loaded heads. For Medusa-2, whose heads are in the
+           target's directory, give that directory both here and as the target
     tree   name of a tree (trees.json, or "chain"), a list of choices, or a JSON file with such a list
-    nodes  most guesses verified per target call: the tree's first ones; None: all of it
+    nodes  most guesses verified per target call, the tree's first ones; None: all
     """
 
     lossless: ClassVar[bool] = True
@@ -72,12 +72,12 @@ class Medusa:
     heads: str | Path | MedusaHeads
     tree: str | Sequence[Sequence[int]] = "mc_sim_7b_63"
     nodes: int | None = None
-    stack: Stack | None = None  # filled in by bind
+    stack: Stack | None = None  # set by `bind`
 
     def __post_init__(self) -> None:
         if self.nodes is not None:
             require_number("inner.nodes", self.nodes, whole=True, low=1)
-        TreeShape.of(read_tree(self.tree))  # a wrong tree is an error of the settings, whatever the target
+        TreeShape.of(read_tree(self.tree))  # a wrong tree is a wrong setting, whatever the target
 
     @property
     def needs(self) -> Needs:
@@ -143,14 +143,14 @@ class Medusa:
 
     @torch.inference_mode()
     def logits(self, rows: Tensor, first: int | None = None) -> Tensor:
-        """What the heads make of hidden states: [..., H] -> [K, ..., V]. `first`: of the first so many heads."""
+        """The heads' logits for hidden states: [..., H] -> [K, ..., V]. `first`: only the first so many heads."""
         logits: Tensor = self._bound.heads(rows, self._bound.base, first)
         return logits
 
 
 def _rows(seen: Seen) -> Tensor:
     if seen.taps is None:
-        raise IncompatibleStack("inner=medusa was given no hidden states; ask the session for those in `needs`.")
+        raise IncompatibleStack("inner=medusa was given no hidden states; open the session with those in `needs`.")
     return seen.taps[:, 0]
 
 
@@ -159,7 +159,7 @@ def _fits(heads: MedusaHeads, target: LanguageModel) -> bool:
 
 
 def _copy(heads: MedusaHeads, target: LanguageModel) -> MedusaHeads:
-    """The heads in the target's dtype on its device; the ones given stay as they are."""
+    """A copy of the heads in the target's dtype, on its device."""
     twin = MedusaHeads(heads=heads.heads, hidden=heads.hidden, vocab=heads.vocab, layers=heads.layers)
     twin.load_state_dict(heads.state_dict())
     return twin.to(target.device, target.dtype)
@@ -168,7 +168,7 @@ def _copy(heads: MedusaHeads, target: LanguageModel) -> MedusaHeads:
 def _check_fit(name: str, heads: MedusaHeads, target: LanguageModel) -> None:
     if heads.hidden != target.hidden_size:
         raise IncompatibleStack(
-            f"inner.heads ({name}) read hidden states of {heads.hidden} numbers, but {target.name} has "
+            f"inner.heads ({name}) read hidden states of width {heads.hidden}, but {target.name} has "
             f"{target.hidden_size}. They were trained for another model."
         )
     if heads.vocab is not None and heads.vocab != target.vocab_size:
@@ -179,7 +179,7 @@ def _check_fit(name: str, heads: MedusaHeads, target: LanguageModel) -> None:
 
 
 def _warn_of_another_base(source: str | Path, target: LanguageModel) -> None:
-    """Medusa-2 tunes the target together with its heads: with another target they guess poorly, and nothing fails."""
+    """Warn if Medusa-2 heads have another target than they were tuned with: they guess poorly, but nothing fails."""
     own = str(getattr(target.hf.config, "name_or_path", ""))
     if not own or not inside_a_model(source):
         return

@@ -1,8 +1,8 @@
 """Which of the heads' guesses are verified together (Cai et al. 2024, arXiv 2401.10774, 2.3 and appendix C).
 
 A tree is a list of choices. (c_0, ..., c_d) is a node d + 1 levels below the root: the c_d-th best guess of head d,
-under the node (c_0, ..., c_d-1), which is in the list as well. `trees.json` holds the lists the reference ships, by
-name, in the order they were grown: a list that is cut short is still a tree, of its most promising nodes.
+under the node (c_0, ..., c_d-1), which must be in the list as well. `trees.json` holds the reference's lists by name,
+in the order in which they were grown, so that a list cut short is still a tree, of its most promising nodes.
 
 Shapes in this file:  N nodes with the root, K heads, R ranks of a head's guesses.
 """
@@ -28,9 +28,9 @@ class TreeShape:
     """A tree with its nodes level by level, each level in lexicographic order; node 0 is the root.
 
     parents  N indices, -1 for the root
-    heads    N - 1: which head guesses nodes 1 …
-    ranks    N - 1: and which of its guesses it is, 0 the best
-    sizes    nodes of the tree cut below level 0, 1 …: the first sizes[d] nodes are d levels deep
+    heads    N - 1: the head that guesses nodes 1 …
+    ranks    N - 1: which of its guesses they are, 0 the best
+    sizes    number of nodes if the tree is cut below level 0, 1 …: its first sizes[d] nodes are at most d levels deep
     """
 
     parents: tuple[int, ...]
@@ -40,13 +40,13 @@ class TreeShape:
 
     @classmethod
     def of(cls, choices: Choices) -> TreeShape:
-        """Raises ConfigError if a parent is not in the list."""
+        """The shape of a list of choices; raises ConfigError if a parent is not in the list."""
         nodes = [(), *sorted(set(choices) - {()}, key=lambda choice: (len(choice), choice))]
         index = {choice: node for node, choice in enumerate(nodes)}
         wrong = [choice for choice in nodes[1:] if choice[:-1] not in index or min(choice) < 0]
         if wrong:
             raise ConfigError(
-                f"inner.tree holds {list(wrong[0])}, but not {list(wrong[0][:-1])}, which it would be under; "
+                f"inner.tree holds {list(wrong[0])}, but not its parent {list(wrong[0][:-1])}; "
                 "expected every prefix of a choice in the list, and no number below 0."
             )
         depth = len(nodes[-1])
@@ -63,7 +63,7 @@ class TreeShape:
 
     @property
     def width(self) -> int:
-        """Ranks needed of every head."""
+        """Number of guesses needed from every head."""
         return max(self.ranks, default=-1) + 1
 
     @property
@@ -73,14 +73,14 @@ class TreeShape:
 
 @cache
 def named_trees() -> dict[str, Choices]:
-    """The lists the reference ships, and "chain": every head's best guess."""
+    """The reference's lists, and "chain": every head's best guess."""
     lists = json.loads((files("parsedec_adapters.medusa") / "trees.json").read_text())
     chain = tuple((0,) * length for length in range(1, CHAIN + 1))
     return {name: _choices(tree) for name, tree in lists.items()} | {"chain": chain}
 
 
 def read_tree(tree: str | Sequence[Sequence[int]]) -> Choices:
-    """A tree given by name, as the path of a JSON file that holds a list of choices, or as the list."""
+    """A tree given by name, as a list of choices, or as the path of a JSON file that holds one."""
     if not isinstance(tree, str):
         return _choices(tree)
     if tree in named_trees():
@@ -93,17 +93,17 @@ def read_tree(tree: str | Sequence[Sequence[int]]) -> Choices:
     try:
         return _choices(json.loads(path.read_text()))
     except ValueError as error:
-        raise ConfigError(f"inner.tree='{tree}' is no JSON file with a list of choices: {error}.") from error
+        raise ConfigError(f"inner.tree='{tree}' is not a JSON file with a list of choices: {error}.") from error
 
 
 def clip(choices: Choices, *, heads: int, ranks: int, nodes: int | None) -> Choices:
-    """What of a tree `heads` heads with `ranks` guesses each can fill; at most `nodes` guesses, the first of them."""
+    """The part of a tree that `heads` heads with `ranks` guesses each can fill; of it the first `nodes` guesses."""
     possible = [choice for choice in choices if len(choice) <= heads and max(choice) < ranks]
     return tuple(possible[:nodes])
 
 
 def tree_from_accuracies(accuracies: Sequence[Sequence[float]], nodes: int) -> Choices:
-    """The tree of at most `nodes` guesses with the most accepted ones to be expected.
+    """The tree of at most `nodes` guesses with the highest expected number of accepted ones.
 
     accuracies  [K][R] share of positions where the r-th best guess of head k is right (`head_accuracies`)
 

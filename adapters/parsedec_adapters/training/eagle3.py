@@ -1,12 +1,12 @@
-"""The EAGLE-3 head in training (arXiv 2503.01840, section 3): it is fed its own outputs, as when it drafts.
+"""Training an EAGLE-3 head (arXiv 2503.01840, section 3): it is fed its own outputs, as when it drafts.
 
-Pass 0 reads the target's hidden states at all positions. Pass j reads, at row t, what pass j - 1 made of row t - 1, as
-if the draft had begun j rows before. What row t of pass j sees:
+Pass 0 reads the target's hidden states at all positions. At row t, pass j reads the output of pass j - 1 at row t - 1,
+as if the draft had begun j rows before. Row t of pass j sees:
 
     keys of pass 0            keys of pass i (1 <= i <= j)
     rows 0 .. t - j           row t - j + i
 
-which is what a drafted chain sees: the stable rows up to where it began, and itself.
+as a drafted chain does: the stable rows up to where it began, and itself.
 
 Shapes in this file:  B texts, T tokens, n = T - 1 rows, W draft vocabulary.
 """
@@ -31,8 +31,8 @@ from parsedec_adapters.eagle3.head import ConcatCache
 class Eagle3Training:
     """A new head for `target`, as wide as one of the target's layers.
 
-    passes        tokens guessed in a row while training
-    draft_vocab   tokens it can guess: the most frequent ones of the answers; None: all
+    passes        number of tokens guessed in a row while training
+    draft_vocab   number of tokens it can guess: the most frequent ones of the answers; None: all
     taps          hidden states it reads, as in `output_hidden_states`; None: EAGLE's choice
     """
 
@@ -80,7 +80,7 @@ class Eagle3Training:
         tokens, device = texts.ids[:, 1:], texts.ids.device
         flat = torch.arange(batch, device=device)[:, None] * length + torch.arange(1, length, device=device)  # [B, n]
         about = texts.answers[:, 1:]
-        if self._columns is not None:  # what the head cannot guess teaches nothing
+        if self._columns is not None:  # tokens that the head cannot guess teach nothing
             assert head.t2d is not None
             following = torch.cat([texts.ids[:, 2:], texts.ids[:, :1]], dim=1)
             about = about & head.t2d[following]
@@ -99,9 +99,9 @@ class Eagle3Training:
 
 
 def _visible(rows: int, j: int) -> Tensor:
-    """What the rows of pass j see of passes 0..j, [n, (j + 1) * n]."""
-    back = torch.arange(rows)[:, None] - torch.arange(rows)[None]  # how far before a row a key's row is
-    # the first rows have no draft behind them and see themselves: a row that sees nothing would be no distribution
+    """The mask of what the rows of pass j see of passes 0..j, [n, (j + 1) * n]."""
+    back = torch.arange(rows)[:, None] - torch.arange(rows)[None]  # how far a key's row is before a row
+    # the first rows follow no draft and see themselves, since the softmax of a row that sees nothing is nan
     early = (torch.arange(rows)[:, None] < j) & (back == 0)
     return torch.cat([(back >= j) | early, *(back == j - i for i in range(1, j + 1))], dim=1)
 

@@ -1,4 +1,4 @@
-"""Medusa heads in training (arXiv 2401.10774, Medusa-1): the target stays as it is, each head learns its own offset."""
+"""Training Medusa heads (arXiv 2401.10774, Medusa-1): the target stays as it is, each head learns its own offset."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from parsedec_adapters.medusa.heads import MedusaHeads, output_layer, save_heads
 class MedusaTraining:
     """New heads for `target`.
 
-    heads, layers  how many, and how many residual layers each
-    own_output     whether heads have output matrices of their own (else they share the target's: far smaller files)
+    heads, layers  how many heads, and how many residual layers in each
+    own_output     whether heads have output matrices of their own (else they use the target's, for far smaller files)
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MedusaTraining:
         batch, length = texts.ids.shape
         flat = torch.arange(batch * length, device=texts.ids.device).view(batch, length)
         hidden = texts.taps[:, :, 0]
-        wanted = texts.answers[:, 1:]  # where the first head's guess is about an answer
+        wanted = texts.answers[:, 1:]  # where the first head guesses a token of an answer
         logits = self.module(hidden[:, :-1][wanted], self._base)  # [K, R, V]
         places = flat[:, :-1][wanted]  # [R]
         column = places % length

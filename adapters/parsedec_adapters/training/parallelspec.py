@@ -1,4 +1,4 @@
-"""ParallelSpec's head in training (arXiv 2410.05589): groups of mask slots behind random positions of a text."""
+"""Training ParallelSpec's head (arXiv 2410.05589): groups of mask slots after random positions of a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parsedec_adapters.parallel_head import HeadConfig, ParallelHead, save_head
 
 
 def chosen_positions(texts: Texts, share: float) -> Tensor:
-    """Some of the positions at which an answer's token may be the root of a draft, ascending, [G]."""
+    """A random share of the positions at which a draft of answer tokens may be rooted, ascending [G]."""
     first = int(texts.answers.any(0).nonzero()[0])
     last = texts.ids.shape[1] - 1
     where = torch.arange(first + 1, last + 1)
@@ -25,7 +25,7 @@ def chosen_positions(texts: Texts, share: float) -> Tensor:
 
 
 def known_rows(texts: Texts, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """For guesses about the tokens behind `positions` [G]: which are about an answer, and flat rows; both [B, G]."""
+    """For guesses of the tokens after `positions` [G]: which of them belong to answers, and flat rows; both [B, G]."""
     batch, length = texts.ids.shape
     positions = positions.to(texts.answers.device)
     inside = positions.clamp(max=length - 1)
@@ -36,7 +36,7 @@ def known_rows(texts: Texts, positions: Tensor) -> tuple[Tensor, Tensor]:
 class ParallelSpecTraining:
     """A new head for `target`.
 
-    slots   guesses of one pass
+    slots   guesses per pass
     share   share of the positions that get a group in a step
     """
 

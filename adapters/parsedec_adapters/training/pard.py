@@ -1,11 +1,12 @@
-"""PARD in training (arXiv 2504.18583): a draft model learns to fill in masks behind many positions of a text at once.
+"""Training PARD (arXiv 2504.18583): a draft model learns to fill in masks after many positions of a text at once.
 
     rows        tokens of the text        masks of group a              masks of group b  …
     positions   0 1 … T-1                 a+1 a+2 … a+depth             b+1 …
-    sees        plainly causal            tokens up to a, own masks     tokens up to b, own masks
+    sees        causal                    tokens up to a, own masks     tokens up to b, own masks
 
-The text's own rows learn the first guess, a mask at depth i the guess after it. Deep masks are rarer than shallow ones,
-as in the paper's conditional drop: a group reaches depth i with probability max(keep^i, floor), so chains are whole.
+The text's own rows learn the first guess, and a mask at depth i the guess after it. Deep masks are rarer than shallow
+ones, as in the paper's conditional drop: a group reaches depth i with probability max(keep^i, floor), so that chains
+have no gaps.
 
 Shapes in this file:  B texts, T tokens, G groups, M mask rows.
 """
@@ -29,13 +30,13 @@ from parsedec_adapters.training.parallelspec import chosen_positions, known_rows
 
 
 class PardTraining:
-    """A draft model on its way to a PARD checkpoint.
+    """A draft model that is trained into a PARD checkpoint.
 
-    init        the model it begins as; it needs the target's vocabulary
+    init        the model to start from, which needs the target's vocabulary
     mask_token  an id that no text uses
-    length      guesses of one pass
+    length      guesses per pass
     share       share of the positions that get a group in a step
-    keep, floor of the conditional drop
+    keep, floor parameters of the conditional drop
     """
 
     layers: tuple[int, ...] = ()
@@ -60,7 +61,7 @@ class PardTraining:
             )
         model = load(init, dtype="float32", device=str(target.device))
         if not target.same_vocabulary(model):
-            raise IncompatibleStack(f"{init} has not the vocabulary of {target.name}; PARD drafts in the target's.")
+            raise IncompatibleStack(f"{init} has another vocabulary than {target.name}; PARD drafts in the target's.")
         if not 0 <= mask_token < model.vocab_size:
             raise ConfigError(f"recipe.head.mask_token={mask_token}; expected an id below {model.vocab_size}.")
         if any(mask_token in tokens for written in answers for tokens, _ in written):
@@ -73,7 +74,7 @@ class PardTraining:
         self.mask_token = mask_token
         self.length = length
         self.share = share
-        # models of one vocabulary may have different numbers of rows; what only one of them has is padding
+        # models with one vocabulary may have different numbers of rows; those that only one of them has are padding
         self._rows = min(model.vocab_size, target.vocab_size)
         fewer = self._rows < target.vocab_size
         self._columns = torch.arange(self._rows, device=target.device) if fewer else None
@@ -82,7 +83,7 @@ class PardTraining:
     def guesses(self, texts: Texts) -> Iterator[Guess]:
         length = texts.ids.shape[1]
         anchors = chosen_positions(texts, self.share)
-        # one draw a group: it reaches depth i if the draw is below the chance of that
+        # one draw per group: it reaches depth i if the draw is below the probability of that
         depths = (torch.rand(len(anchors), 1) < self.reach).sum(-1)  # [G]
         anchor = anchors.repeat_interleave(depths)  # [M]
         depth = torch.cat([torch.arange(1, int(d) + 1) for d in depths]) if depths.any() else anchors[:0]
@@ -102,7 +103,7 @@ class PardTraining:
         export(self.model, folder)
 
     def _read(self, ids: Tensor, anchor: Tensor, depth: Tensor) -> Tensor:
-        """Logits of the text's rows and then of the masks, [B, T + M, V]."""
+        """Logits of the text's rows, followed by those of the masks [B, T + M, V]."""
         batch, length = ids.shape
         positions = torch.cat([torch.arange(length), anchor + depth])
         last = torch.cat([torch.arange(length), anchor])  # the last token of the text that a row sees
@@ -115,7 +116,7 @@ class PardTraining:
         mask = masks.for_model(allowed, positions, positions, windows=self.model.windows, dtype=dtype, device=device)
         filler = ids.new_full((batch, len(anchor)), self.mask_token)
         out: Tensor = self.module(
-            # as when drafting, the last row stands for those it has not (`LanguageModel.readable`)
+            # as when drafting, the last row stands in for those the model lacks (`LanguageModel.readable`)
             input_ids=torch.cat([ids, filler], dim=1).clamp(max=self.model.vocab_size - 1),
             position_ids=positions[None].expand(batch, -1).to(device),
             attention_mask=mask,
