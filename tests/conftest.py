@@ -5,6 +5,7 @@ Models are float32 on the CPU; seeds are fixed. `OMP_WAIT_POLICY` and one thread
 
 import ctypes
 import os
+import signal
 
 try:
     ctypes.CDLL("libcuda.so.1")
@@ -12,6 +13,8 @@ except OSError:  # no GPU: Triton's kernels run on the CPU, if Triton is told be
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells leave it to what runs behind them; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
