@@ -171,7 +171,7 @@ def damaged(change):
         (lambda t: t.update({"0.2.weight": torch.ones(64, 64)}), r"unexpected \['0.2.weight'\]"),
         (lambda t: t.update({"1.0.linear.weight": torch.ones(64, 32)}), r"1.0.linear.weight .*\[64, 32\].*\[64, 64\]"),
         (lambda t: t.update({"2.1.weight": torch.ones(60, 64)}), r"2.1.weight .*\[60, 64\].*\[64, 64\]"),
-        (lambda t: [t.pop(n) for n in list(t) if "linear" in n], "not a whole set"),
+        (lambda t: [t.pop(n) for n in list(t) if "linear" in n], "not a complete set"),
         (lambda t: t.clear(), "no tensors"),
     ],
 )
@@ -212,12 +212,12 @@ def test_folders_without_heads(tmp_path):
     with pytest.raises(IncompatibleStack, match="gone cannot be read"):
         load_heads(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(IncompatibleStack, match="no index"):
+    with pytest.raises(IncompatibleStack, match="not an index"):
         load_heads(tmp_path)
 
 
 def test_heads_of_another_target(tiny_target):
-    with pytest.raises(IncompatibleStack, match=r"32 numbers.*has 64"):
+    with pytest.raises(IncompatibleStack, match=r"width 32.*has 64"):
         Medusa(heads=random_heads(hidden=32)).bind(tiny_target, None)
     with pytest.raises(IncompatibleStack, match=r"among 80 tokens.*has 64"):
         Medusa(heads=random_heads(vocab=80)).bind(tiny_target, None)
@@ -280,7 +280,7 @@ def test_trees_from_a_file(tmp_path):
     path.write_text(json.dumps(SMALL))
     assert read_tree(str(path)) == read_tree(SMALL)
     path.write_text("{")
-    with pytest.raises(ConfigError, match="no JSON file"):
+    with pytest.raises(ConfigError, match="not a JSON file"):
         read_tree(str(path))
 
 
@@ -288,7 +288,7 @@ def test_trees_from_a_file(tmp_path):
     ("tree", "message"),
     [
         ("mc_sim_7b", "mc_sim_7b_63"),
-        ([[0], [1, 0]], r"holds \[1, 0\], but not \[1\]"),
+        ([[0], [1, 0]], r"holds \[1, 0\], but not its parent \[1\]"),
         ([[0], [-1]], "below 0"),
         ([], "at least one"),
         ([[0], []], "none that is empty"),

@@ -287,7 +287,7 @@ def test_final_answers_are_enough(tmp_path):
     target = load("zoo:target", dtype="float32", device="cpu")
     weights = str(tmp_path / "probe")
     assert ProbeJudge(weights=weights, position="cut").bind(target).suffix_rows == 0
-    with pytest.raises(IncompatibleStack, match=r"holds probes for judge\.position=cut alone, and position is suffix"):
+    with pytest.raises(IncompatibleStack, match=r"holds probes only for judge\.position=cut, but position is suffix"):
         ProbeJudge(weights=weights).bind(target)
 
 
