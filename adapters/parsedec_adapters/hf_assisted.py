@@ -28,7 +28,7 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from parsedec.errors import IncompatibleStack, require_number
 from parsedec.models.language_model import LanguageModel
 from parsedec.models.turns import turns_of
-from parsedec.peers import GENERATING, clean_settings, seeded, settings
+from parsedec.peers import clean_settings, seeded, settings
 from parsedec.sampling import Sampler
 from parsedec.sessions import kv
 from parsedec.text.spelling import common_prefix
@@ -97,10 +97,7 @@ class HfAssisted:
         cache = kv.snapshot(state.cache)
         fewer = model.vocab_size < target.vocab_size
         text = torch.tensor([model.readable(state.tokens) if fewer else state.tokens], device=model.device)
-        with (
-            GENERATING, turns_of(model.hf).plain(), clean_settings(model.hf), seeded(state.sampler),
-            torch.inference_mode(),
-        ):  # fmt: skip
+        with clean_settings(model.hf), turns_of(model.hf).plain(), seeded(state.sampler), torch.inference_mode():
             generator = self._generator(text, model, state.settings, length)
             generator.assistant_kwargs["past_key_values"] = cache
             found, scores = generator.get_candidates(text)

@@ -6,12 +6,11 @@ counted by the same code. Each class says where it departs from the published me
 
 from parsedec.peers.cascade import Cascade
 from parsedec.peers.equivalence import EqualText, Equivalence, LabelEquivalence, SameNumber
-from parsedec.peers.hf_generate import GENERATING, HfGenerate, clean_settings, seeded, settings
+from parsedec.peers.hf_generate import HfGenerate, clean_settings, seeded, settings
 from parsedec.peers.lookahead import LookaheadReasoning
 from parsedec.peers.specreason import SpecReason
 
 __all__ = [
-    "GENERATING",
     "Cascade",
     "EqualText",
     "Equivalence",

@@ -94,9 +94,8 @@ class HfGenerate:
         follow = Follow(answer, session.length)
         wanted = settings(target, sampler.settings, min(answer.remaining, session.room))
         with ExitStack() as stack:
-            stack.enter_context(GENERATING)
-            stack.enter_context(turns_of(target.hf).plain())
             stack.enter_context(clean_settings(target.hf))
+            stack.enter_context(turns_of(target.hf).plain())
             arguments: dict[str, Any] = {}
             if assistant is not None:
                 stack.enter_context(turns_of(assistant.hf).plain())
@@ -245,19 +244,20 @@ def settings(model: LanguageModel, sampling: Sampling, new_tokens: int) -> Gener
 
 # `generate` draws from torch's global generators and reads settings of the model. Both are lent to one request at a
 # time: another thread's would find what was lent to the first, and put that back for good
-GENERATING = RLock()
+_GENERATING = RLock()
 
 
 @contextmanager
 def clean_settings(hf: PreTrainedModel) -> Iterator[GenerationConfig]:
     """Replace the model's own generation config in the body: nobody asked for a checkpoint's repetition penalty, and
     `generate` writes into an assistant's config."""
-    theirs = hf.generation_config
-    hf.generation_config = GenerationConfig()
-    try:
-        yield hf.generation_config
-    finally:
-        hf.generation_config = theirs
+    with _GENERATING:
+        theirs = hf.generation_config
+        hf.generation_config = GenerationConfig()
+        try:
+            yield hf.generation_config
+        finally:
+            hf.generation_config = theirs
 
 
 @contextmanager
@@ -270,6 +270,6 @@ def seeded(sampler: Sampler) -> Iterator[None]:
     where = sampler.generator.device
     seed = int(torch.randint(1 << 62, (), generator=sampler.generator, device=where))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with _GENERATING, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
