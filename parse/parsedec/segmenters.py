@@ -79,9 +79,9 @@ class Segmenter(ABC):
         end = next((end for end in ends if self.min_tokens <= end), None)
         if end is None and self.max_tokens is not None and total >= self.max_tokens:
             end = self.max_tokens
-        while end is not None and end in draft.inside:
-            end = end + 1 if end < total else None
-        return end
+        if end is not None:
+            end = _behind_character(end, draft)
+        return end if end is not None and end <= total else None
 
     def _ends(self, draft: Draft) -> list[int]:
         """Ends of segments of at least `min_tokens`; the last one is the end of the draft."""
@@ -95,13 +95,8 @@ class Segmenter(ABC):
 
     def _behind_characters(self, ends: list[int], draft: Draft) -> list[int]:
         """The cuts for segments with these ends, moved behind characters; the draft's own end is left out."""
-        moved: dict[int, None] = {}
-        for cut in self._split_long(ends):
-            while cut in draft.inside:
-                cut += 1
-            if cut < len(draft.tokens):
-                moved[cut] = None
-        return list(moved)
+        moved = {_behind_character(cut, draft) for cut in self._split_long(ends)}
+        return sorted(cut for cut in moved if cut < len(draft.tokens))
 
     def _split_long(self, ends: list[int]) -> list[int]:
         """These ends, and those of the parts into which segments longer than `max_tokens` are split."""
@@ -112,6 +107,13 @@ class Segmenter(ABC):
             parts = -(-(end - start) // self.max_tokens)
             split += [start + (end - start) * part // parts for part in range(1, parts + 1)]
         return split
+
+
+def _behind_character(cut: int, draft: Draft | GrowingDraft) -> int:
+    """The cut itself, or the first one behind the character that it stands in."""
+    while cut in draft.inside:
+        cut += 1
+    return cut
 
 
 @dataclass(frozen=True, kw_only=True)
