@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from parsedec.errors import ConfigError, IncompatibleStack, ParsedecError
+from parsedec.experiment.cli import interrupted_by_sigterm
 from parsedec.training.loop import Trainer
 from parsedec.training.packing import Answer, Packer, Row
 from parsedec.training.solve_judge import Optimisation, SolveAndJudge
@@ -82,23 +83,24 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, autocas
 class Drawing:
     """An objective that draws numbers, as those of heads do; it is interrupted behind some of its draws."""
 
-    def __init__(self, model, at=None, presses=1):
+    def __init__(self, model, at=None, presses=1, sent=signal.SIGINT):
         self.inner = SolveAndJudge(model, OPTIMISATION, autocast=False)
         self.trained, self.helpers, self.model = self.inner.trained, self.inner.helpers, model
-        self.at, self.presses = at, presses
+        self.at, self.presses, self.sent = at, presses, sent
 
     def losses(self, batch):
         share = float(torch.rand(()))
         if self.at == 0:
             for _ in range(self.presses):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.sent)
         self.at = None if self.at is None else self.at - 1
         for loss in self.inner.losses(batch):
             yield dataclasses.replace(loss, weight=loss.weight * (0.5 + share))
 
 
 @pytest.mark.parametrize(("presses", "step"), [(1, 6), (2, 5)])
-def test_ctrl_c_in_the_middle_of_a_step_leaves_nothing_half_done(tmp_path, presses, step):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_the_middle_of_a_step_leaves_nothing_half_done(tmp_path, sent, presses, step):
     """Once, the step is ended first. A second time, the checkpoint before the step stands."""
 
     def drawing(**when):
@@ -108,12 +110,12 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_nothing_half_done(tmp_path, press
     def train(trainer, **how):
         trainer.train(batches(trainer.objective.model, trainer.step, STEPS), report_steps=2, **how)
 
-    unbroken, broken, resumed = drawing(), drawing(at=5, presses=presses), drawing()
+    unbroken, broken, resumed = drawing(), drawing(at=5, presses=presses, sent=sent), drawing()
     usual = signal.getsignal(signal.SIGINT)
     torch.manual_seed(1)
     train(unbroken)
     torch.manual_seed(1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():  # as every command runs
         train(broken, checkpoint=tmp_path / "c.pt", checkpoint_minutes=0)
     assert signal.getsignal(signal.SIGINT) is usual
     resumed.restore(tmp_path / "c.pt")

@@ -159,14 +159,15 @@ class Trainer:
     ) -> None:
         """Train on `batches`, which begin at this trainer's step, with a checkpoint every few minutes and at the end.
 
-        Ctrl-C takes effect once the current step is done. An error in the middle of a step leaves the checkpoint before
-        it: weights may have moved, and random numbers have been drawn that a resumed run would draw again.
+        Ctrl-C and SIGTERM take effect once the current step is done. An error in the middle of a step leaves the
+        checkpoint before it: weights may have moved, and random numbers have been drawn that a resumed run would draw
+        again.
         """
         tally, saved = Tally(), time.monotonic()
         started, first, whole = time.monotonic(), self.step, True
         try:
             for batch in batches:
-                with _ctrl_c_waits():
+                with _interruptions_wait():
                     whole = False
                     tally.add(self.train_step(batch))
                     whole = True
@@ -208,26 +209,27 @@ class Trainer:
 
 
 @contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block; a second Ctrl-C takes effect at once."""
-    usual = signal.getsignal(signal.SIGINT)
-    if not callable(usual) or threading.current_thread() is not threading.main_thread():
-        yield  # Python does not handle the signal, or it goes to another thread
-        return
-    held: list[Any] = []
+def _interruptions_wait() -> Iterator[None]:
+    """Delay Ctrl-C and SIGTERM until the end of the block, where Python handles them; a second one acts at once."""
+    own = threading.current_thread() is threading.main_thread()  # signals go to no other
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if own else {}
+    handlers = {number: handler for number, handler in usual.items() if callable(handler)}
+    held: list[tuple[int, Any]] = []
 
     def hold(number: int, frame: Any) -> None:
         if held:
             raise KeyboardInterrupt
         held.append((number, frame))
 
-    signal.signal(signal.SIGINT, hold)
+    for number in handlers:
+        signal.signal(number, hold)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-    if held:
-        usual(*held[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for sent, frame in held:
+        handlers[signal.Signals(sent)](sent, frame)
 
 
 def check_output(model: LanguageModel) -> None:
