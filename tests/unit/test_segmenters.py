@@ -275,7 +275,10 @@ def test_a_long_text_without_an_end_is_read_once(segmenter):
         assert not any(segment.push(i) for i in range(count))
         return process_time() - start
 
-    assert min(seconds(12_000) for _ in range(3)) < 8 * min(seconds(3_000) for _ in range(3))
+    long, short = zip(
+        *((seconds(12_000), seconds(3_000)) for _ in range(7)), strict=True
+    )  # in turn: a machine's pace drifts
+    assert min(long) < 8 * min(short)
 
 
 @pytest.mark.parametrize("segmenter", EVERY)

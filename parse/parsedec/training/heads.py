@@ -182,7 +182,8 @@ class HeadJob:
         self.folder = folder
         target = load(recipe.target, dtype="float32", device=preset.device, attention=preset.attention)
         problems, self.unseen = problems_of(recipe)
-        contexts, _ = prompts(target, problems), prompts(target, self.unseen)  # raises now for a prompt too long
+        contexts = prompts(target, problems)
+        prompts(target, self.unseen)  # what the evaluation could not ask is refused now, not after the training
         pool = load_or_sample(
             folder / "answers.json",
             target,
@@ -262,10 +263,11 @@ def acceptance(cfg: DictConfig, folder: Path, problems: Sequence[Problem]) -> di
 
 def _tau(counters: Sequence[Counters], seed: int) -> dict[str, Any]:
     """Nothing where no answer was longer than the token of the prefill: then nothing was guessed."""
-    steps = np.array([one.inner_steps for one in counters if one.inner_steps])
-    if not len(steps):
+    verified = [one for one in counters if one.inner_steps]
+    if not verified:
         return {}
-    tokens = steps + np.array([sum(one.accepted_by_depth) for one in counters if one.inner_steps])
+    steps = np.array([one.inner_steps for one in verified])
+    tokens = steps + np.array([sum(one.accepted_by_depth) for one in verified])
     draws = resampled(len(steps), seed)
     samples = tokens[draws].sum(1) / steps[draws].sum(1)
     return {
